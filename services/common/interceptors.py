@@ -1,0 +1,259 @@
+"""What every call of every daemon passes through: metrics, errors, auth, context.
+
+Law of this room: one wrapper for the four kinds of call. Only here does an
+exception become a status; an unknown one becomes INTERNAL with a log id and no
+inside story.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import hmac
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.rpc import code_pb2, status_pb2
+from prometheus_client import CollectorRegistry, Counter, Histogram
+
+from qlorad.v1 import errors_pb2
+from services.common import telemetry
+from services.common.errors import Fault, disk_full, to_status
+
+log = logging.getLogger("qlorad.rpc")
+
+OPEN_PREFIXES = ("/grpc.health.v1.Health/",)
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 600, 3600)
+
+
+class Tokens:
+    """Bearer tokens, known by hash alone: {sha256 hex: name}."""
+
+    def __init__(self, hashes: dict[str, str]) -> None:
+        self._hashes = hashes
+
+    @classmethod
+    def parse(cls, text: str) -> Tokens:
+        """Reads lines "sha256-hex name"; ValueError names the bad line."""
+        hashes: dict[str, str] = {}
+        for number, line in enumerate(text.splitlines(), start=1):
+            words = line.split("#", 1)[0].split()
+            if not words:
+                continue
+            if len(words) != 2 or len(words[0]) != 64 or any(c not in "0123456789abcdef" for c in words[0]):
+                raise ValueError(f"line {number}: accepted: '<sha256 of the token in hex> <name>'")
+            hashes[words[0]] = words[1]
+        if not hashes:
+            raise ValueError("holds no token; accepted: lines '<sha256 of the token in hex> <name>'")
+        return cls(hashes)
+
+    def name_of(self, token: str) -> str | None:
+        """Whose token it is; compares with every hash in constant time."""
+        given = hashlib.sha256(token.encode()).hexdigest()
+        found = None
+        for known, name in self._hashes.items():
+            if hmac.compare_digest(known, given):
+                found = name
+        return found
+
+
+def fault_of(error: BaseException) -> Fault:
+    """Any exception as a Fault that a caller may see."""
+    if isinstance(error, Fault):
+        return error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return disk_full("serving the call")
+    ident = telemetry.log_id()
+    log.error("unexpected error %s", ident, exc_info=error, extra={"fields": {"log_id": ident}})
+    message = f"internal error; see log id {ident} in the daemon's log"
+    return Fault(errors_pb2.REASON_INTERNAL, message, metadata={"log_id": ident})
+
+
+async def abort(context: Any, status: status_pb2.Status) -> None:
+    """Ends the call with a rich status."""
+    details = (("grpc-status-details-bin", status.SerializeToString()),)
+    await context.abort(_CODES[status.code], status.message, details)
+
+
+class Door(grpc.aio.ServerInterceptor):
+    """The one interceptor: measures, authenticates, maps errors."""
+
+    def __init__(self, registry: CollectorRegistry, tokens: Tokens | None, draining: Callable[[], bool]) -> None:
+        self._tokens = tokens
+        self._draining = draining
+        labels = ("grpc_type", "grpc_service", "grpc_method")
+        self._started = Counter("grpc_server_started", "Calls begun.", labels, registry=registry)
+        self._handled = Counter("grpc_server_handled", "Calls ended.", (*labels, "grpc_code"), registry=registry)
+        self._received = Counter("grpc_server_msg_received", "Messages in.", labels, registry=registry)
+        self._sent = Counter("grpc_server_msg_sent", "Messages out.", labels, registry=registry)
+        self._bytes_in = Counter("qlorad_rpc_received_bytes", "Message bytes in.", labels, registry=registry)
+        self._bytes_out = Counter("qlorad_rpc_sent_bytes", "Message bytes out.", labels, registry=registry)
+        self._seconds = Histogram(
+            "grpc_server_handling_seconds", "Seconds a call.", labels, registry=registry, buckets=_BUCKETS
+        )
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        method = str(handler_call_details.method)
+        metadata = dict(handler_call_details.invocation_metadata or ())
+        service, _, name = method.removeprefix("/").rpartition("/")
+        kind = {
+            (False, False): "unary",
+            (True, False): "client_stream",
+            (False, True): "server_stream",
+            (True, True): "bidi_stream",
+        }[(handler.request_streaming, handler.response_streaming)]
+        call = _Call(self, method, metadata, (kind, service, name))
+        if handler.response_streaming:
+            inner: Any = handler.stream_stream if handler.request_streaming else handler.unary_stream
+            make = (
+                grpc.stream_stream_rpc_method_handler
+                if handler.request_streaming
+                else grpc.unary_stream_rpc_method_handler
+            )
+            return make(call.streaming(inner), handler.request_deserializer, handler.response_serializer)
+        inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
+        make = (
+            grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
+        )
+        return make(call.single(inner), handler.request_deserializer, handler.response_serializer)
+
+    def admit(self, method: str, metadata: dict[str, Any]) -> str:
+        """Who calls; UNAUTHENTICATED if tokens are asked for and none is right."""
+        if self._draining() and not method.startswith(OPEN_PREFIXES):
+            raise Fault(errors_pb2.REASON_SHUTTING_DOWN, "the daemon is shutting down", retry_seconds=2.0)
+        if self._tokens is None or method.startswith(OPEN_PREFIXES):
+            return ""
+        given = str(metadata.get("authorization", ""))
+        scheme, _, token = given.partition(" ")
+        if scheme.lower() != "bearer" or not token:
+            raise Fault(
+                errors_pb2.REASON_UNAUTHENTICATED,
+                "no bearer token was given; accepted: metadata 'authorization: Bearer TOKEN'",
+            )
+        name = self._tokens.name_of(token)
+        if name is None:
+            raise Fault(errors_pb2.REASON_UNAUTHENTICATED, "the bearer token is not known here")
+        return name
+
+
+class _Call:
+    """One call on its way through the door."""
+
+    def __init__(self, door: Door, method: str, metadata: dict[str, Any], labels: tuple[str, str, str]) -> None:
+        self._door = door
+        self._method = method
+        self._metadata = metadata
+        self._labels = labels
+
+    def single(self, inner: Callable[..., Any]) -> Callable[[Any, Any], Awaitable[Any]]:
+        """Around a call with one answer."""
+
+        async def run(request: Any, context: Any) -> Any:
+            async with _Passage(self, request, context) as passage:
+                answer = await inner(passage.requests(request), context)
+                passage.count_out(answer)
+                return answer
+
+        return run
+
+    def streaming(self, inner: Callable[..., Any]) -> Callable[[Any, Any], AsyncIterator[Any]]:
+        """Around a call with many answers; also where the servicer writes by itself."""
+
+        async def run(request: Any, context: Any) -> AsyncIterator[Any]:
+            async with _Passage(self, request, context) as passage:
+                answers = inner(passage.requests(request), context)
+                if hasattr(answers, "__aiter__"):
+                    try:
+                        async for answer in answers:
+                            passage.count_out(answer)
+                            yield answer
+                    finally:
+                        if hasattr(answers, "aclose"):
+                            await answers.aclose()
+                else:
+                    await answers
+
+        return run
+
+
+class _Passage:
+    """Measures and maps what happens inside."""
+
+    def __init__(self, call: _Call, request: Any, context: Any) -> None:
+        self._call = call
+        self._door = call._door
+        self._context = context
+        self._begun = time.monotonic()
+        self._request_id = str(getattr(request, "request_id", "") or call._metadata.get("x-request-id", ""))
+        self._scope: Any = None
+
+    def requests(self, request: Any) -> Any:
+        """The request, or the stream of them, counted."""
+        if not hasattr(request, "__aiter__"):
+            self._count_in(request)
+            return request
+
+        async def counted() -> AsyncIterator[Any]:
+            async for message in request:
+                self._count_in(message)
+                yield message
+
+        return counted()
+
+    def _count_in(self, message: Any) -> None:
+        self._door._received.labels(*self._call._labels).inc()
+        self._door._bytes_in.labels(*self._call._labels).inc(message.ByteSize())
+
+    def count_out(self, message: Any) -> None:
+        self._door._sent.labels(*self._call._labels).inc()
+        self._door._bytes_out.labels(*self._call._labels).inc(message.ByteSize())
+
+    async def __aenter__(self) -> _Passage:
+        self._door._started.labels(*self._call._labels).inc()
+        try:
+            caller = self._door.admit(self._call._method, self._call._metadata)
+        except Fault as fault:
+            await self._end(fault)
+            raise
+        self._scope = telemetry.context(rpc=self._call._method, request_id=self._request_id, caller=caller)
+        self._scope.__enter__()
+        return self
+
+    async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        try:
+            await self._end(error)
+        finally:
+            self._scope.__exit__(None, None, None)
+
+    async def _end(self, error: BaseException | None) -> None:
+        code = "OK"
+        status = None
+        if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
+            code = "CANCELLED"
+        elif isinstance(error, grpc.aio.AbortError):
+            code = (
+                _CODES[self._context.code() or 2].name
+                if isinstance(self._context.code(), int)
+                else str(self._context.code())
+            )
+        elif error is not None:
+            status = to_status(fault_of(error))
+            code = code_pb2.Code.Name(status.code)
+        self._door._handled.labels(*self._call._labels, code).inc()
+        self._door._seconds.labels(*self._call._labels).observe(time.monotonic() - self._begun)
+        if status is not None:
+            log.info("%s answered %s: %s", self._call._method, code, status.message)
+            await abort(self._context, status)
