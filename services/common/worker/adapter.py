@@ -1,0 +1,159 @@
+"""Adapters as files: written canonically, read strictly.
+
+Law of this room: what is sealed here loads in plain peft and in the engine. The
+configuration is rewritten so that equal adapters have equal bytes (peft writes
+a set's order and the model's path); tensors must fit the base key by key.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+
+import torch
+from safetensors.torch import load_file, save_file
+from services.common.errors import rejected
+from services.common.safetensors_header import TensorInfo, read_header
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
+# What would change the meaning of the tensors; anything but these values is refused.
+_PLAIN = {
+    "use_dora": False, "use_rslora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {},
+    "alpha_pattern": {}, "fan_in_fan_out": False, "lora_bias": False, "layers_to_transform": None,
+    "layer_replication": None, "trainable_token_indices": None, "target_parameters": None, "use_qalora": False,
+    "exclude_modules": None, "alora_invocation_tokens": None,
+}  # fmt: skip
+
+
+def canonical_config(rank: int, alpha: float, dropout: float, target_modules: list[str]) -> bytes:
+    """adapter_config.json of a plain LoRA adapter, the same bytes for the same adapter."""
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "",
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_dropout": dropout,
+        "target_modules": sorted(target_modules),
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "init_lora_weights": True,
+    }
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+
+
+def lora_tensors(model) -> dict[str, torch.Tensor]:
+    """The adapter's tensors of a peft model under the names that peft saves them by, fp32, on the CPU."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name or ".lora_B." in name:
+            key = name.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.")
+            found[key] = parameter.detach().to("cpu", torch.float32).contiguous()
+    return dict(sorted(found.items()))
+
+
+def save_adapter(model, folder: pathlib.Path) -> None:
+    """Writes a peft model's adapter into a folder, canonically."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = model.peft_config["default"]
+    save_tensors(
+        folder, lora_tensors(model), config.r, config.lora_alpha, config.lora_dropout, list(config.target_modules)
+    )
+
+
+def save_tensors(
+    folder: pathlib.Path, tensors: dict[str, torch.Tensor], rank: int, alpha: float, dropout: float, targets: list[str]
+) -> None:
+    """Writes an adapter from its parts; `targets` are reduced to the short names that occur in the tensors."""
+    short = sorted({match["module"].rsplit(".", 1)[1] for match in map(_KEY.fullmatch, tensors) if match})
+    save_file(dict(sorted(tensors.items())), folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_bytes(canonical_config(rank, alpha, dropout, short or sorted(targets)))
+
+
+def read_config(folder: pathlib.Path) -> dict:
+    """adapter_config.json of a folder; REJECTED if it is not a plain LoRA's."""
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+    except FileNotFoundError:
+        raise rejected(CONFIG, "is missing") from None
+    except (ValueError, RecursionError):
+        raise rejected(CONFIG, "is not JSON") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise rejected(
+            CONFIG, f"peft_type is {config.get('peft_type') if isinstance(config, dict) else None!r}; accepted: 'LORA'"
+        )
+    for key, plain in _PLAIN.items():
+        if config.get(key, plain) not in (plain, None, [], {}, False):
+            raise rejected(CONFIG, f"{key} is {config[key]!r}; accepted: {plain!r}")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or not 1 <= rank <= 512:
+        raise rejected(CONFIG, f"r is {rank!r}; accepted: 1 to 512")
+    if not isinstance(alpha, (int, float)) or not alpha > 0:
+        raise rejected(CONFIG, f"lora_alpha is {alpha!r}; accepted: a number above 0")
+    return config
+
+
+def check_adapter(folder: pathlib.Path, base: dict[str, TensorInfo]) -> dict:
+    """The configuration of an adapter whose every tensor fits the base; else REJECTED naming the first that does not.
+
+    `base` are the headers of the base's files. Says nothing of values: see `is_effectless`.
+    """
+    config = read_config(folder)
+    extra = sorted(p.name for p in folder.iterdir() if p.name not in (CONFIG, WEIGHTS))
+    if extra:
+        raise rejected(extra[0][:80], f"is no file of an adapter; accepted: {CONFIG}, {WEIGHTS}")
+    if not (folder / WEIGHTS).exists():
+        raise rejected(WEIGHTS, "is missing")
+    tensors = read_header(folder / WEIGHTS)
+    if not tensors:
+        raise rejected(WEIGHTS, "holds no tensors")
+    rank = config["r"]
+    parts: dict[str, set[str]] = {}
+    for name, info in tensors.items():
+        match = _KEY.fullmatch(name)
+        weight = base.get(f"{match['module']}.weight") if match else None
+        if match is None or weight is None or len(weight.shape) != 2:
+            raise rejected(WEIGHTS, f"tensor {name[:120]!r} belongs to no linear module of the base")
+        out_features, in_features = weight.shape
+        expected = (rank, in_features) if match["part"] == "A" else (out_features, rank)
+        if info.shape != expected:
+            raise rejected(WEIGHTS, f"tensor {name!r} has shape {info.shape}; the base and r={rank} need {expected}")
+        if info.dtype not in ("F32", "F16", "BF16"):
+            raise rejected(WEIGHTS, f"tensor {name!r} has type {info.dtype}; accepted: F32, F16, BF16")
+        parts.setdefault(match["module"], set()).add(match["part"])
+    for module, have in sorted(parts.items()):
+        if have != {"A", "B"}:
+            missing = "lora_B" if "A" in have else "lora_A"
+            raise rejected(WEIGHTS, f"tensor '{_PREFIX}{module}.{missing}.weight' is missing")
+    return config
+
+
+def module_names(tensors) -> list[str]:
+    """Full names of the modules that the tensors change, as the base calls them."""
+    return sorted({match["module"] for match in map(_KEY.fullmatch, tensors) if match})
+
+
+def read_tensors(folder: pathlib.Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checked adapter."""
+    return load_file(folder / WEIGHTS, device="cpu")
+
+
+def first_fault(tensors: dict[str, torch.Tensor]) -> str:
+    """Why the values cannot be used: not finite, or without any effect; empty if they can."""
+    for name, tensor in sorted(tensors.items()):
+        if not torch.isfinite(tensor).all():
+            return f"tensor {name!r} holds values that are not finite"
+    effect = any(
+        bool(tensor.any()) and bool(tensors[name.replace(".lora_B.", ".lora_A.")].any())
+        for name, tensor in tensors.items()
+        if ".lora_B." in name
+    )
+    return "" if effect else "has no effect: every lora_B or its lora_A is zero"
