@@ -13,6 +13,7 @@ import re
 
 import torch
 from safetensors.torch import load_file, save_file
+
 from services.common.errors import rejected
 from services.common.safetensors_header import TensorInfo, read_header
 
