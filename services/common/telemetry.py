@@ -41,7 +41,9 @@ def context(**fields: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _context.reset(token)
+        # A stream that its client dropped is closed by the event loop in another context, which ends with it.
+        with contextlib.suppress(ValueError):
+            _context.reset(token)
 
 
 class JsonFormatter(logging.Formatter):
