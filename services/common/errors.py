@@ -17,6 +17,10 @@ from qlorad.v1 import errors_pb2
 
 DOMAIN = "qlorad"
 
+MAX_MESSAGE_BYTES = 1000
+MAX_DETAILS_BYTES = 2600
+"""A stock client refuses trailing metadata above 8 KiB, and the message counts up to four times in it."""
+
 Reason = errors_pb2.Reason
 
 _CODES: Mapping[int, int] = {
@@ -169,27 +173,43 @@ def device_busy(device: str, owner: str, owner_bytes: int, retry_seconds: float 
     )
 
 
+def _fit(text: str, limit: int) -> str:
+    """The text as UTF-8 can carry it, cut to so many bytes."""
+    data = text.encode("utf-8", "replace")
+    return data.decode() if len(data) <= limit else data[: limit - 3].decode("utf-8", "ignore") + "…"
+
+
 def to_status(fault: Fault) -> status_pb2.Status:
     """The fault as google.rpc.Status, every detail packed."""
-    status = status_pb2.Status(code=_CODES[fault.reason], message=fault.message)
+    status = status_pb2.Status(code=_CODES[fault.reason], message=_fit(fault.message, MAX_MESSAGE_BYTES))
     name = Reason.Name(fault.reason).removeprefix("REASON_")
-    info = error_details_pb2.ErrorInfo(reason=name, domain=DOMAIN, metadata=dict(fault.metadata))
+    told = {k: _fit(v, 200) for k, v in fault.metadata.items()}
+    info = error_details_pb2.ErrorInfo(reason=name, domain=DOMAIN, metadata=told)
     status.details.add().Pack(info)
     if fault.violations:
         bad = error_details_pb2.BadRequest()
-        for v in fault.violations:
-            bad.field_violations.add(field=v.field, description=f"got {v.given}; accepted: {v.accepted}")
+        for number, v in enumerate(fault.violations):
+            if bad.ByteSize() > MAX_DETAILS_BYTES:
+                rest = len(fault.violations) - number
+                bad.field_violations.add(field="…", description=f"and {rest} more; mend these first")
+                break
+            text = _fit(f"got {v.given}; accepted: {v.accepted}", 400)
+            bad.field_violations.add(field=_fit(v.field, 120), description=text)
         status.details.add().Pack(bad)
     if fault.resource:
         kind = fault.resource.split("/", 1)[0]
         status.details.add().Pack(
-            error_details_pb2.ResourceInfo(resource_type=kind, resource_name=fault.resource, description=fault.message)
+            error_details_pb2.ResourceInfo(resource_type=_fit(kind, 80), resource_name=_fit(fault.resource, 300))
         )
     if fault.blockers:
         failure = error_details_pb2.PreconditionFailure()
         kind = Reason.Name(fault.reason).removeprefix("REASON_")
-        for subject, why in fault.blockers:
-            failure.violations.add(type=kind, subject=subject, description=why)
+        for number, (subject, why) in enumerate(fault.blockers):
+            if failure.ByteSize() > MAX_DETAILS_BYTES:
+                rest = len(fault.blockers) - number
+                failure.violations.add(type=kind, subject="…", description=f"and {rest} more")
+                break
+            failure.violations.add(type=kind, subject=_fit(subject, 120), description=_fit(why, 400))
         status.details.add().Pack(failure)
     if fault.retry_seconds > 0:
         delay = duration_pb2.Duration()

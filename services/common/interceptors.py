@@ -8,26 +8,29 @@ inside story.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import hashlib
 import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 import grpc
 import grpc.aio
-from google.rpc import code_pb2, status_pb2
+from google.rpc import status_pb2
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from qlorad.v1 import errors_pb2
 from services.common import telemetry
-from services.common.errors import Fault, disk_full, to_status
+from services.common.errors import Fault, disk_full, show, to_status
 
 log = logging.getLogger("qlorad.rpc")
 
 OPEN_PREFIXES = ("/grpc.health.v1.Health/",)
+STANDING_PREFIXES = ("/grpc.health.v1.Health/Watch", "/grpc.reflection.")
+"""Streams that end only when told; they must not hold up a drain."""
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 600, 3600)
 
@@ -75,6 +78,10 @@ def fault_of(error: BaseException) -> Fault:
     return Fault(errors_pb2.REASON_INTERNAL, message, metadata={"log_id": ident})
 
 
+def _shutting_down() -> Fault:
+    return Fault(errors_pb2.REASON_SHUTTING_DOWN, "the daemon is shutting down", retry_seconds=2.0)
+
+
 async def abort(context: Any, status: status_pb2.Status) -> None:
     """Ends the call with a rich status."""
     details = (("grpc-status-details-bin", status.SerializeToString()),)
@@ -87,6 +94,7 @@ class Door(grpc.aio.ServerInterceptor):
     def __init__(self, registry: CollectorRegistry, tokens: Tokens | None, draining: Callable[[], bool]) -> None:
         self._tokens = tokens
         self._draining = draining
+        self._standing: set[asyncio.Task[Any]] = set()
         labels = ("grpc_type", "grpc_service", "grpc_method")
         self._started = Counter("grpc_server_started", "Calls begun.", labels, registry=registry)
         self._handled = Counter("grpc_server_handled", "Calls ended.", (*labels, "grpc_code"), registry=registry)
@@ -103,37 +111,24 @@ class Door(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        handler = await continuation(handler_call_details)
-        if handler is None:
-            return None
+        handler: Any = await continuation(handler_call_details)
         method = str(handler_call_details.method)
         metadata = dict(handler_call_details.invocation_metadata or ())
+        if handler is None:  # one label for all of them: strangers must not make series
+            call = _Call(self, method, metadata, ("unary", "unknown", "unknown"))
+            return grpc.stream_stream_rpc_method_handler(call.absent)
         service, _, name = method.removeprefix("/").rpartition("/")
-        kind = {
-            (False, False): "unary",
-            (True, False): "client_stream",
-            (False, True): "server_stream",
-            (True, True): "bidi_stream",
-        }[(handler.request_streaming, handler.response_streaming)]
+        shape = (bool(handler.request_streaming), bool(handler.response_streaming))
+        kind, attribute, make, many = _SHAPES[shape]
         call = _Call(self, method, metadata, (kind, service, name))
-        if handler.response_streaming:
-            inner: Any = handler.stream_stream if handler.request_streaming else handler.unary_stream
-            make = (
-                grpc.stream_stream_rpc_method_handler
-                if handler.request_streaming
-                else grpc.unary_stream_rpc_method_handler
-            )
-            return make(call.streaming(inner), handler.request_deserializer, handler.response_serializer)
-        inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
-        make = (
-            grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
-        )
-        return make(call.single(inner), handler.request_deserializer, handler.response_serializer)
+        inner = getattr(handler, attribute)
+        wrapped = call.streaming(inner) if many else call.single(inner)
+        return make(wrapped, handler.request_deserializer, handler.response_serializer)
 
     def admit(self, method: str, metadata: dict[str, Any]) -> str:
         """Who calls; UNAUTHENTICATED if tokens are asked for and none is right."""
         if self._draining() and not method.startswith(OPEN_PREFIXES):
-            raise Fault(errors_pb2.REASON_SHUTTING_DOWN, "the daemon is shutting down", retry_seconds=2.0)
+            raise _shutting_down()
         if self._tokens is None or method.startswith(OPEN_PREFIXES):
             return ""
         given = str(metadata.get("authorization", ""))
@@ -147,6 +142,19 @@ class Door(grpc.aio.ServerInterceptor):
         if name is None:
             raise Fault(errors_pb2.REASON_UNAUTHENTICATED, "the bearer token is not known here")
         return name
+
+    def end_standing(self) -> None:
+        """Ends health watches and reflection streams, which would stay open for ever."""
+        for task in self._standing:
+            task.cancel()
+
+
+_SHAPES: Mapping[tuple[bool, bool], tuple[str, str, Callable[..., Any], bool]] = {
+    (False, False): ("unary", "unary_unary", grpc.unary_unary_rpc_method_handler, False),
+    (True, False): ("client_stream", "stream_unary", grpc.stream_unary_rpc_method_handler, False),
+    (False, True): ("server_stream", "unary_stream", grpc.unary_stream_rpc_method_handler, True),
+    (True, True): ("bidi_stream", "stream_stream", grpc.stream_stream_rpc_method_handler, True),
+}
 
 
 class _Call:
@@ -169,24 +177,31 @@ class _Call:
 
         return run
 
-    def streaming(self, inner: Callable[..., Any]) -> Callable[[Any, Any], AsyncIterator[Any]]:
-        """Around a call with many answers; also where the servicer writes by itself."""
+    def streaming(self, inner: Callable[..., Any]) -> Callable[[Any, Any], Awaitable[None]]:
+        """Around a call with many answers; also where the servicer writes by itself.
 
-        async def run(request: Any, context: Any) -> AsyncIterator[Any]:
+        Writes the answers itself instead of being a generator: so a caller who
+        goes away ends the servicer's `finally` here and now, not when garbage
+        is collected.
+        """
+
+        async def run(request: Any, context: Any) -> None:
             async with _Passage(self, request, context) as passage:
                 answers = inner(passage.requests(request), context)
-                if hasattr(answers, "__aiter__"):
-                    try:
-                        async for answer in answers:
-                            passage.count_out(answer)
-                            yield answer
-                    finally:
-                        if hasattr(answers, "aclose"):
-                            await answers.aclose()
-                else:
+                if not hasattr(answers, "__aiter__"):
                     await answers
+                    return
+                async with contextlib.aclosing(answers):
+                    async for answer in answers:
+                        await context.write(answer)
+                        passage.count_out(answer)
 
         return run
+
+    async def absent(self, request: Any, context: Any) -> None:
+        """Answers a method that nobody serves."""
+        async with _Passage(self, None, context):
+            raise Fault(errors_pb2.REASON_UNIMPLEMENTED, f"{show(self._method)} is not served here")
 
 
 class _Passage:
@@ -197,8 +212,8 @@ class _Passage:
         self._door = call._door
         self._context = context
         self._begun = time.monotonic()
-        self._request_id = str(getattr(request, "request_id", "") or call._metadata.get("x-request-id", ""))
-        self._scope: Any = None
+        self._request_id = str(getattr(request, "request_id", "") or call._metadata.get("x-request-id", ""))[:128]
+        self._scope = contextlib.ExitStack()
 
     def requests(self, request: Any) -> Any:
         """The request, or the stream of them, counted."""
@@ -228,30 +243,30 @@ class _Passage:
         except Fault as fault:
             await self._end(fault)
             raise
-        self._scope = telemetry.context(rpc=self._call._method, request_id=self._request_id, caller=caller)
-        self._scope.__enter__()
+        self._scope.enter_context(telemetry.context(rpc=self._call._method, request_id=self._request_id, caller=caller))
+        task = asyncio.current_task()
+        if task is not None and self._call._method.startswith(STANDING_PREFIXES):
+            self._door._standing.add(task)
+            self._scope.callback(self._door._standing.discard, task)
         return self
 
     async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        try:
+        with self._scope:
             await self._end(error)
-        finally:
-            self._scope.__exit__(None, None, None)
 
     async def _end(self, error: BaseException | None) -> None:
-        code = "OK"
         status = None
-        if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
-            code = "CANCELLED"
-        elif isinstance(error, grpc.aio.AbortError):
-            code = (
-                _CODES[self._context.code() or 2].name
-                if isinstance(self._context.code(), int)
-                else str(self._context.code())
-            )
-        elif error is not None:
+        if isinstance(error, asyncio.CancelledError) and asyncio.current_task() in self._door._standing:
+            error = _shutting_down() if self._door._draining() else error
+        if isinstance(error, asyncio.CancelledError):
+            # A caller leaves by itself when its deadline comes, a moment before ours does.
+            left = self._context.time_remaining()
+            code = "CANCELLED" if left is None or left > 0.1 else "DEADLINE_EXCEEDED"
+        elif error is None or isinstance(error, grpc.aio.AbortError):
+            code = _CODES[int(self._context.code() or 0)].name
+        else:
             status = to_status(fault_of(error))
-            code = code_pb2.Code.Name(status.code)
+            code = _CODES[status.code].name
         self._door._handled.labels(*self._call._labels, code).inc()
         self._door._seconds.labels(*self._call._labels).observe(time.monotonic() - self._begun)
         if status is not None:

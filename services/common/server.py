@@ -17,7 +17,7 @@ import os
 import pathlib
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -84,9 +84,9 @@ class ServerSettings:
                 faults.append(f"{flag}: got {value!r}; accepted: {e}")
                 continue
             secured = bool(self.tls_cert) and bool(self.tokens_file or self.tls_client_ca)
-            if flag == "--listen" and not is_loopback(host) and not secured:
+            if not is_loopback(host) and not secured:
                 faults.append(
-                    f"--listen: got {value!r}; accepted: a loopback address, or any address together with "
+                    f"{flag}: got {value!r}; accepted: a loopback address, or any address together with "
                     "--tls-cert, --tls-key and one of --tokens-file or --tls-client-ca"
                 )
         if faults:
@@ -104,7 +104,7 @@ class ServerSettings:
 def split_address(address: str) -> tuple[str, int]:
     """HOST:PORT or [V6]:PORT as its parts."""
     host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdigit() or int(port) > 65535:
+    if not colon or not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
         raise ValueError("HOST:PORT with a port from 0 to 65535")
     return host.strip("[]"), int(port)
 
@@ -185,10 +185,14 @@ def _credentials(s: ServerSettings) -> grpc.ServerCredentials:
 
 
 @contextlib.contextmanager
-def _only_one(s: ServerSettings, name: str) -> Any:
+def _only_one(s: ServerSettings, name: str) -> Iterator[None]:
     """One daemon of a name in a home."""
-    s.state.mkdir(parents=True, exist_ok=True)
-    fd = os.open(s.state / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        s.state.mkdir(parents=True, exist_ok=True)
+        fd = os.open(s.state / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as e:
+        why = f"--home: {s.home} cannot be used: {e.strerror}; accepted: a folder that can be written"
+        raise ConfigError([why]) from None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -237,8 +241,9 @@ async def serve(app: App) -> None:
     for sig in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(sig, ending.set)
     tokens = _tokens(s)
+    door = Door(app.registry, tokens, ending.is_set)
     server = grpc.aio.server(
-        interceptors=[Door(app.registry, tokens, ending.is_set)],
+        interceptors=[door],
         options=[
             ("grpc.max_receive_message_length", s.max_message_bytes),
             ("grpc.max_send_message_length", s.max_message_bytes),
@@ -255,29 +260,54 @@ async def serve(app: App) -> None:
     for _, add in app.services:
         add(server)
     _reflect(server, names)
+    bound = _bind(server, s, listen)
     try:
-        bound = server.add_secure_port(listen, _credentials(s)) if s.tls_cert else server.add_insecure_port(listen)
-    except RuntimeError:
-        raise ConfigError([f"--listen: {listen} cannot be bound; accepted: a free address of this host"]) from None
-    try:
-        metrics_bound, stop_metrics = telemetry.serve_metrics(app.registry, metrics_host, metrics_port)
+        metrics_bound = telemetry.serve_metrics(app.registry, metrics_host, metrics_port)
     except OSError as e:
         raise ConfigError([f"--metrics-listen: {metrics_host}:{metrics_port} cannot be bound: {e.strerror}"]) from None
-    await state.set(False)
-    await server.start()
-    await app.start(state)
-    await state.set(True)
-    told = _tell(app, host, bound, f"{metrics_host}:{metrics_bound}")
-    log.info("qlorad-%s serves on %s:%d, metrics on %s:%d", app.name, host, bound, metrics_host, metrics_bound)
-    await ending.wait()
-    log.info("draining for at most %.0f s", s.drain_seconds)
-    await state.set(False)
-    app.drain()
-    await server.stop(s.drain_seconds)
-    await app.stop()
-    told.unlink(missing_ok=True)
-    stop_metrics()
+    async with contextlib.AsyncExitStack() as closing:
+        await state.set(False)
+        await server.start()
+        closing.push_async_callback(server.stop, 0)
+        await app.start(state)
+        await state.set(True)
+        told = _tell(app, host, bound, f"{metrics_host}:{metrics_bound}")
+        log.info("qlorad-%s serves on %s:%d, metrics on %s:%d", app.name, host, bound, metrics_host, metrics_bound)
+        await ending.wait()
+        log.info("draining for at most %.0f s", s.drain_seconds)
+        await state.set(False)
+        app.drain()
+        stopping = asyncio.create_task(server.stop(s.drain_seconds))
+        await asyncio.sleep(0)  # lets health watchers hear of it before their streams end
+        door.end_standing()
+        await stopping
+        await app.stop()
+        told.unlink(missing_ok=True)
     log.info("qlorad-%s ended", app.name)
+
+
+def _bind(server: grpc.aio.Server, s: ServerSettings, listen: str) -> int:
+    """The bound port, or a ConfigError that names the flag."""
+    if s.tls_cert:
+        try:
+            credentials = _credentials(s)
+            _prove(s)
+        except (OSError, ValueError) as e:
+            raise ConfigError([f"--tls-cert, --tls-key, --tls-client-ca: {e}; accepted: matching PEM files"]) from None
+    try:
+        return server.add_secure_port(listen, credentials) if s.tls_cert else server.add_insecure_port(listen)
+    except RuntimeError:
+        raise ConfigError([f"--listen: {listen} cannot be bound; accepted: a free address of this host"]) from None
+
+
+def _prove(s: ServerSettings) -> None:
+    """Loads the files as OpenSSL would, since grpc says only that binding failed."""
+    import ssl
+
+    trial = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trial.load_cert_chain(s.tls_cert, s.tls_key)
+    if s.tls_client_ca:
+        trial.load_verify_locations(s.tls_client_ca)
 
 
 def _reflect(server: grpc.aio.Server, names: Sequence[str]) -> None:

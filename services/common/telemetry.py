@@ -25,7 +25,7 @@ from prometheus_client.registry import Collector
 _context: contextvars.ContextVar[tuple[tuple[str, str], ...]] = contextvars.ContextVar("log_context", default=())
 
 _SECRET = re.compile(
-    r"(?i)(bearer\s+)[A-Za-z0-9._~+/=-]+|(qlt_)[A-Za-z0-9_-]{8,}|(hf_)[A-Za-z0-9]{8,}|((?:token|password|secret|authorization)[\"']?\s*[:=]\s*[\"']?)[^\s\"',}]+"
+    r"(?i)(bearer\s+)[A-Za-z0-9._~+/=-]+|(qlt_)[A-Za-z0-9_-]{8,}|(hf_)[A-Za-z0-9]{8,}|((?:token|password|secret|authorization)[\"']?\s*[:=]\s*[\"']?)(?:bearer\s+)?[^\s\"',}]+"
 )
 
 
@@ -41,9 +41,7 @@ def context(**fields: str) -> Iterator[None]:
     try:
         yield
     finally:
-        # A stream that its client dropped is closed by the event loop in another context, which ends with it.
-        with contextlib.suppress(ValueError):
-            _context.reset(token)
+        _context.reset(token)
 
 
 class JsonFormatter(logging.Formatter):
@@ -56,8 +54,8 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": redact(record.getMessage()),
         }
-        line.update((k, v) for k, v in _context.get() if v)
-        line.update(getattr(record, "fields", {}))
+        line.update((k, redact(v)) for k, v in _context.get() if v)
+        line.update((k, redact(v) if isinstance(v, str) else v) for k, v in getattr(record, "fields", {}).items())
         if record.exc_info:
             line["exception"] = redact(self.formatException(record.exc_info))
         return json.dumps(line, ensure_ascii=False, default=str)
@@ -102,13 +100,7 @@ class Live(Collector):
             yield family
 
 
-def serve_metrics(registry: CollectorRegistry, host: str, port: int) -> tuple[int, Callable[[], None]]:
-    """Serves /metrics on a thread; returns the bound port and how to stop."""
-    server, thread = start_http_server(port, host, registry)
-
-    def stop() -> None:
-        server.shutdown()
-        server.server_close()
-        thread.join(5)
-
-    return server.server_port, stop
+def serve_metrics(registry: CollectorRegistry, host: str, port: int) -> int:
+    """Serves /metrics on a daemon thread until the process ends; returns the bound port."""
+    server, _ = start_http_server(port, host, registry)
+    return server.server_port
