@@ -14,7 +14,7 @@ from typing import Any
 from google.protobuf import json_format, struct_pb2
 
 from qlorad.v1 import artifacts_pb2
-from services.common.errors import corrupt
+from services.common.errors import corrupt, show
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -47,6 +47,8 @@ def list_payload(folder: pathlib.Path) -> list[artifacts_pb2.FileEntry]:
     for path in sorted(folder.rglob("*"), key=lambda p: p.relative_to(folder).as_posix()):
         if path.is_symlink() or not (path.is_dir() or path.is_file()):
             raise corrupt(path.name, "is a link or a special file; only plain files are sealed")
+        if not path.name.isprintable():
+            raise corrupt(show(path.name), "has a name that cannot be printed; a manifest line must be one line")
         if path.is_file():
             entries.append(
                 artifacts_pb2.FileEntry(

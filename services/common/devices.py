@@ -79,15 +79,28 @@ def acquire(folder: pathlib.Path, device: str, owner: str, owner_bytes: int = 0)
     folder.mkdir(parents=True, exist_ok=True)
     path = _path(folder, device)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not _lock(fd):
         told = _read(fd)
         os.close(fd)
-        raise device_busy(device, *told) from None
+        raise device_busy(device, *told)
     lease = Lease(device, path, fd)
     lease.describe(owner, owner_bytes)
     return lease
+
+
+def _lock(fd: int) -> bool:
+    """Locks, unless a user of the device holds it. Those who only look (`holder`) share it for a moment."""
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            pass
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)  # only a user of the device stands against this
+            fcntl.flock(fd, fcntl.LOCK_UN)
+        except BlockingIOError:
+            return False
 
 
 def try_acquire(folder: pathlib.Path, device: str, owner: str, owner_bytes: int = 0) -> Lease | tuple[str, int]:

@@ -14,7 +14,7 @@ from typing import Final
 from services.common.errors import Violation, invalid, show
 
 ALIAS: Final = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
-ALIAS_RULE: Final = "1 to 63 of [a-z0-9._-], begun and ended by a letter or digit, without '..'"
+ALIAS_RULE: Final = "1 to 63 of [a-z0-9._-], begun and ended by a letter or digit, without '..'; not 'base'"
 JOB: Final = re.compile(r"[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?")
 JOB_RULE: Final = "1 to 63 of [a-z0-9-], begun by a letter, ended by a letter or digit"
 DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
@@ -92,7 +92,7 @@ def page_token(position: str) -> str:
 def page_position(token: str) -> str:
     """The position inside a token, or INVALID_ARGUMENT."""
     try:
-        return base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)).decode()
+        return base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True).decode()
     except (binascii.Error, UnicodeDecodeError, ValueError):
         raise invalid([Violation("page_token", show(token), "the next_page_token of the page before")]) from None
 

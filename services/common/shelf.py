@@ -18,6 +18,7 @@ import datetime
 import errno
 import fcntl
 import json
+import logging
 import os
 import pathlib
 import secrets
@@ -31,6 +32,8 @@ from google.protobuf import json_format
 from qlorad.v1 import artifacts_pb2, errors_pb2
 from services.common import artifacts, names
 from services.common.errors import Fault, Violation, corrupt, disk_full, in_use, invalid, not_found, show
+
+log = logging.getLogger("qlorad.store")
 
 Kind = artifacts_pb2.ArtifactKind
 
@@ -201,10 +204,16 @@ class Shelf:
         return sealed
 
     def every(self, kind: artifacts_pb2.ArtifactKind.ValueType) -> list[Sealed]:
-        """Every artifact of a kind, newest first."""
+        """Every artifact of a kind, newest first. A corrupt one is logged and left out; `open` names it."""
         found = []
         for path in (self.root / artifacts.FOLDERS[kind]).glob("*/" + artifacts.MANIFEST):
-            manifest = artifacts.read_manifest(path)
+            try:
+                manifest = artifacts.read_manifest(path)
+            except FileNotFoundError:
+                continue  # removed meanwhile
+            except Fault as fault:
+                log.error("left out of a list: %s", fault)
+                continue
             if manifest.kind == kind:
                 found.append(Sealed(manifest, path.parent))
         return sorted(found, key=lambda s: (-s.manifest.create_time.ToNanoseconds(), s.digest))
@@ -227,14 +236,21 @@ class Shelf:
         except FileNotFoundError:
             return None
         alias = artifacts_pb2.Alias()
-        json_format.Parse(data, alias)
+        try:
+            json_format.Parse(data, alias)
+        except (json_format.ParseError, UnicodeDecodeError) as e:
+            raise corrupt(f"{collection}/{name}", f"alias cannot be read: {e}") from None
         return alias
 
     def set_alias(
         self, collection: str, name: str, digest: str, expected_generation: int | None = None
     ) -> artifacts_pb2.Alias:
         """Makes or moves an alias; ABORTED if its generation is not the expected one (0 = absent)."""
+        if not names.is_alias(name):
+            raise invalid([Violation("alias", show(name), names.ALIAS_RULE)])
         with self._alias_lock(collection):
+            if not (self.root / collection / names.hex_of(digest)).is_dir():
+                raise not_found(f"{collection}/{digest}")
             now = self.alias(collection, name)
             generation = now.generation if now else 0
             if expected_generation is not None and generation != expected_generation:
@@ -265,16 +281,33 @@ class Shelf:
     # pins, remove
 
     def pin(self, digest: str, holder: str) -> Pin:
-        """Keeps an artifact from removal for as long as this process keeps the pin."""
-        folder = self.root / "pins" / names.hex_of(digest)
-        folder.mkdir(exist_ok=True)
-        path = folder / f"{holder.replace('/', ':')}.{os.getpid()}.{secrets.token_hex(3)}"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        return Pin(path, fd)
+        """Keeps an artifact from removal for as long as this process keeps the pin. NOT_FOUND if it is gone."""
+        with self._pins_lock(fcntl.LOCK_SH):
+            if not any((self.root / f / names.hex_of(digest)).is_dir() for f in set(artifacts.FOLDERS.values())):
+                raise not_found(digest)
+            folder = self.root / "pins" / names.hex_of(digest)
+            folder.mkdir(exist_ok=True)
+            path = folder / f"{holder.replace('/', ':')}.{os.getpid()}.{secrets.token_hex(3)}"
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            return Pin(path, fd)
+
+    @contextlib.contextmanager
+    def _pins_lock(self, how: int) -> Iterator[None]:
+        """Shared to pin, alone to look and remove: nobody pins between the look and the removal."""
+        fd = os.open(self.root / "pins" / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, how)
+            yield
+        finally:
+            os.close(fd)
 
     def holders(self, digest: str) -> list[str]:
         """Who holds an artifact now; pins of the dead are swept away."""
+        with self._pins_lock(fcntl.LOCK_EX):
+            return self._holders(digest)
+
+    def _holders(self, digest: str) -> list[str]:
         held = []
         for path in sorted((self.root / "pins" / names.hex_of(digest)).glob("*")):
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -293,14 +326,14 @@ class Shelf:
         By digest every alias must be gone already, or the call is refused.
         """
         digest = self.resolve(collection, ident)
-        with self._alias_lock(collection):
+        with self._alias_lock(collection), self._pins_lock(fcntl.LOCK_EX):
             pointing = [a.name for a in self.aliases(collection) if a.digest == digest]
             others = [n for n in pointing if n != f"{collection}/{ident}"]
             by_alias = f"{collection}/{ident}" in pointing
             if not by_alias and others:
                 raise in_use(f"{collection}/{ident}", others)
             last = not others
-            if last and (held := self.holders(digest)):
+            if last and (held := self._holders(digest)):
                 raise in_use(f"{collection}/{ident}", held)
             if by_alias:
                 (self.root / collection / "aliases" / f"{ident}.json").unlink()
@@ -311,7 +344,7 @@ class Shelf:
         folder = self.root / collection / names.hex_of(digest)
         if not folder.exists():
             return 0
-        size = sum(f.size_bytes for f in artifacts.read_manifest(folder / artifacts.MANIFEST).files)
+        size = sum(p.stat().st_size for p in (folder / artifacts.PAYLOAD).rglob("*") if p.is_file())
         grave = self.root / "staging" / secrets.token_hex(8)
         folder.rename(grave)  # gone at once for everyone, then emptied at leisure
         fsync_path(folder.parent)

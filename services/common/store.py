@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from services.common.config import ConfigError
 from services.common.errors import disk_full
 
 T = TypeVar("T")
@@ -26,10 +27,11 @@ def transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
     db.execute("BEGIN IMMEDIATE")
     try:
         yield db
+        db.execute("COMMIT")
     except BaseException:
-        db.execute("ROLLBACK")
+        if db.in_transaction:  # on a full disk SQLite has rolled back by itself
+            db.execute("ROLLBACK")
         raise
-    db.execute("COMMIT")
 
 
 class Store:
@@ -41,7 +43,11 @@ class Store:
 
     @classmethod
     def open(cls, path: pathlib.Path, migrations: Sequence[str]) -> Store:
-        """Opens or makes the file and brings it up to date."""
+        """Opens or makes the file and brings it up to date.
+
+        A migration is statements divided by ";", none of which holds one inside.
+        ConfigError if the file is of a newer qlorad or no database.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"sqlite-{path.stem}")
 
@@ -53,7 +59,8 @@ class Store:
             db.execute("PRAGMA foreign_keys=ON")
             done = int(db.execute("PRAGMA user_version").fetchone()[0])
             if done > len(migrations):
-                raise RuntimeError(f"{path} is of a newer qlorad (format {done}; this one knows {len(migrations)})")
+                db.close()
+                raise ConfigError([f"{path} is of a newer qlorad: format {done}; accepted: up to {len(migrations)}"])
             for number, script in enumerate(migrations[done:], start=done + 1):
                 with transaction(db):
                     for statement in filter(str.strip, script.split(";")):
@@ -61,7 +68,14 @@ class Store:
                     db.execute(f"PRAGMA user_version={number}")
             return db
 
-        return cls(thread.submit(begin).result(), thread)
+        try:
+            return cls(thread.submit(begin).result(), thread)
+        except BaseException as e:
+            thread.shutdown()
+            if isinstance(e, sqlite3.DatabaseError):
+                why = f"{path} cannot be opened: {e}; accepted: a database of qlorad, or no file"
+                raise ConfigError([why]) from None
+            raise
 
     async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Runs `work` in one transaction on the database's thread.

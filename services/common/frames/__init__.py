@@ -13,6 +13,7 @@ import struct
 import zlib
 
 _HEAD = struct.Struct("<II")
+_SEED = 0x716C6F72  # so that zeros, which a power cut may leave at a file's end, are no empty frames
 MAX_FRAME = 64 << 20
 
 
@@ -24,7 +25,7 @@ def pack(body: bytes) -> bytes:
     """The frame around a body."""
     if len(body) > MAX_FRAME:
         raise BadFrame(f"{len(body)} bytes; accepted: at most {MAX_FRAME}")
-    return _HEAD.pack(len(body), zlib.crc32(body)) + body
+    return _HEAD.pack(len(body), zlib.crc32(body, _SEED)) + body
 
 
 def _head(data: bytes) -> tuple[int, int]:
@@ -35,7 +36,7 @@ def _head(data: bytes) -> tuple[int, int]:
 
 
 def _check(body: bytes, crc: int) -> bytes:
-    if zlib.crc32(body) != crc:
+    if zlib.crc32(body, _SEED) != crc:
         raise BadFrame("checksum differs")
     return body
 
