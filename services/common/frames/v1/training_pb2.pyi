@@ -320,10 +320,9 @@ class JobRecord(_message.Message):
     JOB_FIELD_NUMBER: _builtins.int
     MARKS_FIELD_NUMBER: _builtins.int
     LOST_FIELD_NUMBER: _builtins.int
-    NOT_BEFORE_FIELD_NUMBER: _builtins.int
     LEDGER_DIGEST_FIELD_NUMBER: _builtins.int
     lost: _builtins.int
-    """Attempts that lost their worker."""
+    """Attempts lost since the last sealed checkpoint."""
     ledger_digest: _builtins.str
     """Digest of the ledger that is read."""
     @_builtins.property
@@ -334,22 +333,17 @@ class JobRecord(_message.Message):
     def marks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Mark]:
         """Sealed checkpoints, oldest first; gone ones are taken out."""
 
-    @_builtins.property
-    def not_before(self) -> _timestamp_pb2.Timestamp:
-        """Not started again before this time (back-off)."""
-
     def __init__(
         self,
         *,
         job: _trainer_pb2.Job | None = ...,
         marks: _abc.Iterable[Global___Mark] | None = ...,
         lost: _builtins.int = ...,
-        not_before: _timestamp_pb2.Timestamp | None = ...,
         ledger_digest: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "not_before", b"not_before"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "ledger_digest", b"ledger_digest", "lost", b"lost", "marks", b"marks", "not_before", b"not_before"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "ledger_digest", b"ledger_digest", "lost", b"lost", "marks", b"marks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
