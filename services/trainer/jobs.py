@@ -1,0 +1,250 @@
+"""The life of a job: which moves are lawful, what events mean, who is next.
+
+Law of this room: pure. A job is the fold of its events; nothing else changes
+one. Time comes in with the event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from qlorad.v1 import trainer_pb2
+from services.common.frames.v1 import training_pb2
+
+State = trainer_pb2.JobState
+_S = trainer_pb2
+
+LAW: Final[Mapping[int, frozenset[int]]] = {
+    _S.JOB_STATE_QUEUED: frozenset({_S.JOB_STATE_PREPARING, _S.JOB_STATE_CANCELLED}),
+    _S.JOB_STATE_PREPARING: frozenset(
+        {_S.JOB_STATE_RUNNING, _S.JOB_STATE_INTERRUPTED, _S.JOB_STATE_CANCELLING, _S.JOB_STATE_FAILED}
+    ),
+    _S.JOB_STATE_RUNNING: frozenset(
+        {_S.JOB_STATE_PAUSING, _S.JOB_STATE_FINALIZING, _S.JOB_STATE_INTERRUPTED}
+        | {_S.JOB_STATE_CANCELLING, _S.JOB_STATE_FAILED}
+    ),
+    _S.JOB_STATE_PAUSING: frozenset(
+        {_S.JOB_STATE_PAUSED, _S.JOB_STATE_FINALIZING, _S.JOB_STATE_INTERRUPTED}
+        | {_S.JOB_STATE_CANCELLING, _S.JOB_STATE_FAILED}
+    ),
+    _S.JOB_STATE_PAUSED: frozenset({_S.JOB_STATE_QUEUED, _S.JOB_STATE_CANCELLED}),
+    _S.JOB_STATE_INTERRUPTED: frozenset(
+        {_S.JOB_STATE_QUEUED, _S.JOB_STATE_FINALIZING, _S.JOB_STATE_CANCELLING}
+        | {_S.JOB_STATE_CANCELLED, _S.JOB_STATE_FAILED}
+    ),
+    _S.JOB_STATE_CANCELLING: frozenset({_S.JOB_STATE_CANCELLED, _S.JOB_STATE_SUCCEEDED, _S.JOB_STATE_FAILED}),
+    _S.JOB_STATE_FINALIZING: frozenset(
+        {_S.JOB_STATE_SUCCEEDED, _S.JOB_STATE_CANCELLING, _S.JOB_STATE_FAILED, _S.JOB_STATE_INTERRUPTED}
+    ),
+    _S.JOB_STATE_SUCCEEDED: frozenset(),
+    _S.JOB_STATE_FAILED: frozenset(),
+    _S.JOB_STATE_CANCELLED: frozenset(),
+}
+TERMINAL: Final = frozenset(state for state, onward in LAW.items() if not onward)
+WITH_WORKER: Final = frozenset(
+    {_S.JOB_STATE_PREPARING, _S.JOB_STATE_RUNNING, _S.JOB_STATE_PAUSING, _S.JOB_STATE_CANCELLING}
+    | {_S.JOB_STATE_FINALIZING}
+)
+BACKOFF_CAP_SECONDS: Final = 60.0
+
+
+class Unlawful(Exception):
+    """An event that cannot follow: a fault of qlorad, never of a caller."""
+
+
+def word(state: int) -> str:
+    """A state as people read it."""
+    return State.Name(_S.JobState.ValueType(state)).removeprefix("JOB_STATE_")
+
+
+def fold(record: training_pb2.JobRecord, event: trainer_pb2.Event) -> training_pb2.JobRecord:
+    """The job after one more event; Unlawful if the event cannot follow."""
+    after = training_pb2.JobRecord()
+    after.CopyFrom(record)
+    job = after.job
+    if event.sequence != job.last_sequence + 1:
+        raise Unlawful(f"{job.name}: event {event.sequence} after {job.last_sequence}")
+    job.last_sequence = event.sequence
+    match event.WhichOneof("fact"):
+        case "state_changed":
+            _move(after, event)
+        case "attempt_started":
+            started = event.attempt_started
+            job.attempt = started.attempt
+            job.result.steps = started.from_step
+            job.result.tokens = max((m.tokens for m in after.marks if m.step <= started.from_step), default=0)
+        case "planned":
+            job.total_steps = event.planned.total_steps
+            after.ledger_digest = event.planned.ledger.digest
+        case "step":
+            job.metrics.CopyFrom(event.step)
+            job.result.final_loss = event.step.loss
+            job.result.steps = event.step.step
+            job.result.tokens += event.step.tokens
+        case "evaluated":
+            if event.evaluated.step == 0:
+                job.result.eval_loss_before = event.evaluated.loss
+            else:
+                job.result.eval_loss_after = event.evaluated.loss
+        case "checkpoint_sealed":
+            _mark(after, event.checkpoint_sealed)
+        case "adapter_sealed":
+            job.result.adapter_digest = event.adapter_sealed.digest
+            job.result.adapter = event.adapter_sealed.alias
+        case "queue":
+            job.queue.CopyFrom(event.queue)
+        case "fallback" | "log":
+            pass
+        case other:
+            raise Unlawful(f"{job.name}: event {event.sequence} tells nothing that is known: {other}")
+    return after
+
+
+def _move(after: training_pb2.JobRecord, event: trainer_pb2.Event) -> None:
+    job, change = after.job, event.state_changed
+    if change.to != _S.JOB_STATE_QUEUED or event.sequence != 1:
+        if getattr(change, "from") != job.state or change.to not in LAW.get(job.state, frozenset()):
+            raise Unlawful(f"{job.name}: {word(job.state)} cannot become {word(change.to)}")
+    job.state = change.to
+    job.is_terminal = change.to in TERMINAL
+    if change.to != _S.JOB_STATE_QUEUED:
+        job.ClearField("queue")
+    if change.to == _S.JOB_STATE_PREPARING and not job.HasField("start_time"):
+        job.start_time.CopyFrom(event.time)
+    if change.to == _S.JOB_STATE_INTERRUPTED:
+        after.lost += 1
+    if job.is_terminal:
+        job.end_time.CopyFrom(event.time)
+        job.end = change.end
+        if change.HasField("error"):
+            job.error.CopyFrom(change.error)
+
+
+def _mark(after: training_pb2.JobRecord, sealed: trainer_pb2.CheckpointSealed) -> None:
+    job = after.job
+    kept = [m for m in after.marks if m.step < sealed.step]
+    kept.append(training_pb2.Mark(step=sealed.step, digest=sealed.digest, tokens=job.result.tokens))
+    del after.marks[:]
+    after.marks.extend(kept[-max(1, job.spec.train.checkpoints.keep_last) :])
+    after.lost = 0
+    job.result.checkpoint_digest = sealed.digest
+
+
+def moved(
+    record: training_pb2.JobRecord,
+    to: trainer_pb2.JobState.ValueType,
+    message: str = "",
+    end: trainer_pb2.EndReason.ValueType = trainer_pb2.END_REASON_UNSPECIFIED,
+    error: trainer_pb2.JobError | None = None,
+) -> trainer_pb2.Event:
+    """The event of a move from where the job is; number and time are given when it is written."""
+    change = trainer_pb2.StateChanged(to=to, message=message, end=end)
+    setattr(change, "from", record.job.state)
+    if error is not None:
+        change.error.CopyFrom(error)
+    return trainer_pb2.Event(state_changed=change, attempt=record.job.attempt)
+
+
+def events_of(record: training_pb2.JobRecord, fact: training_pb2.Fact) -> list[trainer_pb2.Event]:
+    """What a worker's fact means for the job (a checkpoint means nothing until it is sealed)."""
+    event = trainer_pb2.Event(time=fact.time, attempt=record.job.attempt)
+    match fact.WhichOneof("fact"):
+        case "planned":
+            event.planned.CopyFrom(fact.planned)
+            if record.job.state == _S.JOB_STATE_PREPARING:
+                return [event, _at(fact, moved(record, _S.JOB_STATE_RUNNING))]
+        case "fallback":
+            event.fallback.CopyFrom(fact.fallback)
+        case "step":
+            event.step.CopyFrom(fact.step)
+        case "evaluated":
+            event.evaluated.CopyFrom(fact.evaluated)
+        case "log":
+            event.log.CopyFrom(fact.log)
+        case "finished" if record.job.state == _S.JOB_STATE_RUNNING:
+            return [_at(fact, moved(record, _S.JOB_STATE_FINALIZING))]
+        case _:
+            return []
+    return [event]
+
+
+def _at(fact: training_pb2.Fact, event: trainer_pb2.Event) -> trainer_pb2.Event:
+    event.time.CopyFrom(fact.time)
+    return event
+
+
+def is_outcome(fact: training_pb2.Fact) -> bool:
+    """Whether a fact ends its attempt."""
+    return fact.WhichOneof("fact") in ("finished", "stopped", "failed")
+
+
+def after_lost(record: training_pb2.JobRecord, story: str, log_tail: str) -> list[trainer_pb2.Event]:
+    """What becomes of a job whose worker is gone without an outcome."""
+    job = record.job
+    if job.state == _S.JOB_STATE_CANCELLING:
+        return [moved(record, _S.JOB_STATE_CANCELLED, "the worker was lost; the last sealed checkpoint is kept")]
+    first = moved(record, _S.JOB_STATE_INTERRUPTED, story)
+    second = trainer_pb2.Event(attempt=job.attempt)
+    setattr(second.state_changed, "from", _S.JOB_STATE_INTERRUPTED)
+    if job.attempt < job.spec.train.limits.max_attempts:
+        step = resume_from(record).step
+        second.state_changed.to = _S.JOB_STATE_QUEUED
+        second.state_changed.message = f"goes on from step {step}" if step else "starts anew"
+    else:
+        second.state_changed.to = _S.JOB_STATE_FAILED
+        second.state_changed.message = f"{job.attempt} attempts were lost"
+        second.state_changed.error.CopyFrom(
+            trainer_pb2.JobError(
+                reason="WORKER_LOST", message=f"attempt {job.attempt} of {job.attempt}: {story}", log_tail=log_tail
+            )
+        )
+    return [first, second]
+
+
+def resume_from(record: training_pb2.JobRecord) -> training_pb2.Mark:
+    """The newest sealed checkpoint; an empty mark if there is none."""
+    return record.marks[-1] if record.marks else training_pb2.Mark()
+
+
+def backoff_seconds(lost: int, first: float) -> float:
+    """How long to wait after so many losses in a row."""
+    return 0.0 if lost <= 0 else float(min(BACKOFF_CAP_SECONDS, first * 2 ** min(lost - 1, 30)))
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A queued job as the queue sees it."""
+
+    record: training_pb2.JobRecord
+    not_before: float
+
+
+def in_order(waiting: Iterable[Waiting]) -> list[Waiting]:
+    """The queue: higher priority first, then older first."""
+    return sorted(
+        waiting, key=lambda w: (-w.record.job.priority, w.record.job.create_time.ToNanoseconds(), w.record.job.name)
+    )
+
+
+def next_to_start(queue: Sequence[Waiting], now: float) -> Waiting | None:
+    """The first job that need not wait any longer."""
+    return next((w for w in queue if w.not_before <= now), None)
+
+
+def places(
+    queue: Sequence[Waiting], now: float, busy: tuple[str, int] | None, ours: bool
+) -> list[trainer_pb2.QueuePlace]:
+    """Why each job of the queue waits. `busy` tells the device's holder, `ours` whether that is a job of this queue."""
+    first = next_to_start(queue, now)
+    found = []
+    for position, waiting in enumerate(queue, start=1):
+        place = trainer_pb2.QueuePlace(position=position, reason=trainer_pb2.QUEUE_REASON_POSITION)
+        if waiting.not_before > now:
+            place.reason = trainer_pb2.QUEUE_REASON_BACKOFF
+        elif waiting is first and busy is not None and not ours:
+            place.reason = trainer_pb2.QUEUE_REASON_DEVICE_BUSY
+            place.owner, place.owner_bytes = busy
+        found.append(place)
+    return found

@@ -1,0 +1,66 @@
+"""How an attempt is started: order, arguments, environment, DeepSpeed's configuration.
+
+Law of this room: pure. Everything a worker is told is decided here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qlorad.v1 import trainer_pb2
+from services.common.frames.v1 import training_pb2
+from services.trainer import jobs
+
+SOLO = "services.trainer.worker.train"
+RANKS = "services.trainer.worker.ranks"
+FACTS = "facts"
+ORDER = "order.pb"
+LOG = "log"
+LOCK = "worker.lock"
+CANCEL = "cancel"
+
+
+def order_of(
+    record: training_pb2.JobRecord, store: str, device: str, now_seconds: float
+) -> training_pb2.Order:
+    """What the worker of the job's present attempt is to do."""
+    job = record.job
+    order = training_pb2.Order(
+        job=job.name.removeprefix("jobs/"),
+        attempt=job.attempt,
+        spec=job.spec.train,
+        store=store,
+        device=device,
+        checkpoint_digest=jobs.resume_from(record).digest,
+    )
+    allowed = job.spec.train.limits.max_seconds
+    if allowed:
+        begun = job.start_time.ToNanoseconds() / 1e9
+        order.seconds_left = max(0.0, allowed - max(0.0, now_seconds - begun))
+    return order
+
+
+def module_of(spec: trainer_pb2.TrainSpec) -> str:
+    """Which program runs it."""
+    return RANKS if spec.parallelism.ranks > 1 else SOLO
+
+
+def environ_of(spec: trainer_pb2.TrainSpec, extensions: str) -> dict[str, str]:
+    """What its environment holds beside the daemon's."""
+    threads = str(1 if spec.parallelism.ranks > 1 else spec.threads)
+    environ = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "BITSANDBYTES_NOWELCOME": "1"}
+    if spec.parallelism.ranks > 1:
+        environ |= {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": extensions, "GLOO_SOCKET_IFNAME": "lo"}
+    return environ
+
+
+def deepspeed_of(spec: trainer_pb2.TrainSpec) -> dict[str, Any]:
+    """DeepSpeed's configuration; no "optimizer": torch's AdamW is handed over."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": spec.data.accumulation,
+        "gradient_clipping": spec.optimizer.max_grad_norm,
+        "zero_optimization": {"stage": spec.parallelism.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": True},
+    }
