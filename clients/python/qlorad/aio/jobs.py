@@ -1,0 +1,147 @@
+"""Jobs: make them, follow them over whatever dies, wait for them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+
+from qlorad import errors
+from qlorad._connection import new_request_id
+from qlorad._wire_core import (
+    DEFAULT_PATIENCE_SECONDS,
+    Cursor,
+    Gap,
+    Patience,
+    enum_value,
+    full_name,
+    verdict,
+    worth_repeating,
+)
+from qlorad.aio._wire import Wire, sleep
+from qlorad.v1 import trainer_pb2 as pb
+from qlorad.v1.trainer_pb2_grpc import TrainerServiceAsyncStub, TrainerServiceStub
+
+Reattaching = Callable[[errors.QloradError, float], None]
+"""Told why a watch was cut and in how many seconds it is taken up again."""
+
+
+def _quiet(error: errors.QloradError, seconds: float) -> None:
+    """Says nothing about a cut."""
+
+
+class Jobs:
+    """TrainerService."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+
+    @property
+    def _stub(self) -> TrainerServiceAsyncStub:
+        return TrainerServiceStub(self._wire.channel)
+
+    async def create(
+        self,
+        spec: pb.TrainSpec | pb.JobSpec,
+        *,
+        template: str = "",
+        job_id: str = "",
+        priority: int = 0,
+        labels: Mapping[str, str] | None = None,
+        experiment: str = "",
+        validate_only: bool = False,
+        request_id: str = "",
+    ) -> pb.Job:
+        """Puts a job in the queue; `spec` holds what differs from the template.
+
+        The request_id is kept over repetitions, so one call is one job.
+        """
+        request = pb.CreateJobRequest(
+            request_id=request_id or new_request_id(),
+            job_id=job_id.removeprefix("jobs/"),
+            template=template,
+            spec=spec if isinstance(spec, pb.JobSpec) else pb.JobSpec(train=spec),
+            priority=priority,
+            labels=labels or {},
+            experiment=experiment,
+            validate_only=validate_only,
+        )
+        return (await self._wire.call(self._stub.CreateJob, request)).job
+
+    async def get(self, job: str) -> pb.Job:
+        """One job as it is now."""
+        return (await self._wire.call(self._stub.GetJob, pb.GetJobRequest(name=full_name("jobs", job)))).job
+
+    async def list(self, *, states: Sequence[str | int] = (), experiment: str = "") -> AsyncIterator[pb.Job]:
+        """All jobs (in these states, of this experiment), newest first, page by page."""
+        wanted = [enum_value(pb.JobState, "JOB_STATE_", "states", state) for state in states]
+        token = ""
+        while True:
+            request = pb.ListJobsRequest(page_token=token, states=wanted, experiment=experiment)
+            page = await self._wire.call(self._stub.ListJobs, request)
+            for job in page.jobs:
+                yield job
+            token = page.next_page_token
+            if not token:
+                return
+
+    async def watch(
+        self,
+        job: str,
+        *,
+        after_sequence: int = 0,
+        patience_seconds: float = DEFAULT_PATIENCE_SECONDS,
+        on_reattach: Reattaching = _quiet,
+    ) -> AsyncIterator[pb.Event]:
+        """Every event after a number, in order, once; ends when the job has ended.
+
+        A cut (the daemon restarts, the reader was slow) is mended by attaching
+        again after the last number seen, for as long as patience lasts since the
+        last event. Raises OutOfRange where history before the number is gone.
+        """
+        cursor, patience, name = Cursor(after_sequence), Patience(patience_seconds), full_name("jobs", job)
+        while True:
+            try:
+                request = pb.WatchJobRequest(name=name, after_sequence=cursor.last)
+                async for update in self._wire.stream(self._stub.WatchJob, request):
+                    patience.renew()
+                    event = cursor.take(update)
+                    if event is not None:
+                        yield event
+                if cursor.ended:
+                    return
+                cut = errors.Unavailable(f"{self._wire.target} ended the watch before {name} ended")
+            except Gap:
+                cut = errors.Unavailable(f"{self._wire.target} left out the event after {cursor.last} of {name}")
+            except errors.QloradError as e:
+                if not worth_repeating(e):
+                    raise
+                cut = e  # type: ignore[assignment]
+            seconds = patience.wait(cut)
+            on_reattach(cut, seconds)
+            await sleep(seconds)
+            await self._wire.look_again()
+
+    async def wait(self, job: str, *, check: bool = True, patience_seconds: float = DEFAULT_PATIENCE_SECONDS) -> pb.Job:
+        """The job once it has ended; raises JobFailed unless it SUCCEEDED (or `check` is False)."""
+        now = await self.get(job)
+        if not now.is_terminal:
+            async for _ in self.watch(job, after_sequence=now.last_sequence, patience_seconds=patience_seconds):
+                pass
+            now = await self.get(job)
+        failed = verdict(now)
+        if check and failed is not None:
+            raise failed
+        return now
+
+    async def cancel(self, job: str, *, request_id: str = "") -> pb.Job:
+        """Asks a job to stop and keep its work; returns it as the wish was noted."""
+        request = pb.CancelJobRequest(request_id=request_id or new_request_id(), name=full_name("jobs", job))
+        return (await self._wire.call(self._stub.CancelJob, request)).job
+
+    async def delete(self, job: str, *, request_id: str = "") -> int:
+        """Removes an ended job; returns the bytes freed. Its artifacts stay."""
+        request = pb.DeleteJobRequest(request_id=request_id or new_request_id(), name=full_name("jobs", job))
+        return (await self._wire.call(self._stub.DeleteJob, request)).freed_bytes
+
+    async def templates(self) -> Sequence[pb.JobTemplate]:
+        """The named templates."""
+        return (await self._wire.call(self._stub.ListTemplates, pb.ListTemplatesRequest())).templates

@@ -1,0 +1,225 @@
+"""Datasets: upload files, make datasets of them, read them back.
+
+Made from aio/datasets.py by clients/python/unasync.py; change that file.
+"""
+
+# ruff: noqa: UP028
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+
+from qlorad import errors
+from qlorad._connection import new_request_id
+from qlorad._wire import Wire, in_thread, read_file, sleep
+from qlorad._wire_core import (
+    CHUNK_BYTES,
+    DEFAULT_PATIENCE_SECONDS,
+    Patience,
+    Progress,
+    enum_value,
+    filename_of,
+    full_name,
+    silent,
+    worth_repeating,
+)
+from qlorad.v1 import datasets_pb2 as pb
+from qlorad.v1.datasets_pb2_grpc import DatasetServiceStub
+
+
+class Datasets:
+    """DatasetService."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+
+    @property
+    def _stub(self) -> DatasetServiceStub:
+        return DatasetServiceStub(self._wire.channel)
+
+    def upload(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        progress: Progress = silent,
+        request_id: str = "",
+        patience_seconds: float = DEFAULT_PATIENCE_SECONDS,
+    ) -> pb.Upload:
+        """Sends a file and returns the complete upload.
+
+        Goes on from where it was cut, in this call and in a later one: unless a
+        request_id is given it is made of the file's name and content.
+        """
+        file = pathlib.Path(path)
+        sha256, size = in_thread(lambda: _measure(file))
+        request = pb.StartUploadRequest(
+            request_id=request_id or "upload-" + hashlib.sha256(f"{file.name}\n{sha256}".encode()).hexdigest()[:40],
+            filename=filename_of(file),
+            size_bytes=size,
+            sha256=sha256,
+        )
+        patience = Patience(patience_seconds)
+        while True:
+            try:
+                upload = (self._wire.call(self._stub.StartUpload, request)).upload
+                patience.renew()
+                progress("upload", upload.committed_bytes, size)
+                if upload.complete:
+                    return upload
+                pieces = _pieces(file, upload.name, upload.committed_bytes, size, progress)
+                upload = (self._wire.send(self._stub.WriteUpload, pieces)).upload
+                if upload.complete:
+                    progress("upload", size, size)
+                    return upload
+                raise errors.Unavailable("the upload ended early")
+            except errors.QloradError as e:
+                if not worth_repeating(e) and e.reason != "WRONG_OFFSET":
+                    raise
+                sleep(patience.wait(e))
+                self._wire.look_again()
+
+    def create(
+        self,
+        dataset: str,
+        files: Sequence[str | os.PathLike[str] | pb.Upload],
+        *,
+        format: str | int = 0,
+        validation: float = 0.0,
+        test: float = 0.0,
+        seed: int = 0,
+        on_row_error: str | int = 0,
+        columns: Mapping[str, str] | None = None,
+        move_alias: bool = False,
+        keep_duplicates: bool = False,
+        progress: Progress = silent,
+        request_id: str = "",
+        patience_seconds: float = DEFAULT_PATIENCE_SECONDS,
+    ) -> pb.Dataset:
+        """Makes the dataset `dataset` of files (uploaded first) or of complete uploads.
+
+        `validation` and `test` are the shares set aside with `seed`.
+        """
+        uploads: list[str] = []
+        request = pb.CreateDatasetRequest(
+            request_id=request_id or new_request_id(),
+            dataset_id=dataset.removeprefix("datasets/"),
+            format=enum_value(pb.RowFormat, "ROW_FORMAT_", "format", format),
+            on_row_error=enum_value(pb.OnRowError, "ON_ROW_ERROR_", "on_row_error", on_row_error),
+            columns=columns or {},
+            move_alias=move_alias,
+            keep_duplicates=keep_duplicates,
+        )
+        if validation or test:
+            request.split.CopyFrom(pb.Split(validation_fraction=validation, test_fraction=test, seed=seed))
+        for file in files:
+            sent = file if isinstance(file, pb.Upload) else self.upload(file, progress=progress)
+            uploads.append(sent.name)
+        request.uploads.extend(uploads)
+        last = self._wire.work(lambda: self._stub.CreateDataset, request, progress, patience_seconds)
+        return last.dataset
+
+    def get(self, dataset: str) -> pb.Dataset:
+        """One dataset by alias or digest."""
+        request = pb.GetDatasetRequest(name=full_name("datasets", dataset))
+        return (self._wire.call(self._stub.GetDataset, request)).dataset
+
+    def list(self) -> Iterator[pb.Dataset]:
+        """All datasets, newest first, page by page."""
+        token = ""
+        while True:
+            page = self._wire.call(self._stub.ListDatasets, pb.ListDatasetsRequest(page_token=token))
+            for dataset in page.datasets:
+                yield dataset
+            token = page.next_page_token
+            if not token:
+                return
+
+    def delete(self, dataset: str, *, request_id: str = "") -> int:
+        """Removes an alias, and the files once nothing holds them; returns the bytes freed."""
+        request = pb.DeleteDatasetRequest(
+            request_id=request_id or new_request_id(), name=full_name("datasets", dataset)
+        )
+        return (self._wire.call(self._stub.DeleteDataset, request)).freed_bytes
+
+    def export(self, dataset: str, *, split: str = "", format: str | int = 0, max_rows: int = 0) -> Iterator[bytes]:
+        """The rows as JSONL, whole lines without their newline."""
+        request = pb.ExportDatasetRequest(
+            name=full_name("datasets", dataset),
+            split=split,
+            format=enum_value(pb.RowFormat, "ROW_FORMAT_", "format", format),
+            max_rows=max_rows,
+        )
+        rest = b""
+        for message in self._wire.stream(self._stub.ExportDataset, request):
+            *lines, rest = (rest + message.data).split(b"\n")
+            for line in lines:
+                yield line
+        if rest:
+            yield rest
+
+    def findings(self, dataset: str, *, min_severity: str | int = 0) -> Iterator[pb.Finding]:
+        """What validation saw, in order of file and line."""
+        request = pb.ListFindingsRequest(
+            name=full_name("datasets", dataset),
+            min_severity=enum_value(pb.Severity, "SEVERITY_", "min_severity", min_severity),
+        )
+        for message in self._wire.stream(self._stub.ListFindings, request):
+            for finding in message.findings:
+                yield finding
+
+    def ledger(
+        self,
+        dataset: str,
+        model: str,
+        *,
+        max_length_tokens: int = 512,
+        over_length: str | int = 0,
+        progress: Progress = silent,
+        patience_seconds: float = DEFAULT_PATIENCE_SECONDS,
+    ) -> pb.Ledger:
+        """Seals, or finds, the training rows of a dataset for a model."""
+        request = pb.BuildLedgerRequest(
+            dataset=full_name("datasets", dataset),
+            model=full_name("models", model),
+            max_length_tokens=max_length_tokens,
+            over_length=enum_value(pb.OverLength, "OVER_LENGTH_", "over_length", over_length),
+        )
+        last = self._wire.work(lambda: self._stub.BuildLedger, request, progress, patience_seconds)
+        return last.ledger
+
+    def ledger_rows(
+        self, ledger: str, *, split: str = "train", first_row: int = 0, max_rows: int = 0
+    ) -> Iterator[pb.LedgerRow]:
+        """Rows of a ledger, by its digest: text, ids, mask and cuts."""
+        request = pb.ReadLedgerRequest(ledger=ledger, split=split, first_row=first_row, max_rows=max_rows)
+        for message in self._wire.stream(self._stub.ReadLedger, request):
+            for row in message.rows:
+                yield row
+
+
+def _measure(file: pathlib.Path) -> tuple[str, int]:
+    """sha256 and size of a file."""
+    digest, size = hashlib.sha256(), 0
+    try:
+        with file.open("rb") as f:
+            while data := f.read(CHUNK_BYTES):
+                digest.update(data)
+                size += len(data)
+    except OSError as e:
+        raise errors.invalid("path", str(file), f"a readable file ({e.strerror})") from None
+    return digest.hexdigest(), size
+
+
+def _pieces(
+    file: pathlib.Path, upload: str, offset: int, size: int, progress: Progress
+) -> Iterator[pb.WriteUploadRequest]:
+    """The file from an offset; the first piece names upload and offset."""
+    sent = offset
+    yield pb.WriteUploadRequest(upload=upload, offset=offset)
+    for data in read_file(file, offset):
+        yield pb.WriteUploadRequest(data=data)
+        sent += len(data)
+        progress("upload", sent, size)
