@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import pathlib
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
-
-import yaml
 
 T = TypeVar("T")
 SERVICES = ("datasets", "registry", "trainer", "inference")
@@ -32,11 +31,9 @@ class ConfigError(Exception):
         self.faults = tuple(faults)
 
 
-def setting(
-    default: Any, help: str, check: Callable[[Any], bool] | None = None, accepted: str = "", secret: bool = False
-) -> Any:
+def setting(default: Any, help: str, check: Callable[[Any], bool] | None = None, accepted: str = "") -> Any:
     """A field of a configuration with its documentation and its bounds."""
-    meta = {"help": help, "check": check, "accepted": accepted, "secret": secret}
+    meta = {"help": help, "check": check, "accepted": accepted}
     return dataclasses.field(default=default, metadata=meta)
 
 
@@ -88,9 +85,12 @@ def _parse(kind: Any, raw: object) -> Any:
             raise ValueError("a whole number") from None
     if kind is float:
         try:
-            return float(str(raw))
+            number = float(str(raw))
         except ValueError:
-            raise ValueError("a number") from None
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError("a number")
+        return number
     if kind is pathlib.Path:
         return pathlib.Path(str(raw)).expanduser()
     if typing.get_origin(kind) is tuple:
@@ -128,10 +128,16 @@ def _from_file(
 ) -> dict[str, tuple[str, object]]:
     try:
         text = path.read_text()
-        tree = yaml.safe_load(text) or {}
     except OSError as e:
         faults.append(f"{path}: cannot be read: {e.strerror}")
         return {}
+    except UnicodeDecodeError:
+        faults.append(f"{path}: is not UTF-8 text")
+        return {}
+    import yaml  # only a daemon that has a file pays for it
+
+    try:
+        tree = yaml.safe_load(text) or {}
     except yaml.YAMLError as e:
         faults.append(f"{path}: is not YAML: {e}")
         return {}
@@ -150,7 +156,11 @@ def _from_file(
         if section not in ("all", service):
             continue
         for key, value in values.items():
-            if key not in known:
+            if key in ("home", "config"):
+                faults.append(
+                    f"{path}: {section}.{key}: accepted: only a flag or the environment, which find this file"
+                )
+            elif key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)
                 faults.append(
                     f"{path}: unknown setting {section}.{key}" + (f"; did you mean {near[0]!r}?" if near else "")
@@ -160,16 +170,23 @@ def _from_file(
     return given
 
 
-def _build(kind: type[T], values: Mapping[str, Any]) -> T:
+def _build(kind: type[T], values: Mapping[str, Any], faults: list[str]) -> T | None:
+    """The configuration and its groups; each group adds its own faults."""
     hints = typing.get_type_hints(kind)
     arguments: dict[str, Any] = {}
     for f in dataclasses.fields(kind):  # type: ignore[arg-type]
         hint = hints[f.name]
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            arguments[f.name] = _build(hint, values)
+            arguments[f.name] = _build(hint, values, faults)
         elif f.name in values:
             arguments[f.name] = values[f.name]
-    return kind(**arguments)
+    if any(arguments[f.name] is None for f in dataclasses.fields(kind) if f.name in arguments):  # type: ignore[arg-type]
+        return None  # a group has said why
+    try:
+        return kind(**arguments)
+    except ConfigError as e:
+        faults += e.faults
+        return None
 
 
 def home_of(environ: Mapping[str, str]) -> pathlib.Path:
@@ -196,7 +213,7 @@ def load(kind: type[T], service: str, argv: Sequence[str], environ: Mapping[str,
         env["home"] = ("QLORAD_HOME", str(home_of(environ)))
     if "config" not in env and environ.get("QLORAD_CONFIG"):
         env["config"] = ("QLORAD_CONFIG", environ["QLORAD_CONFIG"])
-    home = pathlib.Path(str({**env, **flags}.get("home", ("", "~/.qlorad"))[1])).expanduser()
+    home = pathlib.Path(str({**env, **flags}.get("home", ("", "~/.qlorad"))[1])).expanduser().absolute()
     named = {**env, **flags}.get("config")
     path = pathlib.Path(str(named[1])) if named and str(named[1]) else home / "config.yaml"
     file = _from_file(path, service, known, faults) if (named and str(named[1])) or path.exists() else {}
@@ -212,13 +229,8 @@ def load(kind: type[T], service: str, argv: Sequence[str], environ: Mapping[str,
             faults.append(f"{source}: got {raw!r}; accepted: {k.accepted}")
             continue
         values[name] = value
-    values.setdefault("home", home.absolute())
-    config: T | None = None
-    if not faults:
-        try:
-            config = _build(kind, values)
-        except ConfigError as e:
-            faults += e.faults
+    values["home"] = home
+    config = _build(kind, values, faults)
     if faults or config is None:
         raise ConfigError(faults)
     return config
