@@ -14,6 +14,7 @@ import pathlib
 import resource
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -80,6 +81,27 @@ async def start(
             pass_fds=tuple(pass_fds),
             start_new_session=True,
             env=environment({**(environ or {}), _LIMITS: f"{limits.memory_bytes},{limits.cpu_seconds}"}),
+        )
+
+
+def start_detached(
+    module: str,
+    arguments: Sequence[str],
+    log: pathlib.Path,
+    pass_fds: Sequence[int] = (),
+    environ: Mapping[str, str] | None = None,
+) -> subprocess.Popen[bytes]:
+    """As `start`, for a worker that outlives the daemon (asyncio kills its children when its loop ends). Blocking."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as out:
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            pass_fds=tuple(pass_fds),
+            start_new_session=True,
+            env=environment(environ),
         )
 
 
