@@ -21,7 +21,7 @@ CREATE TABLE requests (
   request_id TEXT NOT NULL,
   body BLOB NOT NULL,
   answer BLOB NOT NULL,
-  made REAL NOT NULL DEFAULT (unixepoch('subsec')),
+  made REAL NOT NULL DEFAULT ((julianday('now') - 2440587.5) * 86400.0),
   PRIMARY KEY (method, request_id)
 ) WITHOUT ROWID
 """
@@ -59,4 +59,4 @@ def note(db: sqlite3.Connection, method: str, request_id: str, body: bytes, answ
 
 def prune(db: sqlite3.Connection, older_than_seconds: float = 30 * 86400.0) -> None:
     """Forgets answers older than a month."""
-    db.execute("DELETE FROM requests WHERE made < unixepoch('subsec') - ?", (older_than_seconds,))
+    db.execute("DELETE FROM requests WHERE made < (julianday('now') - 2440587.5) * 86400.0 - ?", (older_than_seconds,))

@@ -1,0 +1,88 @@
+"""Puts the registry together: the one place that chooses concrete things.
+
+Law of this room: reads settings, makes objects, hands them to one another.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from dataclasses import dataclass, field
+
+import grpc.aio
+from prometheus_client import CollectorRegistry
+
+from qlorad.v1 import registry_pb2, registry_pb2_grpc
+from services.common import idempotency, telemetry
+from services.common.config import setting
+from services.common.process import Limits
+from services.common.server import App, Health, ServerSettings
+from services.common.shelf import Shelf
+from services.common.store import Store
+from services.registry.catalogue import MIGRATION, Catalogue
+from services.registry.requests import Requests
+from services.registry.servicer import ModelServicer
+from services.registry.workers import Workers
+
+PORTS = (50052, 9102)
+MODELS = "qlorad.v1.ModelService"
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Settings of qlorad-registry."""
+
+    server: ServerSettings = field(default_factory=ServerSettings)
+    import_roots: tuple[pathlib.Path, ...] = setting(
+        (pathlib.Path("/"),), "folders that ImportModel may read below, separated by commas"
+    )
+    starter_threads: int = setting(
+        2, "threads that starters are computed with; part of what fixes their bytes",
+        lambda v: 1 <= v <= 64, "1 to 64",
+    )  # fmt: skip
+    worker_memory_bytes: int = setting(
+        32 << 30, "address space of a worker that reads files from outside",
+        lambda v: v >= 1 << 30, "1073741824 or more",
+    )  # fmt: skip
+
+
+def build(config: Config) -> App:
+    """The daemon, put together and not yet begun."""
+    s = config.server
+    registry = CollectorRegistry()
+    shelf = Shelf(s.home / "store")
+    store = Store.open(s.state / "registry.sqlite", (idempotency.MIGRATION, MIGRATION))
+    workers = Workers(s.logs / "registry-worker.log", Limits(memory_bytes=config.worker_memory_bytes))
+    catalogue = Catalogue(shelf, store, workers, config.import_roots, config.starter_threads)
+    requests = Requests(store)
+
+    live = telemetry.Live()
+    live.add(
+        "qlorad_models", "Models by state.", ("state",),
+        lambda: [
+            ((registry_pb2.ModelState.Name(s).removeprefix("MODEL_STATE_"),), n)  # type: ignore[arg-type]
+            for s, n in catalogue.states().items()
+        ],
+    )  # fmt: skip
+    registry.register(live)
+
+    async def start(health: Health) -> None:
+        await store.run(idempotency.prune)
+        await catalogue.start()
+
+    async def stop() -> None:
+        await catalogue.stop()
+        await store.close()
+
+    def add_models(server: grpc.aio.Server) -> None:
+        registry_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(catalogue, requests), server)
+
+    return App(
+        name="registry",
+        settings=s,
+        default_ports=PORTS,
+        services=((MODELS, add_models),),
+        registry=registry,
+        start=start,
+        stop=stop,
+        drain=catalogue.drain,
+    )

@@ -1,0 +1,301 @@
+"""Models: made, imported, found, removed.
+
+Law of this room: one making an alias, however many callers watch it. What is
+under way or failed stands in SQLite; what is READY stands on the shelf alone.
+A making outlives its callers, never its daemon.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import logging
+import os
+import pathlib
+import sqlite3
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+
+from google.protobuf import json_format
+
+from qlorad.v1 import artifacts_pb2, errors_pb2, registry_pb2
+from services.common import names
+from services.common.errors import Fault, already_exists, not_found, rejected
+from services.common.frames.v1 import shelf_pb2
+from services.common.shelf import Sealed, Shelf
+from services.common.store import Store
+from services.registry import folder, models, paging
+from services.registry.models import Row, Source
+from services.registry.workers import Workers
+
+log = logging.getLogger("qlorad.registry.catalogue")
+
+MIGRATION = """
+CREATE TABLE models (
+  alias TEXT PRIMARY KEY,
+  source TEXT NOT NULL,
+  state INTEGER NOT NULL,
+  error TEXT NOT NULL,
+  begun REAL NOT NULL
+) WITHOUT ROWID
+"""
+
+
+@dataclass(slots=True)
+class Making:
+    """A model under way, and those who watch it."""
+
+    row: Row
+    progress: shelf_pb2.ShelfProgress = field(default_factory=lambda: shelf_pb2.ShelfProgress(stage="wait"))
+    outcome: registry_pb2.Model | Exception | None = None
+    task: asyncio.Task[None] | None = None
+    _tick: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def tell(self) -> None:
+        """Wakes all who watch."""
+        tick, self._tick = self._tick, asyncio.Event()
+        tick.set()
+
+    async def follow(self) -> AsyncIterator[shelf_pb2.ShelfProgress | registry_pb2.Model]:
+        """The newest progress whenever it moves, at last the model; raises if it failed."""
+        while self.outcome is None:
+            tick = self._tick
+            yield self.progress
+            await tick.wait()
+        if isinstance(self.outcome, Exception):
+            raise copy.copy(self.outcome)
+        yield self.outcome
+
+
+class Catalogue:
+    """The models of one store."""
+
+    def __init__(self, shelf: Shelf, store: Store, workers: Workers, roots: tuple[pathlib.Path, ...], threads: int):
+        self._shelf = shelf
+        self._store = store
+        self._workers = workers
+        self._roots = roots
+        self._threads = threads
+        self._rows: dict[str, Row] = {}
+        self._makings: dict[str, Making] = {}
+        self._one_at_a_time = asyncio.Semaphore(1)
+
+    # life
+
+    async def start(self) -> None:
+        """Remembers; what was under way when the daemon ended has failed."""
+
+        def read(db: sqlite3.Connection) -> list[Row]:
+            return [Row(*tuple(r)) for r in db.execute("SELECT alias, source, state, error, begun FROM models")]
+
+        for row in await self._store.run(read):
+            self._rows[row.alias] = row
+            if row.state != models.FAILED:
+                await self._save(replace(row, state=models.FAILED, error=models.interrupted(row.alias)))
+
+    def drain(self) -> None:
+        """Ends what is under way: watchers are told to call again."""
+        for making in self._makings.values():
+            if making.task is not None:
+                making.task.cancel()
+
+    async def stop(self) -> None:
+        """Waits until nothing is under way."""
+        self.drain()
+        tasks = [m.task for m in self._makings.values() if m.task is not None]
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _save(self, row: Row) -> None:
+        self._rows[row.alias] = row
+        values = (row.alias, row.source, int(row.state), row.error, row.begun_seconds)
+        await self._store.run(lambda db: db.execute("INSERT OR REPLACE INTO models VALUES (?, ?, ?, ?, ?)", values))
+
+    async def _forget(self, alias: str) -> None:
+        await self._store.run(lambda db: db.execute("DELETE FROM models WHERE alias = ?", (alias,)))
+        self._rows.pop(alias, None)
+
+    # make
+
+    async def starter(self, source: Source, alias: str, size: registry_pb2.StarterSize.ValueType) -> Making:
+        """The making of a starter: found ready, joined, or begun."""
+        work = shelf_pb2.StarterWork(size=size, threads=self._threads)
+        return await self._obtain(source, alias, shelf_pb2.ShelfOrder(starter=work))
+
+    async def bring(self, path: pathlib.Path, alias: str) -> Making:
+        """The import of a folder: found ready, joined, or begun. Decides by names before a byte is copied."""
+        resolved, files = await asyncio.to_thread(self._look, f"models/{alias}", path)
+        today = time.strftime("%Y-%m-%d", time.gmtime())
+        work = shelf_pb2.ModelWork(template_date=today, name=f"models/{alias}", files=files)
+        return await self._obtain(Source(f"import:{resolved}"), alias, shelf_pb2.ShelfOrder(model=work))
+
+    def _look(self, name: str, path: pathlib.Path) -> tuple[pathlib.Path, list[shelf_pb2.ModelFile]]:
+        try:
+            resolved = path.resolve(strict=True)
+            self._allowed(resolved)
+            if not resolved.is_dir():
+                raise not_found(str(path))
+            files = []
+            for taken in folder.choose(name, os.listdir(resolved)):
+                real = (resolved / taken).resolve(strict=True)
+                self._allowed(real)
+                if not real.is_file():
+                    raise rejected(name, f"{taken} is not a file")
+                files.append(shelf_pb2.ModelFile(name=taken, source=str(real)))
+        except FileNotFoundError:
+            raise not_found(str(path)) from None
+        except (PermissionError, RuntimeError, NotADirectoryError) as e:
+            raise self._denied(path, str(e)) from None
+        return resolved, files
+
+    def _allowed(self, path: pathlib.Path) -> None:
+        if not any(path.is_relative_to(root.resolve()) for root in self._roots):
+            raise self._denied(path, "lies outside import_roots")
+
+    def _denied(self, path: pathlib.Path, why: str) -> Fault:
+        accepted = ", ".join(map(str, self._roots))
+        return Fault(errors_pb2.REASON_PERMISSION_DENIED, f"{path}: {why}; accepted: readable folders below {accepted}")
+
+    async def _obtain(self, source: Source, alias: str, order: shelf_pb2.ShelfOrder) -> Making:
+        ready = await asyncio.to_thread(self._ready, source, alias)
+        if ready is not None:
+            return Making(Row(alias, source.text, models.READY, "", 0.0), outcome=ready)
+        making = self._makings.get(alias)
+        if making is not None:
+            if making.row.source != source.text:
+                raise already_exists(f"models/{alias}", f"it is being made from {making.row.source!r}")
+            return making
+        making = Making(Row(alias, source.text, models.PULLING, "", time.time()))
+        self._makings[alias] = making
+        making.task = asyncio.create_task(self._make(making, source, order), name=f"make {alias}")
+        return making
+
+    def _ready(self, source: Source, alias: str) -> registry_pb2.Model | None:
+        pointed = self._shelf.alias("models", alias)
+        if pointed is None:
+            return None
+        sealed = self._shelf.open("models", alias)
+        models.same_or_taken(alias, source, self._shelf.provenance(sealed))
+        return models.describe(sealed.manifest, alias)
+
+    async def _make(self, making: Making, source: Source, order: shelf_pb2.ShelfOrder) -> None:
+        alias = making.row.alias
+        try:
+            await self._save(making.row)
+            async with self._one_at_a_time:
+                sealed = await self._make_aside(making, source, order)
+            await self._forget(alias)
+            making.outcome = models.describe(sealed.manifest, alias)
+            log.info("models/%s is ready: %s", alias, sealed.digest)
+        except asyncio.CancelledError:
+            why = models.interrupted(alias)
+            await self._save(replace(making.row, state=models.FAILED, error=why))
+            making.outcome = Fault(errors_pb2.REASON_SHUTTING_DOWN, why, retry_seconds=2.0)
+        except Fault as fault:
+            log.warning("models/%s failed: %s", alias, fault.message)
+            await self._save(replace(making.row, state=models.FAILED, error=models.refused(fault)))
+            making.outcome = fault
+        except Exception as error:
+            log.exception("models/%s failed", alias)
+            await self._save(replace(making.row, state=models.FAILED, error="internal error; see the daemon's log"))
+            making.outcome = error
+        finally:
+            self._makings.pop(alias, None)
+            making.tell()
+
+    async def _make_aside(self, making: Making, source: Source, order: shelf_pb2.ShelfOrder) -> Sealed:
+        """Staged, worked on, sealed, named; nothing is left behind on failure."""
+        alias = making.row.alias
+        staged = await asyncio.to_thread(self._shelf.stage)
+        try:
+            getattr(order, order.WhichOneof("work") or "").folder = str(staged.payload)
+            states: asyncio.Queue[Row] = asyncio.Queue()
+
+            def progress(told: shelf_pb2.ShelfProgress) -> None:
+                making.progress = told
+                state = models.state_of(told.stage)
+                if state != making.row.state:
+                    making.row = replace(making.row, state=state)
+                    states.put_nowait(making.row)
+                making.tell()
+
+            done = await self._workers.run(order, f"models/{alias}", progress)
+            progress(shelf_pb2.ShelfProgress(stage="seal", total=1))
+            while not states.empty():
+                await self._save(states.get_nowait())
+            facts = json_format.MessageToDict(done.facts)
+            story = models.story_of(source, json_format.MessageToDict(done.story))
+            sealed = await asyncio.to_thread(
+                self._shelf.seal, staged, artifacts_pb2.ARTIFACT_KIND_MODEL, facts, None, (source.maker, story)
+            )
+            await asyncio.to_thread(self._name, alias, sealed)
+            return sealed
+        finally:
+            await asyncio.to_thread(self._shelf.drop, staged)
+
+    def _name(self, alias: str, sealed: Sealed) -> None:
+        pointed = self._shelf.alias("models", alias)
+        if pointed is None:
+            self._shelf.set_alias("models", alias, sealed.digest, expected_generation=0)
+        elif pointed.digest != sealed.digest:
+            raise already_exists(f"models/{alias}", "it was named meanwhile; accepted: another model_id")
+
+    # find
+
+    async def get(self, name: str) -> registry_pb2.Model:
+        """One model by alias or digest, READY or not."""
+        ident = names.parse("name", name, "models")
+        making = self._makings.get(ident)
+        row = making.row if making else self._rows.get(ident)
+
+        def look() -> registry_pb2.Model:
+            try:
+                sealed = self._shelf.open("models", ident)
+            except Fault as fault:
+                if fault.reason != errors_pb2.REASON_NOT_FOUND or row is None:
+                    raise
+                return row.model()
+            if names.is_alias(ident):
+                return models.describe(sealed.manifest, ident)
+            pointing = [a.name for a in self._shelf.aliases("models") if a.digest == sealed.digest]
+            return models.describe(sealed.manifest, pointing[0].removeprefix("models/") if pointing else "")
+
+        return await asyncio.to_thread(look)
+
+    async def list(self, size: int, token: str) -> tuple[list[registry_pb2.Model], str]:
+        """A page of models, newest first; one entry an alias, one for each model without."""
+        under_way = {**self._rows, **{m.row.alias: m.row for m in self._makings.values()}}
+
+        def look() -> tuple[list[registry_pb2.Model], str]:
+            found = [(int(r.begun_seconds * 1e9), r.model()) for r in under_way.values()]
+            aliases = self._shelf.aliases("models")
+            for sealed in self._shelf.every(artifacts_pb2.ARTIFACT_KIND_MODEL):
+                when = sealed.manifest.create_time.ToNanoseconds()
+                pointing = [a.name.removeprefix("models/") for a in aliases if a.digest == sealed.digest]
+                found += [(when, models.describe(sealed.manifest, alias)) for alias in pointing or [""]]
+            told, following = paging.page(found, lambda f: (f[0], f[1].name), size, token)
+            return [model for _, model in told], following
+
+        return await asyncio.to_thread(look)
+
+    def states(self) -> dict[int, int]:
+        """How many models are in each state; blocking, for metrics."""
+        rows = list(self._rows.values())
+        counts = {int(s): 0 for s in (models.PULLING, models.VERIFYING, models.READY, models.FAILED)}
+        for row in rows:
+            counts[int(row.state)] += 1
+        counts[int(models.READY)] = len(self._shelf.every(artifacts_pb2.ARTIFACT_KIND_MODEL))
+        return counts
+
+    # remove
+
+    async def delete(self, name: str) -> int:
+        """Removes an alias, or forgets a failed making; bytes freed."""
+        ident = names.parse("name", name, "models")
+        making = self._makings.get(ident)
+        if making is not None:
+            models.deletable(making.row)
+        if ident in self._rows and await asyncio.to_thread(self._shelf.alias, "models", ident) is None:
+            await self._forget(ident)
+            return 0
+        return await asyncio.to_thread(self._shelf.remove, "models", ident)
