@@ -1,0 +1,80 @@
+# Everything a developer types. Each target does its own set-up, once.
+
+PYTHON ?= python3.11
+SIZE   ?= demo
+FILTER ?=
+
+BIN    := .venv/bin
+PINS   := constraints.txt pyproject.toml clients/python/pyproject.toml
+STAMP  := .venv/.ready-$(shell cat $(PINS) 2>/dev/null | cksum | cut -d' ' -f1)
+RANKS  := .venv/.ranks
+BUF    := protos/node_modules/.bin/buf
+CODE   := services clients protos/generate.py tests benchmarks examples
+QUICK  := not slow and not storm and not gpu
+
+.DEFAULT_GOAL := help
+.PHONY: help setup proto fresh fmt lint types test test-slow test-storm bench demo check clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+
+setup: $(STAMP) $(RANKS) ## .venv with everything pinned (the second time under a second)
+
+# torch goes first and alone: anything that pulls it takes a build of several GB.
+$(STAMP): $(PINS)
+	@command -v $(PYTHON) >/dev/null || { echo "qlorad needs Python 3.11, found no $(PYTHON); name another with make PYTHON=…"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e 'clients/python[cli]' -e '.[train,dev]'
+	@rm -f .venv/.ready-*
+	@touch $@
+
+# DeepSpeed compiles what ranks need: two minutes, once. Only jobs of several ranks need it.
+$(RANKS): $(STAMP)
+	@if command -v g++ >/dev/null; then $(BIN)/python -m services.trainer.worker.prebuild && touch $@; \
+	  else echo "no g++ here: jobs of several ranks will not run until there is one and 'make setup' ran again"; fi
+
+$(BUF): protos/package.json
+	@if command -v npm >/dev/null; then \
+	  npm install --prefix protos --no-package-lock --ignore-scripts --no-audit --no-fund --silent && touch $@; \
+	  else echo "no npm here: buf is left out"; fi
+
+proto: $(STAMP) ## make the stubs from the protos
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python protos/generate.py
+
+fresh: $(STAMP) ## whether the checked-in stubs are those of the protos
+	$(BIN)/python -m pytest -q tests/contract/test_stubs.py
+
+fmt: $(STAMP) $(BUF) ## format Python and protos
+	$(BIN)/ruff check --fix-only --quiet $(CODE)
+	$(BIN)/ruff format $(CODE)
+	@if test -x $(BUF); then cd protos && ../$(BUF) format -w --path qlorad --path services; fi
+
+lint: $(STAMP) $(BUF) ## ruff, buf lint, formats
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	@if test -x $(BUF); then cd protos && ../$(BUF) lint --path qlorad --path services && ../$(BUF) format -d --exit-code --path qlorad --path services; fi
+
+types: $(STAMP) ## mypy --strict, plain inside worker/
+	$(BIN)/mypy services clients/python/qlorad
+
+test: $(STAMP) $(RANKS) ## all tests that take seconds (under 8 minutes in all)
+	$(BIN)/python -m pytest -m "$(QUICK)"
+
+test-slow: $(STAMP) $(RANKS) ## storms in short form and the DeepSpeed matrix; FILTER=trainer narrows
+	$(BIN)/python -m pytest -m slow --timeout 1800 tests/$(FILTER)
+
+test-storm: $(STAMP) $(RANKS) ## storms in long form; FILTER=trainer narrows
+	$(BIN)/python -m pytest -m storm --timeout 14400 tests/$(FILTER)
+
+bench: $(STAMP) ## what is quick to measure; writes benchmarks/results
+	$(BIN)/python -m benchmarks.control
+
+demo: $(STAMP) ## the whole way, from documents to a tuned answer; SIZE=test is the quick one
+	$(BIN)/qlorad demo --size $(SIZE)
+
+check: lint types fresh test ## what must pass before a commit
+
+clean: ## remove what was made here, .venv too
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .cache build dist protos/node_modules *.egg-info clients/python/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
