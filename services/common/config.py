@@ -109,6 +109,8 @@ def _from_flags(known: Mapping[str, Known], argv: Sequence[str], faults: list[st
         flag, equals, value = word.partition("=")
         if flag not in by_flag:
             near = difflib.get_close_matches(flag, by_flag, n=1)
+            if not equals and flag.startswith("--") and words and not words[0].startswith("--"):
+                words.pop(0)  # its value
             faults.append(f"{flag}: no such flag" + (f"; did you mean {near[0]}?" if near else ""))
             continue
         if not equals:

@@ -74,6 +74,10 @@ class Line:
     def fileno(self) -> int:
         return self._socket.fileno()
 
+    def close(self) -> None:
+        """Ends the talk from this side."""
+        self._socket.close()
+
     def send(self, body: bytes) -> None:
         """Sends one frame."""
         self._socket.sendall(pack(body))
