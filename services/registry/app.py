@@ -11,20 +11,23 @@ from dataclasses import dataclass, field
 import grpc.aio
 from prometheus_client import CollectorRegistry
 
-from qlorad.v1 import registry_pb2, registry_pb2_grpc
-from services.common import idempotency, telemetry
+from qlorad.v1 import registry_pb2_grpc
+from services.common import idempotency
 from services.common.config import setting
 from services.common.process import Limits
 from services.common.server import App, Health, ServerSettings
 from services.common.shelf import Shelf
 from services.common.store import Store
+from services.registry import census
+from services.registry.adapter_shelf import AdapterShelf
 from services.registry.catalogue import MIGRATION, Catalogue
 from services.registry.requests import Requests
-from services.registry.servicer import ModelServicer
+from services.registry.servicer import AdapterServicer, ModelServicer
 from services.registry.workers import Workers
 
 PORTS = (50052, 9102)
 MODELS = "qlorad.v1.ModelService"
+ADAPTERS = "qlorad.v1.AdapterService"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,9 @@ class Config:
         2, "threads that starters are computed with; part of what fixes their bytes",
         lambda v: 1 <= v <= 64, "1 to 64",
     )  # fmt: skip
+    max_adapter_bytes: int = setting(
+        2 << 30, "largest adapter_model.safetensors taken", lambda v: 1 <= v <= 1 << 40, "1 to 1099511627776"
+    )
     worker_memory_bytes: int = setting(
         32 << 30, "address space of a worker that reads files from outside",
         lambda v: v >= 1 << 30, "1073741824 or more",
@@ -52,18 +58,11 @@ def build(config: Config) -> App:
     shelf = Shelf(s.home / "store")
     store = Store.open(s.state / "registry.sqlite", (idempotency.MIGRATION, MIGRATION))
     workers = Workers(s.logs / "registry-worker.log", Limits(memory_bytes=config.worker_memory_bytes))
-    catalogue = Catalogue(shelf, store, workers, config.import_roots, config.starter_threads)
     requests = Requests(store)
-
-    live = telemetry.Live()
-    live.add(
-        "qlorad_models", "Models by state.", ("state",),
-        lambda: [
-            ((registry_pb2.ModelState.Name(s).removeprefix("MODEL_STATE_"),), n)  # type: ignore[arg-type]
-            for s, n in catalogue.states().items()
-        ],
-    )  # fmt: skip
-    registry.register(live)
+    starters = census.Starters.make(registry)
+    catalogue = Catalogue(shelf, store, requests, workers, starters, config.import_roots, config.starter_threads)
+    adapters = AdapterShelf(shelf, requests, workers, config.max_adapter_bytes)
+    registry.register(census.gauges(shelf.root, catalogue.under_way))
 
     async def start(health: Health) -> None:
         await store.run(idempotency.prune)
@@ -76,11 +75,14 @@ def build(config: Config) -> App:
     def add_models(server: grpc.aio.Server) -> None:
         registry_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(catalogue, requests), server)
 
+    def add_adapters(server: grpc.aio.Server) -> None:
+        registry_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(adapters), server)
+
     return App(
         name="registry",
         settings=s,
         default_ports=PORTS,
-        services=((MODELS, add_models),),
+        services=((MODELS, add_models), (ADAPTERS, add_adapters)),
         registry=registry,
         start=start,
         stop=stop,

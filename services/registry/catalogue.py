@@ -21,12 +21,16 @@ from google.protobuf import json_format
 
 from qlorad.v1 import artifacts_pb2, errors_pb2, registry_pb2
 from services.common import names
-from services.common.errors import Fault, already_exists, not_found, rejected
+from services.common.errors import Fault, already_exists, invalid, not_found, rejected
 from services.common.frames.v1 import shelf_pb2
+from services.common.idempotency import body_of
 from services.common.shelf import Sealed, Shelf
 from services.common.store import Store
 from services.registry import folder, models, paging
+from services.registry.census import Starters
 from services.registry.models import Row, Source
+from services.registry.removal import remove
+from services.registry.requests import Requests
 from services.registry.workers import Workers
 
 log = logging.getLogger("qlorad.registry.catalogue")
@@ -71,10 +75,21 @@ class Making:
 class Catalogue:
     """The models of one store."""
 
-    def __init__(self, shelf: Shelf, store: Store, workers: Workers, roots: tuple[pathlib.Path, ...], threads: int):
+    def __init__(
+        self,
+        shelf: Shelf,
+        store: Store,
+        requests: Requests,
+        workers: Workers,
+        starters: Starters,
+        roots: tuple[pathlib.Path, ...],
+        threads: int,
+    ) -> None:
         self._shelf = shelf
         self._store = store
+        self._requests = requests
         self._workers = workers
+        self._starters = starters
         self._roots = roots
         self._threads = threads
         self._rows: dict[str, Row] = {}
@@ -183,7 +198,10 @@ class Catalogue:
         try:
             await self._save(making.row)
             async with self._one_at_a_time:
+                begun = time.monotonic()
                 sealed = await self._make_aside(making, source, order)
+                if source.size:
+                    self._starters.seconds.labels(source.size).observe(time.monotonic() - begun)
             await self._forget(alias)
             making.outcome = models.describe(sealed.manifest, alias)
             log.info("models/%s is ready: %s", alias, sealed.digest)
@@ -213,6 +231,8 @@ class Catalogue:
 
             def progress(told: shelf_pb2.ShelfProgress) -> None:
                 making.progress = told
+                if told.HasField("loss"):
+                    self._starters.loss.labels(source.size).set(told.loss)
                 state = models.state_of(told.stage)
                 if state != making.row.state:
                     making.row = replace(making.row, state=state)
@@ -262,7 +282,7 @@ class Catalogue:
 
         return await asyncio.to_thread(look)
 
-    async def list(self, size: int, token: str) -> tuple[list[registry_pb2.Model], str]:
+    async def page(self, size: int, token: str) -> tuple[list[registry_pb2.Model], str]:
         """A page of models, newest first; one entry an alias, one for each model without."""
         under_way = {**self._rows, **{m.row.alias: m.row for m in self._makings.values()}}
 
@@ -278,24 +298,33 @@ class Catalogue:
 
         return await asyncio.to_thread(look)
 
-    def states(self) -> dict[int, int]:
-        """How many models are in each state; blocking, for metrics."""
-        rows = list(self._rows.values())
-        counts = {int(s): 0 for s in (models.PULLING, models.VERIFYING, models.READY, models.FAILED)}
-        for row in rows:
+    def under_way(self) -> dict[int, int]:
+        """How many models are in each state but READY; may be called from any thread."""
+        now = [m.row for m in list(self._makings.values())]
+        rows = {r.alias: r for r in [*list(self._rows.values()), *now]}
+        counts = {int(s): 0 for s in (models.PULLING, models.VERIFYING, models.FAILED)}
+        for row in rows.values():
             counts[int(row.state)] += 1
-        counts[int(models.READY)] = len(self._shelf.every(artifacts_pb2.ARTIFACT_KIND_MODEL))
         return counts
 
     # remove
 
-    async def delete(self, name: str) -> int:
-        """Removes an alias, or forgets a failed making; bytes freed."""
-        ident = names.parse("name", name, "models")
-        making = self._makings.get(ident)
-        if making is not None:
-            models.deletable(making.row)
-        if ident in self._rows and await asyncio.to_thread(self._shelf.alias, "models", ident) is None:
-            await self._forget(ident)
-            return 0
-        return await asyncio.to_thread(self._shelf.remove, "models", ident)
+    async def delete(self, request: registry_pb2.DeleteModelRequest) -> registry_pb2.DeleteModelResponse:
+        """Removes an alias, or forgets a failed making; tells the bytes freed."""
+        wrong = names.check_request_id(request.request_id) + names.check_name("name", request.name, "models")
+        if wrong:
+            raise invalid(wrong)
+        ident = request.name.removeprefix("models/")
+
+        async def work(again: bool) -> registry_pb2.DeleteModelResponse:
+            if ident in self._makings:
+                models.deletable(self._makings[ident].row)
+            if ident in self._rows and await asyncio.to_thread(self._shelf.alias, "models", ident) is None:
+                await self._forget(ident)
+                return registry_pb2.DeleteModelResponse()
+            freed = await asyncio.to_thread(remove, self._shelf, "models", ident, again)
+            return registry_pb2.DeleteModelResponse(freed_bytes=freed)
+
+        return await self._requests.once(
+            "DeleteModel", request.request_id, body_of(request), work, registry_pb2.DeleteModelResponse
+        )

@@ -38,6 +38,12 @@ class Source:
     """As "starter:test" or "import:/models/x"."""
 
     @property
+    def size(self) -> str:
+        """The starter's size; empty for anything else."""
+        kind, _, rest = self.text.partition(":")
+        return rest if kind == "starter" else ""
+
+    @property
     def maker(self) -> str:
         """The name of its provenance file."""
         kind, _, rest = self.text.partition(":")
@@ -56,14 +62,6 @@ class Row:
 
     def model(self) -> registry_pb2.Model:
         return registry_pb2.Model(name=f"models/{self.alias}", state=self.state, error=self.error)
-
-
-def starter_source(size: registry_pb2.StarterSize.ValueType) -> Source:
-    """The source of a starter, or INVALID_ARGUMENT."""
-    if size not in STARTERS:
-        accepted = "STARTER_SIZE_TEST or STARTER_SIZE_DEMO"
-        raise invalid([Violation("size", show(int(size)), accepted)])
-    return Source(f"starter:{STARTERS[size]}")
 
 
 def check_starter(request: registry_pb2.MakeStarterModelRequest) -> tuple[Source, str]:

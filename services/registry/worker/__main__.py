@@ -5,6 +5,7 @@ folder it was given; seals nothing. Ends at once when the daemon is gone.
 """
 
 import argparse
+import errno
 import os
 import pathlib
 import sys
@@ -13,9 +14,9 @@ import time
 
 from google.protobuf import struct_pb2
 
-from qlorad.v1 import errors_pb2, registry_pb2
+from qlorad.v1 import registry_pb2
 from services.common import process
-from services.common.errors import Fault
+from services.common.errors import Fault, disk_full
 from services.common.facts import to_facts
 from services.common.frames import Line
 from services.common.frames.v1 import shelf_pb2
@@ -38,7 +39,13 @@ class Reporter:
         if stage == self._stage and done != total and now - self._last < _PROGRESS_SECONDS:
             return
         self._stage, self._last = stage, now
-        self.send(shelf_pb2.ShelfReport(progress={"stage": stage, "done": done, "total": total, "loss": loss}))
+        told = shelf_pb2.ShelfProgress(stage=stage, done=done, total=total, loss=loss)
+        self.send(shelf_pb2.ShelfReport(progress=told))
+
+    def refuse(self, fault: Fault) -> None:
+        """Tells why there will be no result."""
+        refusal = shelf_pb2.ShelfRefusal(reason=fault.reason, message=fault.message)
+        self.send(shelf_pb2.ShelfReport(refusal=refusal))
 
     def send(self, report: shelf_pb2.ShelfReport) -> None:
         self._line.send(report.SerializeToString())
@@ -120,14 +127,14 @@ def main() -> None:
     try:
         facts, story = work(order, report)
     except Fault as fault:
-        report.send(shelf_pb2.ShelfReport(refusal={"reason": fault.reason, "message": fault.message}))
+        report.refuse(fault)
     except OSError as error:
-        fault = Fault(errors_pb2.REASON_DISK_FULL, "no space left on the disk") if error.errno == 28 else None
-        if fault is None:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        report.send(shelf_pb2.ShelfReport(refusal={"reason": fault.reason, "message": fault.message}))
+        report.refuse(disk_full("writing the staged files"))
     else:
-        report.send(shelf_pb2.ShelfReport(done={"facts": struct(facts), "story": struct(story)}))
+        done = shelf_pb2.ShelfDone(facts=struct(facts), story=struct(story))
+        report.send(shelf_pb2.ShelfReport(done=done))
 
 
 if __name__ == "__main__":
