@@ -1,0 +1,132 @@
+"""Canonical examples as lines, and conversations as chat templates expect them.
+
+Law of this room: pure. One example has one line, on every machine: proto field
+names, sorted keys, no blanks, UTF-8 as it is. What a template sees of a
+conversation is decided here and nowhere else, so training and serving agree.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf import json_format
+
+from qlorad.v1 import datasets_pb2, messages_pb2
+
+_ROLES = {
+    messages_pb2.ROLE_SYSTEM: "system",
+    messages_pb2.ROLE_USER: "user",
+    messages_pb2.ROLE_ASSISTANT: "assistant",
+    messages_pb2.ROLE_TOOL: "tool",
+}
+
+
+@dataclass(eq=False)
+class ExampleError(Exception):
+    """Something in an example that no template could be shown.
+
+    Not frozen: Python itself sets the traceback on an exception.
+    """
+
+    field: str
+    """Where, as in "messages[2].tool_calls[0].arguments_json"."""
+    message: str
+    turn: int = 0
+    """One-based turn; 0 = not in a turn."""
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.message}"
+
+
+def dumps(example: datasets_pb2.Example) -> bytes:
+    """The example as one line, without a newline.
+
+    Equal examples give equal bytes. Raises ExampleError where metadata holds a
+    number that JSON has no form for.
+    """
+    try:
+        plain = json_format.MessageToDict(example, preserving_proto_field_name=True)
+        return _compact(plain).encode()
+    except (json_format.Error, ValueError) as e:
+        raise ExampleError("metadata", f"{e}; accepted: finite numbers") from None
+
+
+def loads(line: bytes) -> datasets_pb2.Example:
+    """The example of a line; ExampleError if it is none."""
+    example = datasets_pb2.Example()
+    try:
+        json_format.Parse(line, example)
+    except (json_format.ParseError, UnicodeDecodeError) as e:
+        raise ExampleError("example", f"not a canonical example: {e}") from None
+    return example
+
+
+def as_template_sees(
+    conversation: messages_pb2.Conversation,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """Messages and tools in the form that Hugging Face chat templates expect.
+
+    Content is always a string, empty where a turn only calls tools. Arguments
+    and parameters are objects, not text. Fields without a value are left out.
+    Tools are None where none are on offer.
+    """
+    messages = [_message(i, m) for i, m in enumerate(conversation.messages)]
+    tools = [_tool(i, t) for i, t in enumerate(conversation.tools)]
+    return messages, tools or None
+
+
+def text_of(message: messages_pb2.Message) -> str:
+    """The text of a message: its parts, joined by nothing."""
+    return "".join(part.text for part in message.parts)
+
+
+def _message(index: int, message: messages_pb2.Message) -> dict[str, Any]:
+    where = f"messages[{index}]"
+    if message.role not in _ROLES:
+        raise ExampleError(f"{where}.role", f"unknown role {message.role}", index + 1)
+    seen: dict[str, Any] = {"role": _ROLES[message.role], "content": text_of(message)}
+    if message.tool_calls:
+        seen["tool_calls"] = [
+            _call(f"{where}.tool_calls[{n}]", index + 1, call) for n, call in enumerate(message.tool_calls)
+        ]
+    if message.tool_call_id:
+        seen["tool_call_id"] = message.tool_call_id
+    if message.name:
+        seen["name"] = message.name
+    return seen
+
+
+def _call(where: str, turn: int, call: messages_pb2.ToolCall) -> dict[str, Any]:
+    arguments = _json_object(f"{where}.arguments_json", turn, call.arguments_json)
+    named = {"id": call.id} if call.id else {}
+    return {**named, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+
+
+def _tool(index: int, tool: messages_pb2.Tool) -> dict[str, Any]:
+    parameters = _json_object(f"tools[{index}].parameters_json", 0, tool.parameters_json)
+    return {
+        "type": "function",
+        "function": {
+            "name": tool.name,
+            "description": tool.description,
+            "parameters": parameters or {"type": "object", "properties": {}},
+        },
+    }
+
+
+def _json_object(where: str, turn: int, text: str) -> dict[str, Any]:
+    if not text.strip():
+        return {}
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ExampleError(where, f"not JSON ({e}); accepted: a JSON object", turn) from None
+    if not isinstance(value, dict):
+        raise ExampleError(where, f"a JSON {type(value).__name__}; accepted: a JSON object", turn)
+    return value
+
+
+def _compact(plain: dict[str, Any]) -> str:
+    return json.dumps(plain, ensure_ascii=False, separators=(",", ":"), sort_keys=True, allow_nan=False)

@@ -1,0 +1,131 @@
+"""From text to token ids and back, with the place of every token in the text.
+
+Law of this room: what the template wrote is encoded as it stands; no special
+token is added behind its back. Offsets are exact: a leading blank belongs to
+the token that holds it.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import tokenizers
+
+from services.common.errors import rejected
+from services.common.prompt.render import TOKENIZER, read_config, special_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids and, for each, its first character and the one after its last."""
+
+    ids: Sequence[int]
+    offsets: Sequence[tuple[int, int]]
+
+
+class Tokenizer:
+    """The tokenizer of one model. Safe to share between threads; holds no settings that calls change."""
+
+    __slots__ = ("_added", "_byte_level", "_bytes", "_tokenizer", "eos_id", "lead_ids")
+
+    eos_id: int | None
+    """The end token that tokenizer_config.json names; None if it names none."""
+    lead_ids: tuple[int, ...]
+    """What the tokenizer's own post-processor sets before a plain text, as a BOS; often nothing.
+    Chat templates write it themselves; plain prompts get it through encode_prompt."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, eos_token: str | None) -> None:
+        # A file may carry the settings of the run that saved it.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self.lead_ids = _lead(tokenizer)
+        # From here on the post-processor would only trim blanks out of offsets.
+        tokenizer.post_processor = None
+        self._tokenizer = tokenizer
+        self.eos_id = None if eos_token is None else tokenizer.token_to_id(eos_token)
+        self._added = {i: t.content for i, t in tokenizer.get_added_tokens_decoder().items()}
+        self._byte_level = _is_byte_level(tokenizer)
+        self._bytes = _bytes_of_characters()
+
+    @classmethod
+    def open(cls, payload: pathlib.Path) -> Tokenizer:
+        """The tokenizer of a model folder; REJECTED if its file is not one."""
+        path = payload / TOKENIZER
+        if not path.is_file():
+            raise rejected(TOKENIZER, "is missing; a fast tokenizer's file is needed")
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as e:  # the library raises nothing narrower
+            raise rejected(TOKENIZER, f"cannot be read: {e}") from None
+        return cls(tokenizer, special_tokens(payload, read_config(payload)).get("eos_token"))
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of ids, added tokens included."""
+        size: int = self._tokenizer.get_vocab_size()
+        return size
+
+    def encode(self, text: str) -> Encoded:
+        """The text as ids, nothing added."""
+        found = self._tokenizer.encode(text, add_special_tokens=False)
+        return Encoded(found.ids, found.offsets)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
+        """Many texts, each as encode gives it."""
+        found = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [Encoded(e.ids, e.offsets) for e in found]
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """A plain prompt (no chat) as a model is trained on it: lead_ids, then the text."""
+        return [*self.lead_ids, *self.encode(prompt).ids]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens included."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        return text
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Each id as text for people; bytes that are no whole character as <0xE0>."""
+        return [self._piece(i) for i in ids]
+
+    def _piece(self, token_id: int) -> str:
+        if token_id in self._added:
+            return self._added[token_id]
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return f"<{token_id}?>"
+        if not self._byte_level:
+            return str(token).replace("\u2581", " ")
+        raw = bytes(b for c in token for b in self._bytes.get(c, c.encode()))
+        escaped = raw.decode(errors="surrogateescape")
+        return "".join(f"<0x{ord(c) - 0xDC00:02X}>" if "\udc80" <= c <= "\udcff" else c for c in escaped)
+
+
+def _lead(tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
+    found = tokenizer.encode("a", add_special_tokens=True)
+    lead = []
+    for token_id, added in zip(found.ids, found.special_tokens_mask, strict=True):
+        if not added:
+            break
+        lead.append(token_id)
+    return tuple(lead)
+
+
+def _is_byte_level(tokenizer: tokenizers.Tokenizer) -> bool:
+    if tokenizer.decoder is None:
+        return False
+    told = json.loads(tokenizer.decoder.__getstate__())
+    return any(d.get("type") == "ByteLevel" for d in [told, *told.get("decoders", [])])
+
+
+def _bytes_of_characters() -> dict[str, bytes]:
+    # The alphabet of byte-level BPE: printable Latin-1 stands for itself, the
+    # other bytes follow in order from U+0100.
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in set(printable)]
+    alphabet = {chr(b): bytes([b]) for b in printable}
+    alphabet.update({chr(0x100 + n): bytes([b]) for n, b in enumerate(others)})
+    return alphabet
