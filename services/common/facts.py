@@ -56,6 +56,20 @@ class AdapterFacts:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class DatasetFacts:
+    """A dataset."""
+
+    format: str
+    """Name of the enum value, as in "ROW_FORMAT_CHAT"."""
+    stats: Mapping[str, Any]
+    """qlorad.v1.DatasetStats as protojson with the proto's field names."""
+    split: Mapping[str, Any]
+    """qlorad.v1.Split, likewise."""
+    source_sha256: tuple[str, ...]
+    """Of the uploads it was made of, in order."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class LedgerFacts:
     """A ledger."""
 

@@ -1,0 +1,103 @@
+"""JSON as rows may hold it: bounded, without twins, with text that is text.
+
+Law of this room: pure. What Python's parser would let pass in silence (a key
+twice, NaN, half a surrogate pair) is a named problem here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from services.datasets.worker.found import Problem, clip
+
+MAX_DEPTH = 24
+
+
+class StrictJson:
+    """A parser that remembers what was wrong with the value it parsed last.
+
+    Does not raise for what leaves the text readable, so that a reader of many
+    values can go on behind a bad one.
+    """
+
+    def __init__(self) -> None:
+        self._seen: Problem | None = None
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._object, parse_constant=self._constant)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) != len(pairs) and self._seen is None:
+            names = [k for k, _ in pairs]
+            twin = next(k for i, k in enumerate(names) if k in names[:i])
+            self._seen = Problem("twin_key", f"the key {clip(twin)} stands twice in one object", "keep one", clip(twin))
+        return made
+
+    def _constant(self, name: str) -> float:
+        if self._seen is None:
+            self._seen = Problem("broken_json", f"{name} is not JSON", "use null or a finite number")
+        return 0.0
+
+    def decode(self, text: str, at: int = 0) -> tuple[Any, int, Problem | None]:
+        """The value that begins at `at`, where it ends, and what is wrong with it.
+
+        Raises ValueError (json's own) where the text is broken and RecursionError
+        where it is nested beyond what the parser can follow.
+        """
+        self._seen = None
+        value, end = self._decoder.raw_decode(text, at)
+        if self._seen is not None:
+            return value, end, self._seen
+        brackets = text.count("{", at, end) + text.count("[", at, end)
+        if brackets > MAX_DEPTH and (deep := depth(value)) > MAX_DEPTH:
+            return value, end, too_deep(deep)
+        if text.find("\\u", at, end) >= 0:
+            return value, end, odd_text(value)
+        return value, end, None
+
+
+def too_deep(found: int | None = None) -> Problem:
+    """The problem of a value nested too deep."""
+    told = f"nested {found} deep" if found else "nested too deep to read"
+    return Problem("too_deep", told, f"at most {MAX_DEPTH} levels of lists and objects")
+
+
+def depth(value: Any) -> int:
+    """How deep lists and objects lie in one another; 0 for a plain value."""
+    deepest, level = 0, [value]
+    while level := [v for v in level if isinstance(v, (dict, list))]:
+        deepest += 1
+        level = [inner for v in level for inner in (v.values() if isinstance(v, dict) else v)]
+    return deepest
+
+
+def texts(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every string in a value with its place, keys too."""
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield f"{path} (key)".strip(), key
+            yield from texts(inner, f"{path}.{key}" if path else key)
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from texts(inner, f"{path}[{i}]")
+
+
+def odd_text(value: Any) -> Problem | None:
+    """The first string that is not Unicode text or holds NUL, as a problem."""
+    for path, text in texts(value):
+        where = path.encode("utf-8", "replace").decode()
+        if "\x00" in text:
+            return Problem("nul_character", f"holds NUL at character {text.index(chr(0))}", "remove it", where)
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            return Problem(
+                "lone_surrogate",
+                f"holds half a surrogate pair (U+{ord(text[e.start]):04X}) at character {e.start}, which is not text",
+                "write the whole character, or its \\uXXXX\\uXXXX pair",
+                where,
+            )
+    return None
