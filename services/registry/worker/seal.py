@@ -4,24 +4,25 @@ Law of this room: looks, never runs. Only safetensors, no code, JSON within
 bounds; the tokenizer and the template must say what transformers' own say.
 """
 
-import hashlib
 import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from services.common import artifacts
-from services.common.errors import rejected
+from services.common.errors import rejected, show
 from services.common.facts import ModelFacts
+from services.common.prompt.render import Renderer
+from services.common.prompt.tokens import Tokenizer
 from services.common.safetensors_header import TensorInfo, read_model_headers
 from services.registry import folder as rules
+from services.registry.worker import parity
 from services.registry.worker.bounded import TOKENIZER_BYTES, read_object
 
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Embeddings and output heads: two-dimensional, but not what LoRA is put on.
 _NOT_LINEAR = re.compile(
     r"(^|[._])(embed\w*|\w*embeddings?|wte|wpe|lm_head|embed_out|shared|score|classifier|decoder|predictions)([._]|$)"
 )
+TEMPLATE_BYTES = 1 << 20
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 
@@ -36,9 +37,15 @@ def inspect(folder: pathlib.Path, name: str, template_date: str) -> ModelFacts:
     linear = {n: t for n, t in tensors.items() if is_linear(n, t)}
     if not linear:
         raise rejected(name, "has no linear weights that LoRA could target")
-    tokenizer = read_object(folder / "tokenizer.json", TOKENIZER_BYTES)
+    read_object(folder / "tokenizer.json", TOKENIZER_BYTES)  # within bounds, before any library reads it
     settings = read_object(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
-    template = template_of(folder, settings)
+    if settings.get("auto_map"):
+        raise rejected(
+            name, "tokenizer_config.json has 'auto_map', which asks for remote code; accepted: models without it"
+        )
+    check_template(folder)
+    parity.settle(folder, name, template_date)
+    renderer = Renderer.open(folder, template_date)
     return ModelFacts(
         architecture=architecture,
         family=family,
@@ -47,11 +54,11 @@ def inspect(folder: pathlib.Path, name: str, template_date: str) -> ModelFacts:
         context_tokens=positive(name, config, _CONTEXT),
         vocabulary=positive(name, config, ("vocab_size",)),
         target_modules=tuple(sorted({n.removesuffix(".weight").rsplit(".", 1)[-1] for n in linear})),
-        tokenizer_digest="sha256:" + artifacts.sha256_file(folder / "tokenizer.json"),
-        template_digest="sha256:" + hashlib.sha256(template.encode()).hexdigest() if template else "",
-        template_has_generation_marks=bool(_GENERATION.search(template)),
+        tokenizer_digest=renderer.tokenizer_digest,
+        template_digest=renderer.template_digest,
+        template_has_generation_marks=renderer.has_generation_marks,
         template_date=template_date,
-        eos_token_ids=end_tokens(folder, name, config, settings, tokenizer),
+        eos_token_ids=end_tokens(folder, name, config),
     )
 
 
@@ -112,27 +119,14 @@ def positive(name: str, config: Mapping[str, Any], keys: tuple[str, ...]) -> int
     raise rejected(name, f"config.json lacks {' or '.join(keys)}")
 
 
-def template_of(folder: pathlib.Path, settings: Mapping[str, Any]) -> str:
-    """The chat template's text, empty if there is none; the file wins over the setting, as in transformers."""
+def check_template(folder: pathlib.Path) -> None:
+    """The template's file is text of a size that people write."""
     path = folder / "chat_template.jinja"
-    if path.exists():
-        if path.stat().st_size > 1 << 20:
-            raise rejected(path.name, "is longer than 1 MiB")
-        return path.read_text(encoding="utf-8", errors="strict")
-    told = settings.get("chat_template")
-    if isinstance(told, list):
-        named = {str(t.get("name")): t.get("template") for t in told if isinstance(t, dict)}
-        told = named.get("default")
-    return told if isinstance(told, str) else ""
+    if path.exists() and path.stat().st_size > TEMPLATE_BYTES:
+        raise rejected(path.name, f"has {path.stat().st_size} bytes; accepted: at most {TEMPLATE_BYTES}")
 
 
-def end_tokens(
-    folder: pathlib.Path,
-    name: str,
-    config: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    tokenizer: Mapping[str, Any],
-) -> tuple[int, ...]:
+def end_tokens(folder: pathlib.Path, name: str, config: Mapping[str, Any]) -> tuple[int, ...]:
     """Tokens that end generation: of generation_config.json, else of config.json, else the tokenizer's own."""
     path = folder / "generation_config.json"
     for source in (read_object(path) if path.exists() else {}, config):
@@ -140,12 +134,9 @@ def end_tokens(
         ids = told if isinstance(told, list) else [] if told is None else [told]
         if ids:
             if not all(type(i) is int and 0 <= i < 1 << 31 for i in ids):
-                raise rejected(name, f"eos_token_id is {str(told)[:60]}; accepted: token ids")
+                raise rejected(name, f"eos_token_id is {show(told)}; accepted: token ids")
             return tuple(sorted(set(ids)))
-    token = settings.get("eos_token")
-    text = token.get("content") if isinstance(token, dict) else token
-    added = tokenizer.get("added_tokens")
-    found = [t.get("id") for t in added if isinstance(t, dict) and t.get("content") == text] if added else []
-    if not found or type(found[0]) is not int:
+    eos = Tokenizer.open(folder).eos_id
+    if eos is None:
         raise rejected(name, "names no token that ends generation (eos_token_id)")
-    return (found[0],)
+    return (eos,)
