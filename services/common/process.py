@@ -32,6 +32,7 @@ class Limits:
     cpu_seconds: int = 0
 
 
+_SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "CREDENTIAL", "_KEY")
 _LIMITS = "QLORAD_WORKER_LIMITS"
 
 
@@ -50,7 +51,7 @@ def apply_limits() -> None:
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """What a worker inherits: the daemon's environment without its secrets."""
-    keep = {k: v for k, v in os.environ.items() if "TOKEN" not in k and "SECRET" not in k and "PASSWORD" not in k}
+    keep = {k: v for k, v in os.environ.items() if not any(word in k.upper() for word in _SECRET_WORDS)}
     keep.update({"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"})
     keep.update({"TOKENIZERS_PARALLELISM": "false", **(extra or {})})
     return keep

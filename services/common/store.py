@@ -53,20 +53,26 @@ class Store:
 
         def begin() -> sqlite3.Connection:
             db = sqlite3.connect(path, isolation_level=None, timeout=30.0)
+            try:
+                prepare(db)
+            except BaseException:
+                db.close()
+                raise
+            return db
+
+        def prepare(db: sqlite3.Connection) -> None:
             db.row_factory = sqlite3.Row
             db.execute("PRAGMA journal_mode=WAL")
             db.execute("PRAGMA synchronous=FULL")
             db.execute("PRAGMA foreign_keys=ON")
             done = int(db.execute("PRAGMA user_version").fetchone()[0])
             if done > len(migrations):
-                db.close()
                 raise ConfigError([f"{path} is of a newer qlorad: format {done}; accepted: up to {len(migrations)}"])
             for number, script in enumerate(migrations[done:], start=done + 1):
                 with transaction(db):
                     for statement in filter(str.strip, script.split(";")):
                         db.execute(statement)
                     db.execute(f"PRAGMA user_version={number}")
-            return db
 
         try:
             return cls(thread.submit(begin).result(), thread)
