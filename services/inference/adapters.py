@@ -8,10 +8,11 @@ was promised.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from dataclasses import dataclass
 
 from qlorad.v1 import artifacts_pb2, errors_pb2, inference_pb2
-from services.common.errors import Fault, not_found, rejected, wrong_state
+from services.common.errors import Fault, rejected, wrong_state
 from services.common.facts import ModelFacts
 from services.common.names import short
 
@@ -35,6 +36,10 @@ class Table:
     def names(self) -> list[str]:
         """What a request could name."""
         return [a.adapter for a in self.adapters if a.digest not in self.leaving]
+
+    def digest_by_name(self, name: str) -> str:
+        """The digest of the adapter that was loaded by this name; empty if none was."""
+        return next((a.digest for a in self.adapters if a.adapter == name), "")
 
     def with_adapter(self, adapter: inference_pb2.LoadedAdapter) -> Table:
         """After loading; the same digest takes its old place."""
@@ -73,18 +78,20 @@ class Table:
         """
         if not named and not digest:
             if self.default and self.adapter(self.default) is None:
-                raise _not_loaded(f"adapters/{self.default}", self.names(), "it is the default")
+                raise not_loaded(f"adapters/{self.default}", self.names(), "it is the default")
             return self.default
         if digest and self.adapter(digest) is None:
-            raise _not_loaded(named, self.names(), f"that name is {short(digest)} now")
+            raise not_loaded(named, self.names(), f"that name is {short(digest)} now")
         return digest
 
 
-def _not_loaded(name: str, loaded: list[str], note: str) -> Fault:
-    fault = not_found(name, loaded)
+def not_loaded(name: str, loaded: list[str], note: str = "") -> Fault:
+    """NOT_FOUND: an adapter that is not in memory, with the nearest that is."""
+    near = difflib.get_close_matches(name, loaded, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
     have = ", ".join(loaded) or "none"
-    fault.message = f"{name!r} is not loaded ({note}); loaded: {have}; accepted: load it first, or 'base'"
-    return fault
+    told = f"{name!r} is not loaded" + (f" ({note})" if note else "")
+    return Fault(errors_pb2.REASON_NOT_FOUND, f"{told}{hint}; loaded: {have}; load it first", resource=name)
 
 
 def no_model(asked: str) -> Fault:
@@ -97,8 +104,10 @@ def no_model(asked: str) -> Fault:
     )
 
 
-def check_model(model: inference_pb2.LoadedModel, asked: str, digest: str) -> None:
-    """NOT_FOUND if a request names another model than the one that is loaded."""
+def check_model(model: inference_pb2.LoadedModel | None, asked: str, digest: str) -> None:
+    """NOT_FOUND if nothing is loaded, or a request names another model than the one that is."""
+    if model is None:
+        raise no_model(asked)
     if digest and digest != model.digest:
         fault = no_model(asked)
         fault.message += f"; {model.model} is loaded"

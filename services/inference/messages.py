@@ -113,6 +113,13 @@ def check_options(options: inference_pb2.GenerationOptions, context_tokens: int)
     return wrong
 
 
+def check_switch(adapter: str) -> list[Violation]:
+    """Violations of a name for the default."""
+    if adapter == BASE or not names.check_name("adapter", adapter, "adapters"):
+        return []
+    return [Violation("adapter", show(adapter), "'adapters/ID', 'adapters/sha256:HEX', or 'base'")]
+
+
 def check_conversation(conversation: messages_pb2.Conversation) -> list[Violation]:
     """Violations of a conversation that waits for the assistant's turn.
 

@@ -73,7 +73,7 @@ class Base:
         if submit.WhichOneof("input") == "prompt":
             field, ids = "prompt", self.tokenizer.encode_prompt(submit.prompt)
         else:
-            field, ids = "conversation", self.tokenizer.encode(self._render(submit.conversation)).ids
+            field, ids = "conversation", list(self.tokenizer.encode(self._render(submit.conversation)).ids)
         longest = self.context_tokens - 1
         if not 1 <= len(ids) <= longest:
             accepted = f"1 to {longest} tokens (the context is {self.context_tokens}, and one is for the answer)"
@@ -150,5 +150,6 @@ def _free_bytes(device: str) -> int:
 def _context(config, told: int) -> int:
     """The longest context that plain attention serves: a sliding window bounds it."""
     window = getattr(config, "sliding_window", None)
-    slides = window and getattr(config, "use_sliding_window", True)
-    return min(told, int(window)) if slides else told
+    if window is None or not getattr(config, "use_sliding_window", True):
+        return told
+    return min(told, int(window))

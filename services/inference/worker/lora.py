@@ -75,7 +75,7 @@ class Lora:
             layer.parts.pop(digest, None)
             if layer.stacked is not None and digest in layer.stacked[0]:
                 layer.stacked = None
-            if not layer.parts:
+            if not layer.parts and layer.hook is not None:
                 layer.hook.remove()
                 del self._layers[name]
         if digest in self._active:

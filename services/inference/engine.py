@@ -1,0 +1,259 @@
+"""The engine as the daemon sees it: orders out, reports in.
+
+Law of this room: holds no policy. `Engine` is all that the rest of the daemon
+knows, so that another engine can stand behind it; `EngineProcess` is our own
+worker. Every order ends: answered, refused, or lost with the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import itertools
+import pathlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import psutil
+
+from services.common import frames, process
+from services.common.devices import Lease
+from services.common.errors import Fault, worker_lost
+from services.common.frames.v1 import engine_pb2
+from services.inference import wire
+
+Report = engine_pb2.EngineReport
+
+_LOAD_SECONDS = 1800.0
+
+
+class Answers:
+    """Reports of one request, in order; ends with `ended` or a Fault.
+
+    Never blocks the engine: it holds at most one report a token, and max_tokens
+    bounds those. A reader that falls behind finds its tokens joined.
+    """
+
+    def __init__(self, witness: Callable[[Report], None]) -> None:
+        self._witness = witness
+        self._reports: collections.deque[Report] = collections.deque()
+        self._fault: Fault | None = None
+        self._news = asyncio.Event()
+
+    def put(self, report: Report) -> None:
+        """Adds a report; the witness sees it now, however late the reader is."""
+        self._witness(report)
+        self._reports.append(report)
+        self._news.set()
+
+    def fail(self, fault: Fault) -> None:
+        """Ends with a fault, after what came before it."""
+        self._fault = self._fault or fault
+        self._news.set()
+
+    async def next(self) -> Report:
+        """The next report; waiting tokens come as one."""
+        while not self._reports:
+            if self._fault is not None:
+                raise self._fault
+            self._news.clear()
+            await self._news.wait()
+        report = self._reports.popleft()
+        if report.HasField("tokens"):
+            while self._reports and self._reports[0].HasField("tokens"):
+                more = self._reports.popleft().tokens
+                report.tokens.ids.extend(more.ids)
+                report.tokens.text += more.text
+        return report
+
+
+class Engine(Protocol):
+    """One resident base with its adapters."""
+
+    loaded: engine_pb2.EngineLoaded
+
+    @property
+    def running(self) -> int:
+        """Requests being answered; 0 within one token of the last cancel."""
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for their turn."""
+
+    async def load_adapter(self, order: engine_pb2.EngineLoadAdapter) -> engine_pb2.EngineAdapterLoaded:
+        """Takes an adapter in, or REJECTED."""
+
+    async def unload_adapter(self, digest: str) -> int:
+        """Frees an adapter once nothing in flight uses it; bytes freed."""
+
+    def submit(self, submit: engine_pb2.EngineSubmit, witness: Callable[[Report], None]) -> tuple[int, Answers]:
+        """Queues a request; its number, and what comes of it."""
+
+    def cancel(self, call: int) -> None:
+        """Stops a request; nothing if it has ended."""
+
+    async def quiet(self) -> None:
+        """Waits until no request is left."""
+
+    async def close(self) -> int:
+        """Ends the engine; bytes given back."""
+
+
+@dataclass(slots=True)
+class EngineProcess:
+    """Our engine worker. Made by `start`."""
+
+    talk: process.Talk
+    on_lost: Callable[[Fault], None]
+    loaded: engine_pb2.EngineLoaded = field(default_factory=engine_pb2.EngineLoaded)
+    _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
+    _orders: dict[int, asyncio.Future[Report]] = field(default_factory=dict)
+    _requests: dict[int, Answers] = field(default_factory=dict)
+    _begun: set[int] = field(default_factory=set)
+    _quiet: asyncio.Event = field(default_factory=asyncio.Event)
+    _closing: bool = False
+    _fault: Fault | None = None
+    _reading: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def start(
+        cls, load: engine_pb2.EngineLoad, lease: Lease, log: pathlib.Path, on_lost: Callable[[Fault], None]
+    ) -> EngineProcess:
+        """Starts the worker and waits for its base; a Fault says why there is none.
+
+        `on_lost` is called once if the process ends by itself after that.
+        """
+        talk = await process.start_talk(
+            "services.inference.worker.engine", log, ["--lease", str(lease.fd)], pass_fds=[lease.fd]
+        )
+        engine = cls(talk, on_lost)
+        engine._quiet.set()
+        engine._reading = asyncio.create_task(engine._read(), name="engine reports")
+        try:
+            order = engine_pb2.EngineOrder(load=load)
+            engine.loaded = (await asyncio.wait_for(engine._ask(order), _LOAD_SECONDS)).loaded
+        except BaseException:
+            await engine.close()
+            raise
+        return engine
+
+    @property
+    def pid(self) -> int:
+        return self.talk.process.pid
+
+    @property
+    def running(self) -> int:
+        return len(self._begun)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._requests) - len(self._begun)
+
+    # orders
+
+    async def load_adapter(self, order: engine_pb2.EngineLoadAdapter) -> engine_pb2.EngineAdapterLoaded:
+        return (await self._ask(engine_pb2.EngineOrder(load_adapter=order))).adapter_loaded
+
+    async def unload_adapter(self, digest: str) -> int:
+        order = engine_pb2.EngineOrder(unload_adapter=engine_pb2.EngineUnloadAdapter(digest=digest))
+        return (await self._ask(order)).adapter_unloaded.freed_bytes
+
+    def submit(self, submit: engine_pb2.EngineSubmit, witness: Callable[[Report], None]) -> tuple[int, Answers]:
+        answers = Answers(witness)
+        call = next(self._numbers)
+        if self._fault is not None:
+            answers.fail(self._fault)
+            return call, answers
+        self._requests[call] = answers
+        self._quiet.clear()
+        self._send(engine_pb2.EngineOrder(call=call, submit=submit))
+        return call, answers
+
+    def cancel(self, call: int) -> None:
+        if call in self._requests:
+            self._send(engine_pb2.EngineOrder(call=call, cancel=engine_pb2.EngineCancel()))
+
+    async def quiet(self) -> None:
+        await self._quiet.wait()
+
+    async def close(self) -> int:
+        self._closing = True
+        freed = await asyncio.to_thread(_memory_of, self.pid)
+        await self.talk.close()
+        if self._reading is not None:
+            await self._reading
+        return freed
+
+    async def _ask(self, order: engine_pb2.EngineOrder) -> Report:
+        if self._fault is not None:
+            raise self._fault
+        order.call = next(self._numbers)
+        answer: asyncio.Future[Report] = asyncio.get_running_loop().create_future()
+        self._orders[order.call] = answer
+        try:
+            self._send(order)
+            return await answer
+        finally:
+            self._orders.pop(order.call, None)
+
+    def _send(self, order: engine_pb2.EngineOrder) -> None:
+        # Not awaited: orders are few (two a request, and requests are bounded), and the engine always reads.
+        self.talk.writer.write(frames.pack(order.SerializeToString()))
+
+    # reports
+
+    async def _read(self) -> None:
+        while (body := await self.talk.receive()) is not None:
+            for report in engine_pb2.EngineReports.FromString(body).reports:
+                self._dispatch(report)
+        code = await self.talk.process.wait()
+        self._lose(worker_lost("the engine", process.exit_story(code), retry_seconds=2.0))
+
+    def _dispatch(self, report: Report) -> None:
+        refused = wire.unpack(report.refusal) if report.HasField("refusal") else None
+        order = self._orders.get(report.call)
+        if order is not None:
+            if order.done():
+                return
+            if refused is not None:
+                order.set_exception(refused)
+            else:
+                order.set_result(report)
+            return
+        answers = self._requests.get(report.call)
+        if answers is None:
+            return
+        if report.HasField("begun"):
+            self._begun.add(report.call)
+        if refused is not None:
+            answers.fail(refused)
+        else:
+            answers.put(report)
+        if refused is not None or report.HasField("ended"):
+            self._drop(report.call)
+
+    def _drop(self, call: int) -> None:
+        self._requests.pop(call, None)
+        self._begun.discard(call)
+        if not self._requests:
+            self._quiet.set()
+
+    def _lose(self, fault: Fault) -> None:
+        self._fault = fault
+        for order in self._orders.values():
+            if not order.done():
+                order.set_exception(fault)
+        for call, answers in list(self._requests.items()):
+            answers.fail(fault)
+            self._drop(call)
+        if not self._closing:
+            self.on_lost(fault)
+
+
+def _memory_of(pid: int) -> int:
+    """What a process holds of the host's memory; 0 if it is gone. Does not count a GPU's."""
+    try:
+        return int(psutil.Process(pid).memory_info().rss)  # type: ignore[no-untyped-call]
+    except psutil.Error:
+        return 0
