@@ -20,9 +20,7 @@ LOCK = "worker.lock"
 CANCEL = "cancel"
 
 
-def order_of(
-    record: training_pb2.JobRecord, store: str, device: str, now_seconds: float
-) -> training_pb2.Order:
+def order_of(record: training_pb2.JobRecord, store: str, device: str, now_seconds: float) -> training_pb2.Order:
     """What the worker of the job's present attempt is to do."""
     job = record.job
     order = training_pb2.Order(

@@ -1,0 +1,294 @@
+"""What callers may ask of the trainer.
+
+Law of this room: a job that was acknowledged is on disk. Names are resolved
+here, once; everything later goes by digest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import pathlib
+import secrets
+import shutil
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from qlorad.v1 import errors_pb2, trainer_pb2
+from services.common import facts, idempotency, names, shards
+from services.common.errors import (
+    Fault,
+    Violation,
+    already_exists,
+    invalid,
+    invalid_field,
+    not_found,
+    show,
+    wrong_state,
+)
+from services.common.frames.v1 import training_pb2
+from services.common.shelf import Shelf
+from services.trainer import jobs, spec
+from services.trainer.book import Book, Page
+from services.trainer.notify import Hub
+from services.trainer.runner import Runner
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What this daemon was told."""
+
+    host: spec.Host
+    max_queue: int
+    heartbeat_seconds: float
+    jobs: pathlib.Path
+
+
+class Trainer:
+    """Jobs."""
+
+    def __init__(
+        self,
+        book: Book,
+        hub: Hub,
+        runner: Runner,
+        shelf: Shelf,
+        templates: Mapping[str, trainer_pb2.JobTemplate],
+        rules: Rules,
+    ) -> None:
+        self._book = book
+        self._hub = hub
+        self._runner = runner
+        self._shelf = shelf
+        self._templates = templates
+        self._rules = rules
+
+    def templates(self) -> list[trainer_pb2.JobTemplate]:
+        """The named templates, by name."""
+        return [self._templates[name] for name in sorted(self._templates)]
+
+    # create
+
+    async def create(self, request: trainer_pb2.CreateJobRequest) -> trainer_pb2.CreateJobResponse:
+        """Checks, resolves, and queues a job; on disk when it returns."""
+        body = idempotency.body_of(request)
+        asked = request.request_id and not request.validate_only
+        if asked and not names.check_request_id(request.request_id):
+            noted = await self._recall("CreateJob", request.request_id, body)
+            if noted is not None:
+                return trainer_pb2.CreateJobResponse.FromString(noted)
+        record = await asyncio.to_thread(self._resolve, request)
+        if request.validate_only:
+            return trainer_pb2.CreateJobResponse(job=record.job)
+        await self._runner.hold(record)
+        ident = record.job.name.removeprefix("jobs/")
+        made = False
+        try:
+            answer, made = await self._book.turn(lambda page: self._enqueue(page, request.request_id, body, record))
+        finally:
+            if not made:
+                await self._runner.let_go(ident)
+        self._runner.wake()
+        return trainer_pb2.CreateJobResponse.FromString(answer)
+
+    def _enqueue(self, page: Page, request_id: str, body: bytes, record: training_pb2.JobRecord) -> tuple[bytes, bool]:
+        noted = idempotency.recall(page.db, "CreateJob", request_id, body)
+        if noted is not None:
+            return noted, False
+        ident = record.job.name.removeprefix("jobs/")
+        if page.read(ident) is not None:
+            raise already_exists(record.job.name, "leave job_id empty to have one made")
+        if len(page.waiting()) >= self._rules.max_queue:
+            raise Fault(
+                errors_pb2.REASON_QUEUE_FULL,
+                f"the queue holds {self._rules.max_queue} jobs, its most",
+                retry_seconds=10.0,
+            )
+        record.job.create_time.FromDatetime(page.now)
+        made = page.add(ident, record)
+        answer = trainer_pb2.CreateJobResponse(job=made.job).SerializeToString()
+        idempotency.note(page.db, "CreateJob", request_id, body, answer)
+        return answer, True
+
+    def _resolve(self, request: trainer_pb2.CreateJobRequest) -> training_pb2.JobRecord:
+        """The job as it would be; INVALID_ARGUMENT with ALL that is wrong, else NOT_FOUND."""
+        wrong = spec.check_request(request)
+        missing: list[Fault] = []
+        template = self._templates.get(request.template or "standard")
+        if template is None:
+            missing.append(not_found(f"templates/{request.template}", [f"templates/{n}" for n in self._templates]))
+            template = self._templates["standard"]
+        wanted = spec.merged(template, request.spec)
+        unusable = spec.names_wanted(wanted)
+        bad = {v.field for v in unusable}
+        model = dataset = None
+        if "spec.train.model" not in bad:
+            model = self._look_up(lambda: self._model(wanted.train.model), missing)
+        if "spec.train.dataset" not in bad:
+            dataset = self._look_up(lambda: self._dataset(wanted.train.dataset), missing)
+        resolved = spec.resolve(template, request.spec, model, dataset, self._rules.host)
+        wrong += [*unusable, *resolved.violations]
+        if missing and (wrong or len(missing) > 1):
+            fields = {"templates": "template", "models": "spec.train.model", "datasets": "spec.train.dataset"}
+            wrong += [Violation(fields[f.resource.split("/")[0]], show(f.resource), f.message) for f in missing]
+        if wrong:
+            raise invalid(wrong)
+        if missing:
+            raise missing[0]
+        record = training_pb2.JobRecord()
+        job = record.job
+        job.name = "jobs/" + (request.job_id or f"job-{secrets.token_hex(5)}")
+        job.state = trainer_pb2.JOB_STATE_QUEUED
+        job.spec.CopyFrom(resolved.spec)
+        job.template = template.name
+        job.priority = request.priority
+        job.labels.update(request.labels)
+        job.experiment = request.experiment
+        return record
+
+    @staticmethod
+    def _look_up(look: Callable[[], T], missing: list[Fault]) -> T | None:
+        try:
+            return look()
+        except Fault as fault:
+            if fault.reason != errors_pb2.REASON_NOT_FOUND:
+                raise
+            missing.append(fault)
+            return None
+
+    def _model(self, name: str) -> spec.ModelKnown:
+        sealed = self._shelf.open("models", name.removeprefix("models/"), field="spec.train.model")
+        told = facts.from_manifest(facts.ModelFacts, sealed.manifest)
+        return spec.ModelKnown(sealed.digest, told.context_tokens, told.target_modules)
+
+    def _dataset(self, name: str) -> spec.DatasetKnown:
+        sealed = self._shelf.open("datasets", name.removeprefix("datasets/"), field="spec.train.dataset")
+        rows = {s: len(shards.ShardReader(sealed.payload, s)) for s in shards.splits_in(sealed.payload)}
+        return spec.DatasetKnown(sealed.digest, rows)
+
+    async def _recall(self, method: str, request_id: str, body: bytes) -> bytes | None:
+        return await self._book.turn(lambda page: idempotency.recall(page.db, method, request_id, body))
+
+    # read
+
+    async def get(self, name: str) -> trainer_pb2.Job:
+        """One job."""
+        ident = names.parse_job("name", name)
+        record = await self._book.turn(lambda page: page.read(ident))
+        if record is None:
+            raise await self._unknown(name)
+        return record.job
+
+    async def _unknown(self, name: str) -> Fault:
+        return not_found(name, [f"jobs/{i}" for i in await self._book.turn(lambda page: page.ids())])
+
+    async def list(self, request: trainer_pb2.ListJobsRequest) -> trainer_pb2.ListJobsResponse:
+        """A page of jobs, newest first."""
+        size = names.page_size(request.page_size)
+        position = names.page_position(request.page_token)
+        if position and not position.isdigit():
+            raise invalid_field("page_token", request.page_token, "the next_page_token of the page before")
+        before = int(position or 0)
+        found = await self._book.turn(
+            lambda page: page.listed(before, size + 1, list(request.states), request.experiment)
+        )
+        answer = trainer_pb2.ListJobsResponse(jobs=[record.job for _, record in found[:size]])
+        if len(found) > size:
+            answer.next_page_token = names.page_token(str(found[size - 1][0]))
+        return answer
+
+    async def watch(self, request: trainer_pb2.WatchJobRequest) -> AsyncIterator[trainer_pb2.WatchJobResponse]:
+        """Follows a job."""
+        job = await self.get(request.name)
+        ident = job.name.removeprefix("jobs/")
+        if not 0 <= request.after_sequence <= job.last_sequence:
+            raise invalid_field("after_sequence", request.after_sequence, f"0 to {job.last_sequence}")
+        async for update in self._hub.watch(
+            ident,
+            request.after_sequence,
+            lambda: self._book.turn(lambda page: page.read(ident)),
+            lambda after, limit: self._book.turn(lambda page: page.events(ident, after, limit)),
+            self._rules.heartbeat_seconds,
+        ):
+            yield update
+
+    # cancel, delete
+
+    async def cancel(self, request: trainer_pb2.CancelJobRequest) -> trainer_pb2.CancelJobResponse:
+        """Notes the wish to stop; on disk when it returns."""
+        ident = self._named(request.request_id, request.name)
+        body = idempotency.body_of(request)
+
+        def write(page: Page) -> tuple[bytes, training_pb2.JobRecord | None]:
+            noted = idempotency.recall(page.db, "CancelJob", request.request_id, body)
+            if noted is not None:
+                return noted, None
+            record = page.read(ident)
+            if record is None:
+                raise not_found(request.name, [f"jobs/{i}" for i in page.ids()])
+            record = self._cancelled(page, ident, record)
+            answer = trainer_pb2.CancelJobResponse(job=record.job).SerializeToString()
+            idempotency.note(page.db, "CancelJob", request.request_id, body, answer)
+            return answer, record
+
+        answer, record = await self._book.turn(write)
+        if record is not None and record.job.state == trainer_pb2.JOB_STATE_CANCELLING:
+            await self._runner.tell_cancel(ident, record.job.attempt)
+        if record is not None and record.job.is_terminal:
+            await self._runner.let_go(ident)
+        self._runner.wake()
+        return trainer_pb2.CancelJobResponse.FromString(answer)
+
+    @staticmethod
+    def _cancelled(page: Page, ident: str, record: training_pb2.JobRecord) -> training_pb2.JobRecord:
+        state = record.job.state
+        if state in (trainer_pb2.JOB_STATE_CANCELLED, trainer_pb2.JOB_STATE_CANCELLING):
+            return record
+        for to in (trainer_pb2.JOB_STATE_CANCELLED, trainer_pb2.JOB_STATE_CANCELLING):
+            if to in jobs.LAW[state]:
+                return page.append(ident, [jobs.moved(record, to, "a caller asked for it")])
+        raise wrong_state(
+            record.job.name, jobs.word(state), (jobs.word(s) for s in sorted(set(jobs.LAW) - jobs.TERMINAL))
+        )
+
+    async def delete(self, request: trainer_pb2.DeleteJobRequest) -> trainer_pb2.DeleteJobResponse:
+        """Forgets an ended job."""
+        ident = self._named(request.request_id, request.name)
+        body = idempotency.body_of(request)
+        noted = await self._recall("DeleteJob", request.request_id, body)
+        if noted is not None:
+            return trainer_pb2.DeleteJobResponse.FromString(noted)
+        job = await self.get(request.name)
+        if not job.is_terminal:
+            ended = (jobs.word(s) for s in sorted(jobs.TERMINAL))
+            raise wrong_state(request.name, jobs.word(job.state), ended)
+        freed = await asyncio.to_thread(
+            _erase, self._rules.jobs / ident
+        )  # an ended job stays ended: safe before the commit
+        answer = trainer_pb2.DeleteJobResponse(freed_bytes=freed).SerializeToString()
+
+        def write(page: Page) -> bytes:
+            again = idempotency.recall(page.db, "DeleteJob", request.request_id, body)
+            if again is None:
+                page.remove(ident)
+                idempotency.note(page.db, "DeleteJob", request.request_id, body, answer)
+            return again or answer
+
+        answer = await self._book.turn(write)
+        self._hub.forget(ident)
+        return trainer_pb2.DeleteJobResponse.FromString(answer)
+
+    @staticmethod
+    def _named(request_id: str, name: str) -> str:
+        wrong = names.check_request_id(request_id)
+        if wrong:
+            raise invalid(wrong)
+        return names.parse_job("name", name)
+
+
+def _erase(folder: pathlib.Path) -> int:
+    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    shutil.rmtree(folder, ignore_errors=True)
+    return size

@@ -1,0 +1,78 @@
+"""What live jobs need is kept from removal.
+
+Law of this room: a job's holds are those of its record: model, dataset, ledger,
+kept checkpoints. The worker inherits them, so they outlive the daemon with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator
+
+from services.common.errors import Fault
+from services.common.frames.v1 import training_pb2
+from services.common.shelf import Pin, Shelf
+
+log = logging.getLogger("qlorad.trainer")
+
+
+def needed(record: training_pb2.JobRecord) -> Iterator[str]:
+    """Digests that a job must find on the shelf."""
+    train = record.job.spec.train
+    yield train.model.removeprefix("models/")
+    yield train.dataset.removeprefix("datasets/")
+    if record.ledger_digest:
+        yield record.ledger_digest
+    yield from (m.digest for m in record.marks)
+
+
+class Pins:
+    """The holds of every live job. Blocking; safe from several threads."""
+
+    def __init__(self, shelf: Shelf) -> None:
+        self._shelf = shelf
+        self._held: dict[str, dict[str, Pin]] = {}
+        self._lock = threading.Lock()
+
+    def hold_for(self, record: training_pb2.JobRecord, strict: bool = False) -> None:
+        """Makes the holds equal to what the job needs. What is gone is refused if `strict`, else logged."""
+        job = record.job.name.removeprefix("jobs/")
+        wanted = dict.fromkeys(needed(record))
+        with self._lock:
+            held = self._held.setdefault(job, {})
+            for digest in wanted:
+                if digest in held:
+                    continue
+                try:
+                    held[digest] = self._shelf.pin(digest, record.job.name)
+                except Fault as fault:
+                    if strict:
+                        self._release(job)
+                        raise
+                    log.error("%s needs what is gone: %s", record.job.name, fault)
+            for digest in held.keys() - wanted.keys():
+                held.pop(digest).release()
+
+    def fds(self, job: str) -> list[int]:
+        """File descriptors that keep a job's holds in whoever inherits them."""
+        with self._lock:
+            return [pin.fd for pin in self._held.get(job, {}).values()]
+
+    def release(self, job: str) -> None:
+        """Ends a job's holds."""
+        with self._lock:
+            self._release(job)
+
+    def _release(self, job: str) -> None:
+        for pin in self._held.pop(job, {}).values():
+            pin.release()
+
+    def hand_over(self) -> None:
+        """Closes this process's copies; what a worker inherited goes on being held by it."""
+        with self._lock:
+            for held in self._held.values():
+                for pin in held.values():
+                    os.close(pin.fd)
+            self._held.clear()
