@@ -71,7 +71,7 @@ bench: $(STAMP) ## what is quick to measure; writes benchmarks/results
 	$(BIN)/python -m benchmarks.control
 
 demo: $(STAMP) ## the whole way, from documents to a tuned answer; SIZE=test is the quick one
-	$(BIN)/qlorad demo --size $(SIZE)
+	$(BIN)/python examples/demo.py --size $(SIZE)
 
 check: lint types fresh test ## what must pass before a commit
 

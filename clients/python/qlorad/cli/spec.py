@@ -163,4 +163,5 @@ def _enum(field: Any, text: str) -> int:
     wanted = text.removeprefix(prefix).lower().replace("-", "_")
     if wanted not in short:
         raise ValueError(", ".join(short))
-    return short[wanted]
+    number: int = short[wanted]
+    return number

@@ -51,7 +51,8 @@ def only_one(home: pathlib.Path) -> Iterator[None]:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CannotStart(
-                f"{home} is up already (pid {holder(home) or 'unknown'}); `qlorad status` shows it, `qlorad down` ends it"
+                f"{home} is up already (pid {holder(home) or 'unknown'}); `qlorad status` shows it, "
+                "`qlorad down` ends it"
             ) from None
         os.ftruncate(fd, 0)
         os.pwrite(fd, str(os.getpid()).encode(), 0)
