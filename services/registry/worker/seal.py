@@ -15,7 +15,7 @@ from services.common.prompt.render import Renderer
 from services.common.prompt.tokens import Tokenizer
 from services.common.safetensors_header import TensorInfo, read_model_headers
 from services.registry import folder as rules
-from services.registry.worker import parity
+from services.registry.worker import parity, skeleton
 from services.registry.worker.bounded import TOKENIZER_BYTES, read_object
 
 # Embeddings and output heads: two-dimensional, but not what LoRA is put on.
@@ -34,6 +34,7 @@ def inspect(folder: pathlib.Path, name: str, template_date: str) -> ModelFacts:
     architecture, family = identity(name, config)
     tensors = read_model_headers(folder)
     check_weights(folder, name, tensors)
+    skeleton.check(folder, name, architecture, family, tensors)
     linear = {n: t for n, t in tensors.items() if is_linear(n, t)}
     if not linear:
         raise rejected(name, "has no linear weights that LoRA could target")
