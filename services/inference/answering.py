@@ -32,7 +32,7 @@ class Clock:
 
     metrics: Metrics
     arrived: float
-    begun: float = 0.0
+    waited: float = 0.0
     first: float = 0.0
     last: float = 0.0
 
@@ -40,7 +40,7 @@ class Clock:
         """Sees each report when it comes from the engine, however slow the caller reads."""
         now = time.monotonic()
         if report.HasField("begun"):
-            self.begun = now
+            self.waited = report.begun.waited_seconds
         elif report.HasField("tokens"):
             self.metrics.generated_tokens.inc(len(report.tokens.ids))
             if self.first:
@@ -134,7 +134,7 @@ class Answering:
                     completion_tokens=made,
                     first_token_seconds=clock.first - clock.arrived,
                     total_seconds=time.monotonic() - clock.arrived,
-                    queue_seconds=clock.begun - clock.arrived,
+                    queue_seconds=clock.waited,
                 )
                 return
 

@@ -8,6 +8,7 @@ cache's slots without a gap; the one row that still reads its prompt lies last.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ class Row:
     text: Detokeniser
     stops: StopFilter
     chooser: Chooser
+    arrived: float = field(default_factory=time.monotonic)
     read: int = 0
     """Tokens of the prompt that are in the cache."""
     made: list[int] = field(default_factory=list)
@@ -138,7 +140,8 @@ class Scheduler:
             return []
         row = self._waiting.popleft()
         self._rows.append(row)
-        return [Report(call=row.call, begun=engine_pb2.EngineBegun())]
+        waited = time.monotonic() - row.arrived
+        return [Report(call=row.call, begun=engine_pb2.EngineBegun(waited_seconds=waited))]
 
     def _retire(self, slot: int) -> None:
         """Takes a row out and closes the gap without unsettling the reading row's place."""

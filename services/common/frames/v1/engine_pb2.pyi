@@ -443,12 +443,17 @@ class EngineBegun(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    WAITED_SECONDS_FIELD_NUMBER: _builtins.int
+    waited_seconds: _builtins.float
+    """Seconds it waited in the engine."""
     def __init__(
         self,
+        *,
+        waited_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["waited_seconds", b"waited_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
