@@ -57,8 +57,11 @@ def loads(line: bytes) -> datasets_pb2.Example:
     """The example of a line; ExampleError if it is none."""
     example = datasets_pb2.Example()
     try:
-        json_format.Parse(line, example)
-    except (json_format.ParseError, UnicodeDecodeError) as e:
+        plain = json.loads(line)
+        if not isinstance(plain, dict):
+            raise json_format.ParseError(f"a JSON {type(plain).__name__}")
+        json_format.ParseDict(plain, example)
+    except (json_format.ParseError, ValueError, RecursionError) as e:
         raise ExampleError("example", f"not a canonical example: {e}") from None
     return example
 

@@ -1,0 +1,282 @@
+"""The ledger: it holds exactly the rows that rows.py makes, the same bytes each time, and says what is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qlorad.v1 import artifacts_pb2, datasets_pb2, errors_pb2
+from services.common import artifacts, facts
+from services.common.errors import Fault
+from services.common.prompt import ledger
+from services.common.prompt.ledger import LedgerReader
+from services.common.prompt.render import Renderer
+from services.common.prompt.rows import make_row
+from services.common.prompt.tokens import Tokenizer
+from services.common.shelf import Sealed, Shelf
+from tests.common.prompt import shapes
+from tests.common.prompt.models import DATE, chat, completion, seal_dataset, seal_model
+
+ERROR, TRUNCATE, DROP = (
+    datasets_pb2.OVER_LENGTH_ERROR,
+    datasets_pb2.OVER_LENGTH_TRUNCATE,
+    datasets_pb2.OVER_LENGTH_DROP,
+)
+
+
+def quiet(stage: str, done: int, total: int) -> None:
+    pass
+
+
+@pytest.fixture
+def shelf(tmp_path: pathlib.Path) -> Shelf:
+    return Shelf(tmp_path / "store")
+
+
+@pytest.fixture
+def model(shelf: Shelf) -> Sealed:
+    return seal_model(shelf, shapes.CHATML_MARKED.source)
+
+
+def some_rows(count: int, first: int = 1) -> list[datasets_pb2.Example]:
+    return [
+        chat(("user", f"வணக்கம் {n}?"), ("assistant", "x" * (n % 7 + 1)), line=n)
+        if n % 2
+        else completion(f"def f{n}", "():\n  pass", line=n)
+        for n in range(first, first + count)
+    ]
+
+
+def fault_of(*arguments: object) -> Fault:
+    with pytest.raises(Fault) as caught:
+        ledger.build(*arguments)  # type: ignore[arg-type]
+    return caught.value
+
+
+def test_holds_every_row_as_rows_makes_it(shelf: Shelf, model: Sealed) -> None:
+    examples = {"train": some_rows(600), "validation": some_rows(30, 1000)}
+    told: list[tuple[str, int, int]] = []
+    sealed = ledger.build(shelf, seal_dataset(shelf, examples), model, 64, TRUNCATE, lambda *p: told.append(p))
+    assert sealed.manifest.kind == artifacts_pb2.ARTIFACT_KIND_LEDGER
+    artifacts.verify_payload(sealed.manifest, sealed.payload)
+    reader = LedgerReader.open(sealed)
+    renderer, tokenizer = Renderer.open(model.payload, DATE), Tokenizer.open(model.payload)
+    assert reader.splits == ("train", "validation")
+    for split, rows in examples.items():
+        read = reader.split(split)
+        assert len(read) == len(rows)
+        assert list(read.lengths()) == [len(read.ids(n)) for n in range(len(read))]
+        for n, example in enumerate(rows):
+            made = make_row(example, renderer, tokenizer, 64, TRUNCATE)
+            assert read.ids(n).dtype == np.uint32 and read.mask(n).dtype == np.uint8
+            assert tuple(read.ids(n)) == made.ids and read.mask(n).tobytes() == made.mask
+            row = read.row(n)
+            assert (row.row, row.text, tuple(row.ids), tuple(row.cut_ids)) == (n, made.text, made.ids, made.cut_ids)
+            assert bytes(row.trained) == made.mask
+            assert list(row.pieces) == tokenizer.pieces(made.ids)
+    assert told[-1][0] == "seal" and ("render", 630, 630) in told
+    assert [p[1] for p in told if p[0] == "render"] == sorted(p[1] for p in told if p[0] == "render")
+    with pytest.raises(IndexError):
+        reader.split("train").ids(600)
+    with pytest.raises(Fault, match="accepted: train, validation"):
+        reader.split("test")
+
+
+def test_counts_and_proto(shelf: Shelf, model: Sealed) -> None:
+    long = completion("q", "word " * 30, line=9)
+    short = completion("q", "a", line=1)
+    dataset = seal_dataset(shelf, {"train": [short, long, short], "test": [long]})
+    whole = LedgerReader.open(ledger.build(shelf, dataset, model, 500, ERROR, quiet)).proto()
+    cut = LedgerReader.open(ledger.build(shelf, dataset, model, 10, TRUNCATE, quiet)).proto()
+    gone_sealed = ledger.build(shelf, dataset, model, 10, DROP, quiet)
+    gone = LedgerReader.open(gone_sealed).proto()
+    longest = whole.splits[0].longest_tokens
+    assert whole.splits[0].rows == 3 and whole.splits[0].cut_tokens == 0 and longest > 10
+    assert whole.splits[0].tokens == whole.splits[0].trained_tokens + 3
+    assert (cut.splits[0].truncated_rows, cut.splits[0].cut_tokens) == (1, longest - 10)
+    assert cut.splits[0].tokens == whole.splits[0].tokens - (longest - 10)
+    assert (gone.splits[0].rows, gone.splits[0].dropped_rows, gone.splits[0].longest_tokens) == (2, 1, longest)
+    assert (gone.splits[1].split, gone.splits[1].rows, gone.splits[1].dropped_rows) == ("test", 0, 1)
+    assert len(LedgerReader.open(gone_sealed).split("test")) == 0
+    assert gone.digest == gone_sealed.digest and gone.dataset_digest == dataset.digest
+    assert (gone.max_length_tokens, gone.over_length) == (10, DROP)
+    told = facts.from_manifest(facts.ModelFacts, model.manifest)
+    assert (gone.tokenizer_digest, gone.template_digest) == (told.tokenizer_digest, told.template_digest)
+
+
+def test_the_same_inputs_give_the_same_digest_and_are_found(
+    shelf: Shelf, model: Sealed, tmp_path: pathlib.Path
+) -> None:
+    dataset = seal_dataset(shelf, {"train": some_rows(20)})
+    first = ledger.build(shelf, dataset, model, 100, ERROR, quiet)
+    told: list[object] = []
+    again = ledger.build(shelf, dataset, model, 100, datasets_pb2.OVER_LENGTH_UNSPECIFIED, lambda *p: told.append(p))
+    assert again.digest == first.digest and told == [], "found, not built"
+    elsewhere = Shelf(tmp_path / "elsewhere")
+    far = ledger.build(
+        elsewhere,
+        seal_dataset(elsewhere, {"train": some_rows(20)}),
+        seal_model(elsewhere, shapes.CHATML_MARKED.source),
+        100,
+        ERROR,
+        quiet,
+    )
+    assert far.digest == first.digest
+
+
+def test_whatever_the_rows_depend_on_makes_another_ledger(shelf: Shelf, model: Sealed) -> None:
+    dataset = seal_dataset(shelf, {"train": some_rows(20)})
+    others = [
+        (dataset, model, 100, ERROR),
+        (dataset, model, 101, ERROR),
+        (dataset, model, 100, TRUNCATE),
+        (seal_dataset(shelf, {"train": some_rows(21)}), model, 100, ERROR),
+        (dataset, seal_model(shelf, shapes.QWEN.source), 100, ERROR),
+        (dataset, seal_model(shelf, shapes.CHATML_MARKED.source, bos_token="<pad>"), 100, ERROR),
+        (dataset, seal_model(shelf, shapes.CHATML_MARKED.source, eos_token="<|end|>"), 100, ERROR),
+    ]
+    digests = {ledger.build(shelf, d, m, n, p, quiet).digest for d, m, n, p in others}
+    assert len(digests) == len(others)
+
+
+def test_the_date_of_the_manifest_is_part_of_it(shelf: Shelf) -> None:
+    dataset = seal_dataset(shelf, {"train": [chat(("user", "a"), ("assistant", "b"))]})
+    texts = []
+    for date in ("2024-07-26", "2026-01-01"):
+        home = Shelf(shelf.root.parent / date)  # the date is a fact, not a byte of the payload: two shelves
+        sealed = ledger.build(home, dataset, seal_model(home, shapes.LLAMA3.source, date), 100, ERROR, quiet)
+        texts.append(LedgerReader.open(sealed).split("train").row(0).text)
+    assert "26 Jul 2024" in texts[0] and "01 Jan 2026" in texts[1]
+
+
+def test_all_over_long_rows_are_told_up_to_twenty(shelf: Shelf, model: Sealed) -> None:
+    rows = [completion("a", "b " * 40 if n in (3, 5) else "b", line=n) for n in range(1, 400)]
+    fault = fault_of(shelf, seal_dataset(shelf, {"train": rows}), model, 20, ERROR, quiet)
+    assert fault.reason == errors_pb2.REASON_INVALID_REQUEST
+    assert [v.field for v in fault.violations] == ["rows.jsonl:3", "rows.jsonl:5"]
+    assert all("tokens" in v.given and "at most 20 tokens" in v.accepted for v in fault.violations)
+    many = seal_dataset(shelf, {"train": [completion("a", "b " * 40, line=n) for n in range(1, 400)]})
+    assert len(fault_of(shelf, many, model, 20, ERROR, quiet).violations) == 20
+    assert shelf.every(artifacts_pb2.ARTIFACT_KIND_LEDGER) == []
+    assert list((shelf.root / "staging").iterdir()) == [], "nothing is left behind"
+
+
+def test_rows_that_train_nothing_are_told(shelf: Shelf, model: Sealed) -> None:
+    rows = [completion("p " * 40, "late", line=4), chat(("user", "alone"), line=7), completion("a", "b", line=8)]
+    fault = fault_of(shelf, seal_dataset(shelf, {"train": rows}), model, 20, TRUNCATE, quiet)
+    assert sorted(v.field for v in fault.violations) == ["rows.jsonl:4", "rows.jsonl:7"]
+
+
+def test_a_template_that_refuses_is_rejected_naming_row_and_turn(shelf: Shelf) -> None:
+    rows = [
+        chat(("user", "a"), ("assistant", "b"), line=1),
+        chat(("system", "s"), ("user", "a"), ("assistant", "b"), line=2),
+    ]
+    fault = fault_of(
+        shelf, seal_dataset(shelf, {"train": rows}), seal_model(shelf, shapes.GEMMA.source), 99, ERROR, quiet
+    )
+    assert fault.reason == errors_pb2.REASON_REJECTED
+    assert "rows.jsonl:2: turn 1:" in fault.message and "System role not supported" in fault.message
+
+
+def test_wrong_numbers_are_refused_together(shelf: Shelf, model: Sealed) -> None:
+    dataset = seal_dataset(shelf, {"train": some_rows(1)})
+    fault = fault_of(shelf, dataset, model, 513, 9, quiet)
+    assert [v.field for v in fault.violations] == ["max_length_tokens", "over_length"]
+    assert "1 to 512" in fault.violations[0].accepted
+    assert fault_of(shelf, dataset, model, 0, ERROR, quiet).violations[0].field == "max_length_tokens"
+
+
+def test_foreign_things_are_refused(shelf: Shelf, model: Sealed) -> None:
+    with pytest.raises(Fault, match="is not a ledger"):
+        LedgerReader.open(model)
+    staged = shelf.stage()
+    from services.common.shards import ShardWriter
+
+    with ShardWriter(staged.payload, "train") as writer:
+        writer.add(b'{"chit": {}}')
+    foreign = shelf.seal(staged, artifacts_pb2.ARTIFACT_KIND_DATASET, {})
+    assert fault_of(shelf, foreign, model, 20, ERROR, quiet).reason == errors_pb2.REASON_CORRUPT
+
+
+def test_a_ledger_found_must_match_in_every_part(shelf: Shelf, model: Sealed) -> None:
+    dataset = seal_dataset(shelf, {"train": some_rows(3)})
+    sealed = ledger.build(shelf, dataset, model, 100, ERROR, quiet)
+    about = json.loads((sealed.payload / "ledger.json").read_bytes())
+    recipe = ledger.Recipe(**{f.name: about[f.name] for f in dataclasses.fields(ledger.Recipe)})
+    found = ledger.find(shelf, recipe)
+    assert found is not None and found.digest == sealed.digest
+    for f in dataclasses.fields(recipe):
+        other = 7 if f.name == "max_length_tokens" else "other"
+        assert ledger.find(shelf, dataclasses.replace(recipe, **{f.name: other})) is None
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.text(max_size=40), st.text(min_size=1, max_size=40)), min_size=1, max_size=12), st.data())
+def test_any_rows_come_back_exactly(tmp_path: pathlib.Path, pairs: list[tuple[str, str]], data: st.DataObject) -> None:
+    shelf = Shelf(tmp_path / "store")
+    model = seal_model(shelf, shapes.CHATML_MARKED.source)
+    policy = data.draw(st.sampled_from([TRUNCATE, DROP]))
+    limit = data.draw(st.integers(30, 60))
+    rows = [chat(("user", a), ("assistant", b)) if len(a) % 2 else completion(a[:5], b) for a, b in pairs]
+    renderer, tokenizer = Renderer.open(model.payload, DATE), Tokenizer.open(model.payload)
+    try:
+        made = [make_row(r, renderer, tokenizer, limit, policy) for r in rows]
+    except Exception:
+        assert fault_of(shelf, seal_dataset(shelf, {"train": rows}), model, limit, policy, quiet).violations
+        return
+    sealed = ledger.build(shelf, seal_dataset(shelf, {"train": rows}), model, limit, policy, quiet)
+    reader = LedgerReader.open(sealed)
+    kept = [m for m in made if not m.dropped]
+    read = reader.split("train")
+    assert [(tuple(read.ids(n)), read.mask(n).tobytes(), tuple(read.cut_ids(n))) for n in range(len(read))] == [
+        (m.ids, m.mask, m.cut_ids) for m in kept
+    ]
+    assert [read.row(n).text for n in range(len(read))] == [m.text for m in kept]
+    (count,) = reader.proto().splits
+    assert count.rows + count.dropped_rows == len(rows)
+    assert count.trained_tokens == sum(m.trained_tokens for m in kept)
+
+
+BUILD = """
+import resource, sys
+from services.common.prompt import ledger
+from services.common.shelf import Shelf
+shelf = Shelf(__import__("pathlib").Path(sys.argv[1]))
+dataset = shelf.open("datasets", sys.argv[2])
+model = shelf.open("models", sys.argv[3])
+ledger.build(shelf, dataset, model, 200, 1, lambda *p: None)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_memory_does_not_grow_with_rows(shelf: Shelf, model: Sealed) -> None:
+    text = "word " * 60
+
+    def peak_kb(count: int) -> int:
+        rows = [completion(f"{n} ", text, line=n) for n in range(count)]
+        dataset = seal_dataset(shelf, {"train": rows})
+        arguments = [str(shelf.root), dataset.digest, model.digest]
+        ran = subprocess.run(
+            [sys.executable, "-c", BUILD, *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+        )
+        return int(ran.stdout)
+
+    few, many = peak_kb(1_000), peak_kb(11_000)
+    # Ten thousand rows of 300 characters more: 3 MB of lines, 3 MB of text, 7 MB of tokens on disk,
+    # and some 50 MB if their rows were kept.
+    assert many - few < 12_000, (few, many)
