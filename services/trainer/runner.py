@@ -345,7 +345,7 @@ class Runner:
             error.log_tail = telemetry.redact(process.tail(folder / launch.LOG))
             await self._book.turn(lambda page: _end(page, job, trainer_pb2.JOB_STATE_FAILED, error=error))
         elif outcome is not None and kind == "stopped" and record.job.state == trainer_pb2.JOB_STATE_CANCELLING:
-            message = f"stopped as asked at step {outcome.stopped.step}"
+            message = f"stopped as asked; step {jobs.resume_from(record).step} is kept"
             await self._book.turn(lambda page: _end(page, job, trainer_pb2.JOB_STATE_CANCELLED, message))
         else:
             await self._lost(job, attempt.number, folder, child)
