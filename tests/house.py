@@ -42,16 +42,18 @@ class Daemon:
     home: pathlib.Path
     flags: tuple[str, ...] = ()
     environ: Mapping[str, str] = field(default_factory=dict)
+    module: str = ""
+    """What is run, where it is not `services.SERVICE`."""
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Daemon:
         """Starts it and waits until it tells its address."""
         self.run_file.unlink(missing_ok=True)
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        told = ["--home", str(self.home), "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"]
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", f"services.{self.service}", "--home", str(self.home), "--listen", "127.0.0.1:0"]
-                + ["--metrics-listen", "127.0.0.1:0", *self.flags],
+                [sys.executable, "-m", self.module or f"services.{self.service}", *told, *self.flags],
                 stdout=out,
                 stderr=out,
                 cwd=ROOT,

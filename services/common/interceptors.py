@@ -263,7 +263,8 @@ class _Passage:
             left = self._context.time_remaining()
             code = "CANCELLED" if left is None or left > 0.1 else "DEADLINE_EXCEEDED"
         elif error is None or isinstance(error, grpc.aio.AbortError):
-            code = _CODES[int(self._context.code() or 0)].name
+            told = self._context.code()  # a number, or what the servicer itself set
+            code = told.name if isinstance(told, grpc.StatusCode) else _CODES[int(told or 0)].name
         else:
             status = to_status(fault_of(error))
             code = _CODES[status.code].name
