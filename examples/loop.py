@@ -33,9 +33,9 @@ pieces = [d.WriteUploadRequest(data=data[n : n + 65536]) for n in range(0, len(d
 datasets.WriteUpload(iter([d.WriteUploadRequest(upload=upload), *pieces]))
 wanted = d.CreateDatasetRequest(request_id=run, dataset_id=f"loop-{run}", uploads=[upload])
 wanted.split.validation_fraction = 0.1
-*_, made = datasets.CreateDataset(wanted)
+made = list(datasets.CreateDataset(wanted))[-1]
 print("dataset", made.dataset.digest, dict(made.dataset.stats.rows))
-*_, starter = models.MakeStarterModel(r.MakeStarterModelRequest(request_id=run, size=r.STARTER_SIZE_TEST))
+starter = list(models.MakeStarterModel(r.MakeStarterModelRequest(request_id=run, size=r.STARTER_SIZE_TEST)))[-1]
 train = t.TrainSpec(model=starter.model.name, dataset=made.dataset.name, adapter=f"adapters/loop-{run}")
 train.schedule.max_steps, train.optimizer.learning_rate = int(os.environ.get("STEPS", "30")), 5e-3
 job = trainer.CreateJob(t.CreateJobRequest(request_id=run, template="all-linear", spec=t.JobSpec(train=train))).job

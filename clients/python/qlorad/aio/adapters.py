@@ -6,7 +6,7 @@ import hashlib
 import os
 import pathlib
 from collections.abc import AsyncIterator
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from qlorad import errors
 from qlorad._connection import new_request_id
@@ -14,7 +14,10 @@ from qlorad._wire_core import full_name, optional_name
 from qlorad.aio._wire import Wire, in_thread, read_file
 from qlorad.v1 import artifacts_pb2
 from qlorad.v1 import registry_pb2 as pb
-from qlorad.v1.registry_pb2_grpc import AdapterServiceAsyncStub, AdapterServiceStub
+from qlorad.v1.registry_pb2_grpc import AdapterServiceStub
+
+if TYPE_CHECKING:
+    from qlorad.v1.registry_pb2_grpc import AdapterServiceAsyncStub
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 import pathlib
 from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from qlorad import errors
 from qlorad._connection import new_request_id
@@ -22,7 +23,10 @@ from qlorad._wire_core import (
 )
 from qlorad.aio._wire import Wire, in_thread, read_file, sleep
 from qlorad.v1 import datasets_pb2 as pb
-from qlorad.v1.datasets_pb2_grpc import DatasetServiceAsyncStub, DatasetServiceStub
+from qlorad.v1.datasets_pb2_grpc import DatasetServiceStub
+
+if TYPE_CHECKING:
+    from qlorad.v1.datasets_pb2_grpc import DatasetServiceAsyncStub
 
 
 class Datasets:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING
 
 from qlorad._connection import new_request_id
 from qlorad._messages import Answer, Event, Turn, conversation, event_of, options
@@ -10,7 +11,10 @@ from qlorad._wire_core import adapter_choice, enum_value, full_name, optional_na
 from qlorad.aio._wire import Wire
 from qlorad.v1 import inference_pb2 as pb
 from qlorad.v1 import messages_pb2
-from qlorad.v1.inference_pb2_grpc import InferenceServiceAsyncStub, InferenceServiceStub
+from qlorad.v1.inference_pb2_grpc import InferenceServiceStub
+
+if TYPE_CHECKING:
+    from qlorad.v1.inference_pb2_grpc import InferenceServiceAsyncStub
 
 
 class Inference:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from qlorad import errors
 from qlorad._connection import new_request_id
@@ -18,7 +19,10 @@ from qlorad._wire_core import (
 )
 from qlorad.aio._wire import Wire, sleep
 from qlorad.v1 import trainer_pb2 as pb
-from qlorad.v1.trainer_pb2_grpc import TrainerServiceAsyncStub, TrainerServiceStub
+from qlorad.v1.trainer_pb2_grpc import TrainerServiceStub
+
+if TYPE_CHECKING:
+    from qlorad.v1.trainer_pb2_grpc import TrainerServiceAsyncStub
 
 Reattaching = Callable[[errors.QloradError, float], None]
 """Told why a watch was cut and in how many seconds it is taken up again."""

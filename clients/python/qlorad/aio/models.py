@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
 from qlorad._connection import new_request_id
 from qlorad._wire_core import DEFAULT_PATIENCE_SECONDS, Progress, enum_value, full_name, silent
 from qlorad.aio._wire import Wire, in_thread
 from qlorad.v1 import registry_pb2 as pb
-from qlorad.v1.registry_pb2_grpc import ModelServiceAsyncStub, ModelServiceStub
+from qlorad.v1.registry_pb2_grpc import ModelServiceStub
+
+if TYPE_CHECKING:
+    from qlorad.v1.registry_pb2_grpc import ModelServiceAsyncStub
 
 
 class Models:
