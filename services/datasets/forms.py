@@ -57,14 +57,22 @@ class CannotCarry(Exception):
 def write(example: datasets_pb2.Example, form: Form) -> str:
     """The example as one line of JSON in the form, without a newline; CannotCarry names the field."""
     row = _ROWS[form](example)
-    metadata = json_format.MessageToDict(example.metadata)
-    for key, value in metadata.items():
+    for key, value in _whole(json_format.MessageToDict(example.metadata)).items():
         nested = NESTED.fullmatch(key) if form == datasets_pb2.ROW_FORMAT_CHAT else None
         if nested is None or not _restore(row, nested, value):
             if key in row or key in FORMS[form]:
                 raise CannotCarry(f"metadata.{key}", f"the {NAMES[form]} form has a field of that name")
             row[key] = value
     return json.dumps(row, ensure_ascii=False, allow_nan=False)
+
+
+def _whole(value: Any) -> Any:
+    """Whole numbers as such: a Struct holds every number as a double."""
+    if isinstance(value, dict):
+        return {k: _whole(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_whole(v) for v in value]
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) <= 1 << 53 else value
 
 
 def _restore(row: dict[str, Any], place: re.Match[str], value: object) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -80,7 +81,8 @@ class Bench:
         except BrokenPipeError:
             os._exit(0)
         except MemoryError:
-            told = "the work needs more memory than its worker may take"
+            bound = resource.getrlimit(resource.RLIMIT_AS)[0]
+            told = f"the work needs more memory than the {bound} bytes that its worker may take"
             send(ingest_pb2.WorkerRefusal(reason=errors_pb2.REASON_TOO_LARGE, message=told))
         except OSError as e:
             if e.errno not in (errno.ENOSPC, errno.EDQUOT):

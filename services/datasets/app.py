@@ -1,0 +1,86 @@
+"""qlorad-datasets put together.
+
+Law of this room: the only place that chooses concrete things and reads settings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry
+
+from qlorad.v1 import datasets_pb2_grpc
+from services.common import idempotency
+from services.common.config import setting
+from services.common.server import App, Health, ServerSettings
+from services.common.shelf import Shelf
+from services.common.store import Store
+from services.datasets import catalog, ingest, uploads
+from services.datasets.catalog import Catalog
+from services.datasets.ingest import Ingests
+from services.datasets.ledgers import Ledgers
+from services.datasets.metrics import Metrics
+from services.datasets.servicer import DatasetServicer
+from services.datasets.uploads import Uploads
+from services.datasets.workers import Workers
+
+MIGRATIONS = (idempotency.MIGRATION, uploads.MIGRATION, catalog.MIGRATION, ingest.MIGRATION)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What qlorad-datasets is told."""
+
+    server: ServerSettings = field(default_factory=ServerSettings)
+    max_upload_bytes: int = setting(64 << 30, "largest file taken", lambda v: 1 <= v <= 1 << 44, "1 to 17592186044416")
+    max_workers: int = setting(2, "workers that run at once; more wait", lambda v: 1 <= v <= 64, "1 to 64")
+    worker_memory_bytes: int = setting(
+        2 << 30, "address space of a worker", lambda v: 256 << 20 <= v <= 1 << 40, "268435456 to 1099511627776"
+    )
+    worker_cpu_seconds: int = setting(4 * 3600, "CPU time of a worker", lambda v: 1 <= v <= 30 * 86400, "1 to 2592000")
+
+
+def build(config: Config) -> App:
+    """The daemon, ready to be served."""
+    settings = config.server
+    registry = CollectorRegistry()
+    metrics = Metrics(registry)
+    shelf = Shelf(settings.home / "store")
+    store = Store.open(settings.state / "datasets.sqlite", MIGRATIONS)
+    turn = asyncio.Semaphore(config.max_workers)
+    workers = Workers(settings.logs, config.worker_memory_bytes, config.worker_cpu_seconds, metrics)
+    files = Uploads(store, settings.state / "uploads", config.max_upload_bytes, metrics)
+    sealed = Catalog(shelf, store)
+    ingests = Ingests(shelf, store, files, workers, turn, metrics)
+    ledgers = Ledgers(shelf, sealed, workers, turn)
+    servicer = DatasetServicer(files, sealed, ingests, ledgers)
+
+    async def start(health: Health) -> None:
+        await files.sweep()
+        await ingests.sweep()
+
+    def drain() -> None:
+        ingests.runs.drain()
+        ledgers.runs.drain()
+
+    async def stop() -> None:
+        await ingests.runs.ended()
+        await ledgers.runs.ended()
+        await store.close()
+
+    return App(
+        name="datasets",
+        settings=settings,
+        default_ports=(50051, 9101),
+        services=[
+            (
+                "qlorad.v1.DatasetService",
+                lambda server: datasets_pb2_grpc.add_DatasetServiceServicer_to_server(servicer, server),
+            )
+        ],
+        registry=registry,
+        start=start,
+        stop=stop,
+        drain=drain,
+    )

@@ -1,0 +1,146 @@
+"""Whether a request is well formed: every violation at once.
+
+Law of this room: pure. Whether the named things exist is asked elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+from qlorad.v1 import datasets_pb2
+from services.common.errors import Violation, invalid, show
+from services.common.names import check_id, check_name, check_request_id
+from services.datasets.forms import FORMS, NAMES
+
+PIECE_BYTES = 1 << 20
+MAX_LENGTH_TOKENS = 1 << 20
+MAX_UPLOADS = 1000
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+SPLITS = ("train", "validation", "test")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_UPLOAD = re.compile(r"uploads/[0-9a-f]{32}")
+_UPLOAD_RULE = "'uploads/ID' as StartUpload gave it"
+
+
+def start_upload(request: datasets_pb2.StartUploadRequest) -> None:
+    """INVALID_ARGUMENT with every violation."""
+    wrong = check_request_id(request.request_id)
+    name = request.filename
+    if not 1 <= len(name) <= 255 or "/" in name or "\\" in name or any(ord(c) < 32 for c in name):
+        wrong.append(Violation("filename", show(name), "1 to 255 characters, without '/', '\\' or control characters"))
+    elif not name.lower().endswith(SUFFIXES):
+        wrong.append(Violation("filename", show(name), f"a name that ends in {', '.join(SUFFIXES)}"))
+    if request.size_bytes < 1:
+        wrong.append(Violation("size_bytes", show(request.size_bytes), "the file's exact size, at least 1"))
+    if not _SHA256.fullmatch(request.sha256):
+        wrong.append(Violation("sha256", show(request.sha256), "64 lower-case hex digits"))
+    if wrong:
+        raise invalid(wrong)
+
+
+def upload_id(field: str, name: str) -> str:
+    """The id inside "uploads/{id}", or INVALID_ARGUMENT."""
+    if not _UPLOAD.fullmatch(name):
+        raise invalid([Violation(field, show(name), _UPLOAD_RULE)])
+    return name.removeprefix("uploads/")
+
+
+def create_dataset(request: datasets_pb2.CreateDatasetRequest) -> None:
+    """INVALID_ARGUMENT with every violation."""
+    wrong = check_request_id(request.request_id) + check_id("dataset_id", request.dataset_id)
+    if not 1 <= len(request.uploads) <= MAX_UPLOADS:
+        wrong.append(Violation("uploads", f"{len(request.uploads)} uploads", f"1 to {MAX_UPLOADS} complete uploads"))
+    for i, name in enumerate(request.uploads):
+        if not _UPLOAD.fullmatch(name):
+            wrong.append(Violation(f"uploads[{i}]", show(name), _UPLOAD_RULE))
+        elif name in request.uploads[:i]:
+            wrong.append(Violation(f"uploads[{i}]", show(name), "each upload once"))
+    if request.format not in NAMES:
+        wrong.append(Violation("format", show(request.format), "a value of RowFormat"))
+    if request.on_row_error not in datasets_pb2.OnRowError.values():
+        wrong.append(Violation("on_row_error", show(request.on_row_error), "a value of OnRowError"))
+    wrong += _split(request.split) + _columns(request)
+    if wrong:
+        raise invalid(wrong)
+
+
+def _split(split: datasets_pb2.Split) -> list[Violation]:
+    wrong = []
+    fractions = (("validation_fraction", split.validation_fraction), ("test_fraction", split.test_fraction))
+    for name, value in fractions:
+        if not (math.isfinite(value) and 0 <= value < 1):
+            wrong.append(Violation(f"split.{name}", show(value), "0 to below 1"))
+    if not wrong and split.validation_fraction + split.test_fraction >= 1:
+        given = f"{split.validation_fraction} and {split.test_fraction}"
+        wrong.append(Violation("split", given, "fractions that together are below 1"))
+    return wrong
+
+
+def _columns(request: datasets_pb2.CreateDatasetRequest) -> list[Violation]:
+    wrong = []
+    known = FORMS.get(request.format) or tuple(dict.fromkeys(f for fields in FORMS.values() for f in fields))
+    for name, column in request.columns.items():
+        if name not in known:
+            wrong.append(Violation(f"columns[{show(name)}]", show(name), f"one of {', '.join(known)}"))
+        if not column:
+            wrong.append(Violation(f"columns[{show(name)}]", show(column), "the name of a column"))
+    taken = list(request.columns.values())
+    if len(set(taken)) != len(taken):
+        wrong.append(Violation("columns", show(taken), "each column once"))
+    return wrong
+
+
+def delete_dataset(request: datasets_pb2.DeleteDatasetRequest) -> None:
+    """INVALID_ARGUMENT with every violation."""
+    wrong = check_request_id(request.request_id) + check_name("name", request.name, "datasets")
+    if wrong:
+        raise invalid(wrong)
+
+
+def export_dataset(request: datasets_pb2.ExportDatasetRequest) -> None:
+    """INVALID_ARGUMENT with every violation."""
+    wrong = check_name("name", request.name, "datasets")
+    if request.split and request.split not in SPLITS:
+        wrong.append(Violation("split", show(request.split), "train, validation, test, or empty for all"))
+    if request.format not in NAMES:
+        wrong.append(Violation("format", show(request.format), "a value of RowFormat"))
+    if request.max_rows < 0:
+        wrong.append(Violation("max_rows", show(request.max_rows), "0 (= all) or more"))
+    if wrong:
+        raise invalid(wrong)
+
+
+def list_findings(request: datasets_pb2.ListFindingsRequest) -> None:
+    """INVALID_ARGUMENT with every violation."""
+    wrong = check_name("name", request.name, "datasets")
+    if request.min_severity not in datasets_pb2.Severity.values():
+        wrong.append(Violation("min_severity", show(request.min_severity), "a value of Severity"))
+    if wrong:
+        raise invalid(wrong)
+
+
+def build_ledger(request: datasets_pb2.BuildLedgerRequest) -> None:
+    """INVALID_ARGUMENT with every violation."""
+    wrong = check_name("dataset", request.dataset, "datasets") + check_name("model", request.model, "models")
+    if not 1 <= request.max_length_tokens <= MAX_LENGTH_TOKENS:
+        wrong.append(Violation("max_length_tokens", show(request.max_length_tokens), f"1 to {MAX_LENGTH_TOKENS}"))
+    if request.over_length not in datasets_pb2.OverLength.values():
+        wrong.append(Violation("over_length", show(request.over_length), "a value of OverLength"))
+    if wrong:
+        raise invalid(wrong)
+
+
+def read_ledger(request: datasets_pb2.ReadLedgerRequest) -> None:
+    """INVALID_ARGUMENT with every violation. `ledger` is a digest, with or without "ledgers/" or "datasets/"."""
+    wrong = []
+    if not re.fullmatch(r"sha256:[0-9a-f]{8,64}", request.ledger):
+        wrong.append(Violation("ledger", show(request.ledger), "the ledger's digest, 'sha256:HEX'"))
+    if request.split not in SPLITS:
+        wrong.append(Violation("split", show(request.split), ", ".join(SPLITS)))
+    if request.first_row < 0:
+        wrong.append(Violation("first_row", show(request.first_row), "0 or more"))
+    if request.max_rows < 0:
+        wrong.append(Violation("max_rows", show(request.max_rows), "0 (= all) or more"))
+    if wrong:
+        raise invalid(wrong)

@@ -1,0 +1,44 @@
+"""What qlorad-datasets counts.
+
+Law of this room: one object, made in app on the daemon's own registry.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from qlorad.v1 import datasets_pb2
+from services.datasets.forms import NAMES
+
+_SECONDS = (0.1, 0.5, 1, 5, 15, 60, 300, 1800, 7200)
+
+
+class Metrics:
+    """Every series of this daemon."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.uploads = Counter(
+            "qlorad_datasets_uploads", "Uploads by what became of them.", ["outcome"], registry=registry
+        )
+        self.upload_bytes = Counter("qlorad_datasets_upload_bytes", "Bytes received in uploads.", registry=registry)
+        self.rows = Counter(
+            "qlorad_datasets_rows", "Rows by form and what became of them.", ["format", "outcome"], registry=registry
+        )
+        self.findings = Counter("qlorad_datasets_findings", "Findings by rule.", ["rule"], registry=registry)
+        self.workers = Gauge("qlorad_datasets_workers", "Workers that run now.", ["work"], registry=registry)
+        self.worker_seconds = Histogram(
+            "qlorad_datasets_worker_seconds",
+            "Seconds a worker ran, by how it ended.",
+            ["work", "outcome"],
+            registry=registry,
+            buckets=_SECONDS,
+        )
+        for outcome in ("started", "completed", "corrupt"):
+            self.uploads.labels(outcome)
+
+    def count_rows(self, form: datasets_pb2.RowFormat.ValueType, stats: datasets_pb2.DatasetStats) -> None:
+        """Counts what a sealed dataset was made of."""
+        name = NAMES[form]
+        self.rows.labels(name, "kept").inc(sum(stats.rows.values()))
+        self.rows.labels(name, "skipped").inc(stats.skipped_rows)
+        self.rows.labels(name, "duplicate").inc(stats.duplicate_rows)

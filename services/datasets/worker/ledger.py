@@ -1,0 +1,82 @@
+"""The ledger worker: makes a ledger, or sends rows of one.
+
+Law of this room: it only calls common/prompt/ledger; what a training row is, is
+decided there.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import time
+from collections.abc import Callable
+
+from google.protobuf.message import Message
+
+from qlorad.v1 import datasets_pb2
+from services.common.errors import invalid_field
+from services.common.frames.v1 import ingest_pb2
+from services.common.prompt import ledger
+from services.common.shelf import Shelf
+from services.datasets.worker.bound import Bench
+
+_SECONDS_BETWEEN = 0.2
+_BATCH_ROWS = 64
+_BATCH_TOKENS = 65536
+
+
+def build(shelf: Shelf, work: ingest_pb2.LedgerBuild, send: Callable[[ingest_pb2.LedgerReport], None]) -> None:
+    """Makes the ledger and sends it."""
+    told_at = 0.0
+
+    def tell(stage: str, done: int, total: int) -> None:
+        nonlocal told_at
+        now = time.monotonic()
+        if now - told_at >= _SECONDS_BETWEEN:
+            told_at = now
+            progress = datasets_pb2.StageProgress(stage=stage, done=done, total=total)
+            send(ingest_pb2.LedgerReport(progress=progress))
+
+    dataset = shelf.open("datasets", work.dataset_digest, field="dataset")
+    model = shelf.open("models", work.model_digest, field="model")
+    sealed = ledger.build(shelf, dataset, model, work.max_length_tokens, work.over_length, tell)
+    send(ingest_pb2.LedgerReport(ledger=ledger.LedgerReader.open(sealed).proto()))
+
+
+def read(
+    shelf: Shelf, request: datasets_pb2.ReadLedgerRequest, send: Callable[[ingest_pb2.LedgerReport], None]
+) -> None:
+    """Sends the rows asked for, in order."""
+    rows = ledger.LedgerReader.open(shelf.open("datasets", request.ledger, field="ledger")).split(request.split)
+    if request.first_row > len(rows):
+        raise invalid_field("first_row", request.first_row, f"0 to {len(rows)}")
+    end = min(len(rows), request.first_row + (request.max_rows or len(rows)))
+    batch, tokens = datasets_pb2.ReadLedgerResponse(), 0
+    for number in range(request.first_row, end):
+        row = rows.row(number)
+        batch.rows.append(row)
+        tokens += len(row.ids) + len(row.cut_ids)
+        if len(batch.rows) >= _BATCH_ROWS or tokens >= _BATCH_TOKENS:
+            send(ingest_pb2.LedgerReport(rows=batch))
+            batch, tokens = datasets_pb2.ReadLedgerResponse(), 0
+    if batch.rows:
+        send(ingest_pb2.LedgerReport(rows=batch))
+    send(ingest_pb2.LedgerReport(end=ingest_pb2.LedgerRowsEnd()))
+
+
+def main() -> None:
+    bench = Bench.open()
+    order = ingest_pb2.LedgerOrder.FromString(bench.order)
+    shelf = Shelf(pathlib.Path(order.store))
+
+    def send(report: Message) -> None:
+        bench.send(report)
+
+    with bench.refusing(lambda refusal: send(ingest_pb2.LedgerReport(refusal=refusal))):
+        if order.WhichOneof("work") == "build":
+            build(shelf, order.build, send)
+        else:
+            read(shelf, order.read, send)
+
+
+if __name__ == "__main__":
+    main()
