@@ -42,14 +42,9 @@ class Row:
     stops: StopFilter
     chooser: Chooser
     arrived: float = field(default_factory=time.monotonic)
-    read: int = 0
-    """Tokens of the prompt that are in the cache."""
+    length: int = 0
+    """Tokens in the cache: those of the prompt that were read, then all made but the newest."""
     made: list[int] = field(default_factory=list)
-
-    @property
-    def length(self) -> int:
-        """Tokens in the cache: the prompt read, and all made but the newest."""
-        return self.read + max(0, len(self.made) - 1)
 
 
 def make_row(
@@ -172,13 +167,14 @@ class Scheduler:
             use_cache=True,
             logits_to_keep=1,
         )
+        for row in rows:
+            row.length += len(tokens[0])
         return out.logits[:, -1].float()
 
     def _read(self, row: Row) -> list[Report]:
-        piece = row.prompt[row.read : row.read + _PIECE]
+        piece = row.prompt[row.length : row.length + _PIECE]
         logits = self._forward(len(self._rows) - 1, [row], [piece])
-        row.read += len(piece)
-        return self._take([row], logits) if row.read == len(row.prompt) else []
+        return self._take([row], logits) if row.length == len(row.prompt) else []
 
     def _decode(self, rows: list[Row]) -> list[Report]:
         return self._take(rows, self._forward(0, rows, [[row.made[-1]] for row in rows]))

@@ -1,0 +1,137 @@
+"""What the tests of inference share: asking, and reading errors."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import urllib.request
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import psutil
+from google.rpc import error_details_pb2, status_pb2
+
+from qlorad.v1 import inference_pb2, inference_pb2_grpc, messages_pb2
+from tests.house import Daemon, House
+
+Stub = inference_pb2_grpc.InferenceServiceStub
+MODEL = "models/starter-test"
+
+
+@dataclass
+class Answer:
+    """A stream that came to its finish."""
+
+    started: inference_pb2.Started
+    finish: inference_pb2.Finish
+    text: str
+    ids: list[int]
+    pieces: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Refusal:
+    """A call that failed, with every detail unpacked."""
+
+    code: grpc.StatusCode
+    message: str
+    info: error_details_pb2.ErrorInfo
+    fields: list[str]
+    retry_seconds: float
+
+    @property
+    def reason(self) -> str:
+        return self.info.reason
+
+
+def read(stream: Any) -> Answer:
+    """Reads a stream to its end and checks its grammar."""
+    events = [getattr(m, m.WhichOneof("event")) for m in stream]
+    started, deltas, finish = events[0], events[1:-1], events[-1]
+    assert isinstance(started, inference_pb2.Started)
+    assert isinstance(finish, inference_pb2.Finish)
+    assert all(isinstance(d, inference_pb2.Delta) for d in deltas)
+    ids = [i for d in deltas for i in d.ids]
+    assert finish.completion_tokens == len(ids)
+    assert finish.prompt_tokens == started.prompt_tokens
+    pieces = [d.text for d in deltas]
+    return Answer(started, finish, "".join(pieces), ids, pieces)
+
+
+def generate(stub: Stub, prompt: str, adapter: str = "base", **options: Any) -> Answer:
+    """One raw answer."""
+    request = inference_pb2.GenerateRequest(
+        prompt=prompt, adapter=adapter, options=inference_pb2.GenerationOptions(**options)
+    )
+    return read(stub.Generate(request, timeout=60))
+
+
+def turn(role: messages_pb2.Role.ValueType, text: str) -> messages_pb2.Message:
+    return messages_pb2.Message(role=role, parts=[messages_pb2.Part(text=text)])
+
+
+def refusal(error: grpc.RpcError) -> Refusal:
+    """A failed call as a Refusal."""
+    status = status_pb2.Status()
+    for key, value in error.trailing_metadata() or ():
+        if key == "grpc-status-details-bin":
+            status.ParseFromString(value)
+    info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+    for detail in status.details:
+        for kind in (info, bad, retry):
+            if detail.Is(kind.DESCRIPTOR):
+                detail.Unpack(kind)
+    assert info.domain == "qlorad", error
+    return Refusal(
+        error.code(),
+        error.details() or "",
+        info,
+        [v.field for v in bad.field_violations],
+        retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9,
+    )
+
+
+def refused(call: Any) -> Refusal:
+    """The refusal of a call that must fail."""
+    try:
+        answer = call()
+        if hasattr(answer, "__iter__"):
+            list(answer)
+    except grpc.RpcError as e:
+        return refusal(e)
+    raise AssertionError(f"the call was not refused: {answer}")
+
+
+def load(
+    stub: Stub, *adapters: str, precision: inference_pb2.Precision.ValueType = inference_pb2.PRECISION_FP32
+) -> None:
+    """Loads the starter and adapters."""
+    stub.LoadModel(inference_pb2.LoadModelRequest(model=MODEL, precision=precision), timeout=120)
+    for adapter in adapters:
+        stub.LoadAdapter(inference_pb2.LoadAdapterRequest(adapter=f"adapters/{adapter}"), timeout=60)
+
+
+def metric(daemon: Daemon, name: str) -> float:
+    """The sum of a metric's series."""
+    with urllib.request.urlopen(f"http://{daemon.told['metrics']}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    found = re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
+    assert found, name
+    return sum(map(float, found))
+
+
+def engine_of(daemon: Daemon) -> psutil.Process:
+    """The engine process of a daemon."""
+    (engine,) = [p for p in psutil.Process(daemon.pid).children() if "services.inference.worker.engine" in p.cmdline()]
+    return engine
+
+
+def start(house: House, *flags: str) -> tuple[Daemon, Stub]:
+    """The inference daemon and a stub."""
+    daemon = house.start("inference", "--device", "cpu", *flags)
+    return daemon, Stub(house.channel("inference"))
+
+
+def leases(home: pathlib.Path) -> pathlib.Path:
+    return home / "state" / "devices"

@@ -1,0 +1,141 @@
+"""The pure rooms: requests, the table of adapters, precision."""
+
+from __future__ import annotations
+
+import pytest
+
+from qlorad.v1 import artifacts_pb2, errors_pb2, inference_pb2, messages_pb2
+from services.common.errors import Fault
+from services.common.facts import ModelFacts
+from services.inference import adapters, messages, precision, wire
+from services.inference.adapters import Table
+from tests.inference.kit import turn
+
+MODEL = ModelFacts(
+    "X", "x", 1_000_000, 600_000, 512, 100, ("q_proj",), "sha256:t", "sha256:c", True, "2026-01-01", (1,)
+)
+
+
+def fields(fault: Fault) -> list[str]:
+    return [v.field for v in fault.violations]
+
+
+def test_every_violation_of_a_request_is_told_at_once() -> None:
+    request = inference_pb2.GenerateRequest(
+        adapter="ada", model="nonsense", request_id="with blank", prompt="",
+        options=inference_pb2.GenerationOptions(
+            max_tokens=0, temperature=2.5, top_p=0.0, stop=["", "x" * 65, *"abcdefg"]
+        ),
+    )  # fmt: skip
+    with pytest.raises(Fault) as caught:
+        messages.generate_ask(request, 512, 1, "id")
+    assert fields(caught.value) == [
+        "adapter", "model", "request_id", "options.max_tokens", "options.temperature", "options.top_p",
+        "options.stop", "options.stop[0]", "options.stop[1]", "prompt",
+    ]  # fmt: skip
+
+
+def test_numbers_that_are_none_are_refused() -> None:
+    for bad in (float("nan"), float("inf"), -1.0):
+        options = inference_pb2.GenerationOptions(temperature=bad, top_p=bad)
+        assert [v.field for v in messages.check_options(options, 512)] == ["options.temperature", "options.top_p"]
+
+
+def test_absent_options_have_their_defaults_and_zero_is_not_absent() -> None:
+    ask = messages.generate_ask(inference_pb2.GenerateRequest(prompt="x"), 0, 77, "fresh")
+    assert (ask.options.max_tokens, ask.options.temperature, ask.options.top_p) == (128, 0.0, 1.0)
+    assert (ask.options.seed, ask.request_id) == (77, "fresh")
+    given = inference_pb2.GenerateRequest(prompt="x", options=inference_pb2.GenerationOptions(seed=0))
+    assert messages.generate_ask(given, 0, 77, "fresh").options.seed == 0
+
+
+def test_max_tokens_is_bounded_by_the_context() -> None:
+    options = inference_pb2.GenerationOptions(max_tokens=513)
+    (wrong,) = messages.check_options(options, 512)
+    assert "1 to 512" in wrong.accepted
+    assert not messages.check_options(options, 0)
+
+
+@pytest.mark.parametrize(
+    ("turns", "field"),
+    [
+        ([], "conversation.messages"),
+        ([turn(messages_pb2.ROLE_UNSPECIFIED, "x")], "conversation.messages[0].role"),
+        ([turn(messages_pb2.ROLE_USER, "")], "conversation.messages[0].parts"),
+        ([turn(messages_pb2.ROLE_USER, "x"), turn(messages_pb2.ROLE_ASSISTANT, "y")], "conversation.messages[1].role"),
+        ([turn(messages_pb2.ROLE_USER, "x"), turn(messages_pb2.ROLE_SYSTEM, "y")], "conversation.messages[1].role"),
+        (
+            [messages_pb2.Message(role=messages_pb2.ROLE_USER, parts=[messages_pb2.Part(text="x")],
+                                  tool_calls=[messages_pb2.ToolCall(name="f", arguments_json="{}")])],
+            "conversation.messages[0].tool_calls",
+        ),
+        (
+            [messages_pb2.Message(role=messages_pb2.ROLE_ASSISTANT,
+                                  tool_calls=[messages_pb2.ToolCall(name="f", arguments_json="[1]")]),
+             turn(messages_pb2.ROLE_TOOL, "y")],
+            "conversation.messages[0].tool_calls[0].arguments_json",
+        ),
+    ],
+)  # fmt: skip
+def test_a_conversation_that_no_one_can_answer_names_its_turn(turns: list[messages_pb2.Message], field: str) -> None:
+    assert [v.field for v in messages.check_conversation(messages_pb2.Conversation(messages=turns))] == [field]
+
+
+def test_a_sound_conversation_passes() -> None:
+    calls = [messages_pb2.ToolCall(name="f", arguments_json='{"a": 1}')]
+    turns = [
+        turn(messages_pb2.ROLE_SYSTEM, "s"), turn(messages_pb2.ROLE_USER, "u"),
+        messages_pb2.Message(role=messages_pb2.ROLE_ASSISTANT, tool_calls=calls), turn(messages_pb2.ROLE_TOOL, ""),
+    ]  # fmt: skip
+    tools = [messages_pb2.Tool(name="f")]
+    assert messages.check_conversation(messages_pb2.Conversation(messages=turns, tools=tools)) == []
+
+
+def loaded(name: str) -> inference_pb2.LoadedAdapter:
+    return inference_pb2.LoadedAdapter(adapter=f"adapters/{name}", digest=f"sha256:{name}")
+
+
+def test_the_table_keeps_what_a_request_was_promised() -> None:
+    before = Table().with_adapter(loaded("ada")).with_adapter(loaded("bob")).switched("sha256:bob")
+    after = before.taking_leave("sha256:bob")
+    assert before.who_answers("", "") == "sha256:bob"
+    assert after.who_answers("", "") == ""  # unloading the default makes the base the default
+    assert [a.is_default for a in before.listed()] == [False, True]
+    with pytest.raises(Fault) as caught:
+        after.who_answers("adapters/bob", "sha256:bob")
+    assert caught.value.reason == errors_pb2.REASON_NOT_FOUND
+    assert [a.digest for a in after.without("sha256:bob").adapters] == ["sha256:ada"]
+
+
+def test_a_default_that_did_not_come_back_is_told_not_replaced_by_the_base() -> None:
+    table = Table().with_adapter(loaded("ada")).switched("sha256:gone")
+    with pytest.raises(Fault) as caught:
+        table.who_answers("", "")
+    assert "sha256:gone" in caught.value.message and "default" in caught.value.message
+    assert table.who_answers("base", "") == ""
+
+
+def test_lineage_names_the_first_thing_that_differs() -> None:
+    right = {"base_digest": "sha256:b", "tokenizer_digest": "sha256:t", "template_digest": "sha256:c"}
+    adapters.check_lineage("a", artifacts_pb2.Manifest(lineage=artifacts_pb2.Lineage(**right)), "sha256:b", MODEL)
+    for what in ("base", "tokenizer", "template"):
+        wrong = artifacts_pb2.Lineage(**{**right, f"{what}_digest": "sha256:other"})
+        with pytest.raises(Fault) as caught:
+            adapters.check_lineage("adapters/a", artifacts_pb2.Manifest(lineage=wrong), "sha256:b", MODEL)
+        assert caught.value.reason == errors_pb2.REASON_REJECTED
+        assert f"check '{what}'" in caught.value.message and "sha256:other" in caught.value.message
+
+
+def test_precision_follows_the_free_bytes_unless_it_was_asked_for() -> None:
+    nothing = inference_pb2.PRECISION_UNSPECIFIED
+    assert precision.choose(nothing, MODEL, 2_500_000) == inference_pb2.PRECISION_BF16
+    assert precision.choose(nothing, MODEL, 2_499_999) == inference_pb2.PRECISION_NF4
+    assert precision.choose(inference_pb2.PRECISION_FP32, MODEL, 0) == inference_pb2.PRECISION_FP32
+    assert precision.bytes_of(inference_pb2.PRECISION_FP32, MODEL) == 4_000_000
+
+
+def test_a_fault_survives_the_way_from_the_engine() -> None:
+    fault = adapters.not_loaded("adapters/ad", ["adapters/ada"])
+    assert "did you mean 'adapters/ada'" in fault.message
+    back = wire.unpack(wire.pack(fault))
+    assert (back.reason, back.message, back.resource) == (fault.reason, fault.message, fault.resource)
