@@ -8,7 +8,7 @@ import pathlib
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from qlorad.v1 import artifacts_pb2, datasets_pb2, messages_pb2
 from services.common import artifacts, facts
@@ -54,6 +54,43 @@ def tokenizer_json(trim_offsets: bool = False, lead: bool = False) -> str:
     bpe.enable_truncation(5)
     bpe.enable_padding(pad_id=0, pad_token="<pad>")
     return str(bpe.to_str())
+
+
+@functools.cache
+def sentencepiece_json(legacy: bool) -> str:
+    """A BPE in the form of Llama's: blanks as U+2581, bytes where a character is unknown, a BOS set before texts.
+
+    Legacy ones set a blank before every piece of text between special tokens, the others before the first only.
+    """
+    bytes_ = [f"<0x{n:02X}>" for n in range(256)]
+    bpe = tokenizers.Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    if legacy:
+        bpe.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    else:
+        bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    here = pathlib.Path(__file__).parent
+    bpe.train_from_iterator(
+        (here / "shapes.py").read_text().splitlines(),
+        trainers.BpeTrainer(
+            vocab_size=900,
+            special_tokens=["<unk>", *SPECIAL[1:], *bytes_],
+            initial_alphabet=list("abcdefghijklmnopqrstuvwxyz"),
+            show_progress=False,
+        ),
+    )
+    bpe.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(content=" ", left=1),
+        ]
+    )
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    # The trainer knows byte tokens as special ones only; in such files they are plain vocabulary.
+    told = json.loads(bpe.to_str())
+    told["added_tokens"] = [t for t in told["added_tokens"] if t["content"] not in set(bytes_)]
+    return json.dumps(told)
 
 
 def write_model(

@@ -13,7 +13,7 @@ from services.common.prompt import golden, probes, rows
 from services.common.prompt.render import Renderer, RenderError
 from services.common.prompt.tokens import Tokenizer
 from tests.common.prompt import shapes
-from tests.common.prompt.models import DATE, write_model
+from tests.common.prompt.models import DATE, sentencepiece_json, write_model
 
 TOOL = {
     "type": "function",
@@ -169,6 +169,37 @@ def test_masks_the_same_tokens(folders: Any, shape: str, conversation: str) -> N
     assert list(encoded.ids) == expected["input_ids"]
     assert rendered.spans is not None
     assert list(rows.mask_of(encoded.offsets, rendered.spans)) == expected["assistant_masks"]
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("shape", [shapes.CHATML_MARKED, shapes.PHI, shapes.GEMMA])
+def test_sentencepiece_tokenizers_mask_and_encode_alike(
+    tmp_path: pathlib.Path, legacy: bool, shape: shapes.Shape
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    folder = write_model(tmp_path / "m", shape.source, pad_token=None, unk_token="<unk>")
+    (folder / "tokenizer.json").write_text(sentencepiece_json(legacy))
+    oracle = PreTrainedTokenizerFast.from_pretrained(folder)
+    renderer, tokenizer = Renderer.open(folder, DATE), Tokenizer.open(folder)
+    assert tokenizer.lead_ids == (1,)
+    for messages, tools in CONVERSATIONS.values():
+        if _oracle_text(oracle, messages, tools, False) is None:
+            continue
+        expected = oracle.apply_chat_template(
+            messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True
+        )
+        rendered = renderer.render(messages, tools)
+        encoded = tokenizer.encode(rendered.text)
+        assert list(encoded.ids) == expected["input_ids"]
+        assert rendered.spans is not None
+        mask = rows.mask_of(encoded.offsets, rendered.spans)
+        last = {end - 1 for _, end in rendered.spans}
+        for n, (ours, theirs) in enumerate(zip(mask, expected["assistant_masks"], strict=True)):
+            # The blank that legacy files set before a newline spells it together with the newline's byte.
+            assert ours == theirs or (legacy and ours == 1 and encoded.offsets[n][0] in last)
+    for text in probes.TEXTS:
+        assert tokenizer.encode_prompt(text) == oracle(text)["input_ids"], "a plain prompt is as transformers has it"
 
 
 def test_differs_from_the_oracle_only_in_the_last_characters_other_bytes(tmp_path: pathlib.Path) -> None:
