@@ -1,0 +1,161 @@
+"""Templates, presence, and every violation at once."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlorad.v1 import trainer_pb2
+from services.trainer import spec
+from services.trainer.app import TEMPLATES, read_templates
+
+LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MODEL = spec.ModelKnown("sha256:" + "a" * 64, 256, LLAMA)
+DATASET = spec.DatasetKnown("sha256:" + "b" * 64, {"train": 9, "validation": 2})
+HOST = spec.Host("cpu", 4)
+SHIPPED = ("all-linear", "full-attention", "minimal-q", "mlp", "standard", "zero2")
+
+
+def wanted() -> trainer_pb2.JobSpec:
+    return trainer_pb2.JobSpec(train=trainer_pb2.TrainSpec(model="models/m", dataset="datasets/d"))
+
+
+def faults(template: str, override: trainer_pb2.JobSpec, **known: object) -> dict[str, tuple[str, str]]:
+    look = {"model": MODEL, "dataset": DATASET, "host": HOST, **known}
+    resolved = spec.resolve(read_templates(TEMPLATES)[template], override, **look)  # type: ignore[arg-type]
+    return {v.field.removeprefix("spec.train."): (v.given, v.accepted) for v in resolved.violations}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_template_is_sound(name: str) -> None:
+    assert tuple(sorted(read_templates(TEMPLATES))) == SHIPPED
+    assert read_templates(TEMPLATES)[name].description
+    assert faults(name, wanted()) == {}
+
+
+def test_a_template_with_an_unknown_field_is_refused() -> None:
+    with pytest.raises(ValueError, match="ranke"):
+        spec.read_template("bad", {"spec": {"train": {"lora": {"ranke": 1}}}})
+
+
+def test_what_is_set_replaces_what_is_not_stays() -> None:
+    override = wanted()
+    override.train.lora.rank = 3
+    override.train.lora.target_modules.names.append("o_proj")
+    override.train.schedule.epochs = 0.5
+    resolved = spec.resolve(read_templates(TEMPLATES)["standard"], override, MODEL, DATASET, HOST)
+    assert not resolved.violations
+    train = resolved.spec.train
+    assert (train.lora.rank, list(train.lora.target_modules.names), train.lora.alpha) == (3, ["o_proj"], 32)
+    assert (train.schedule.epochs, train.schedule.kind) == (0.5, trainer_pb2.SCHEDULE_KIND_COSINE)
+    assert train.model == f"models/{MODEL.digest}" and train.dataset == f"datasets/{DATASET.digest}"
+    assert train.threads == 4 and train.data.max_length_tokens == 256, "inherited values bend to host and model"
+
+
+def test_all_linear_becomes_the_models_own_names() -> None:
+    resolved = spec.resolve(read_templates(TEMPLATES)["all-linear"], wanted(), MODEL, DATASET, HOST)
+    assert list(resolved.spec.train.lora.target_modules.names) == sorted(LLAMA)
+
+
+def test_an_explicit_zero_is_given() -> None:
+    override = wanted()
+    override.train.lora.rank = 0
+    assert faults("standard", override)["lora.rank"] == ("0", "1 to 512")
+
+
+def test_all_violations_at_once() -> None:
+    override = wanted()
+    train = override.train
+    train.quantization.method = 99  # type: ignore[assignment]
+    train.lora.rank, train.lora.alpha, train.lora.dropout = 0, 0, 1
+    train.lora.target_modules.names.extend(["q_prj", "v_proj", "v_proj"])
+    train.data.max_length_tokens, train.data.micro_batch_tokens, train.data.accumulation = 4096, 8, 0
+    train.optimizer.learning_rate, train.optimizer.beta1 = float("nan"), 1
+    train.schedule.max_steps, train.schedule.warmup_steps = 10, 10
+    train.evaluation.every_steps = 5
+    train.checkpoints.keep_last = 0
+    train.limits.max_attempts = 0
+    train.adapter = "adapters/Bad Name"
+    train.threads = 64
+    found = faults("standard", override, dataset=spec.DatasetKnown(DATASET.digest, {"train": 0}))
+    assert set(found) == {
+        "dataset",
+        "quantization.method",
+        "lora.rank",
+        "lora.alpha",
+        "lora.dropout",
+        "lora.target_modules.names",
+        "data.max_length_tokens",
+        "data.micro_batch_tokens",
+        "data.accumulation",
+        "optimizer.learning_rate",
+        "optimizer.beta1",
+        "schedule.warmup_steps",
+        "evaluation.every_steps",
+        "checkpoints.keep_last",
+        "limits.max_attempts",
+        "adapter",
+        "threads",
+    }
+    assert "did you mean 'q_proj'" in found["lora.target_modules.names"][1]
+    assert "256 (the model's context)" in found["data.max_length_tokens"][1]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "field", "nearest"),
+    [
+        ("checkpoints.every_steps", 5, "checkpoints.every_steps", "0 where ranks is above 1"),
+        ("parallelism.zero_stage", 3, "parallelism.zero_stage", "2 where ranks is above 1"),
+        ("parallelism.ranks", 9, "parallelism.ranks", "1 to 8"),
+        ("parallelism.ranks", 1, "", ""),
+    ],
+)
+def test_what_several_ranks_cannot_do_is_refused(path: str, value: int, field: str, nearest: str) -> None:
+    override = wanted()
+    group, name = path.split(".")
+    setattr(getattr(override.train, group), name, value)
+    found = faults("zero2", override)
+    assert set(found) == ({field} if field else set())
+    if field:
+        assert nearest in found[field][1]
+
+
+def test_ranks_stay_off_a_gpu() -> None:
+    assert "1 on cuda:0" in faults("zero2", wanted(), host=spec.Host("cuda:0", 8))["parallelism.ranks"][1]
+
+
+def test_full_precision_bends_what_is_inherited_and_refuses_what_is_given() -> None:
+    override = wanted()
+    override.train.quantization.method = trainer_pb2.QUANTIZATION_METHOD_NONE
+    assert faults("standard", override) == {}
+    override.train.quantization.double_quantization = True
+    assert "False" in faults("standard", override)["quantization.double_quantization"][1]
+
+
+def test_fields_of_a_later_version_are_named_not_dropped() -> None:
+    later = trainer_pb2.CreateJobRequest()
+    later.ParseFromString(wanted_bytes() + b"\xf8\x07\x01")  # field 127, varint 1
+    wrong = list(spec.unknown(later, "request"))
+    assert len(wrong) == 1 and "127" in wrong[0].given
+
+
+def wanted_bytes() -> bytes:
+    return trainer_pb2.CreateJobRequest(request_id="a", spec=wanted()).SerializeToString()
+
+
+@given(st.data())
+def test_resolve_never_raises_and_never_bends_what_was_given(data: st.DataObject) -> None:
+    override = wanted()
+    train = override.train
+    rank = data.draw(st.integers(0, 1000))
+    length = data.draw(st.integers(0, 1 << 20))
+    rate = data.draw(st.floats())
+    train.lora.rank, train.data.max_length_tokens, train.optimizer.learning_rate = rank, length, rate
+    resolved = spec.resolve(read_templates(TEMPLATES)["standard"], override, MODEL, DATASET, HOST)
+    after = resolved.spec.train
+    assert (after.lora.rank, after.data.max_length_tokens) == (rank, length)
+    fields = {v.field for v in resolved.violations}
+    assert ("spec.train.lora.rank" in fields) == (not 1 <= rank <= 512)
+    assert ("spec.train.data.max_length_tokens" in fields) == (not 8 <= length <= 256)
+    assert ("spec.train.optimizer.learning_rate" in fields) == (not 0 < rate <= 1)
