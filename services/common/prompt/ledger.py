@@ -24,7 +24,7 @@ from typing import Any
 from google.protobuf import json_format
 
 from qlorad.v1 import artifacts_pb2, datasets_pb2
-from services.common import facts
+from services.common import artifacts, facts
 from services.common.errors import Violation, corrupt, disk_full, invalid, rejected
 from services.common.prompt import example, rows
 from services.common.prompt.columns import Array, Column, ColumnWriter
@@ -63,12 +63,13 @@ def build(
     over_length: datasets_pb2.OverLength.ValueType,
     progress: Progress,
 ) -> Sealed:
-    """Seals the ledger of a dataset for a model, or finds it ready.
+    """Seals the ledger of a dataset for a model, or finds it ready and verifies it.
 
     Blocking; memory does not grow with rows. INVALID_ARGUMENT with the first
     20 rows that are too long or train nothing; REJECTED naming file, line and
     turn where the template cannot be used; RESOURCE_EXHAUSTED where the disk is
-    full. On failure nothing is visible.
+    full; DATA_LOSS where the ready one is damaged. On failure nothing is
+    visible. Does not verify dataset and model: whoever opens them does.
     """
     told = facts.from_manifest(facts.ModelFacts, model.manifest)
     policy = over_length or datasets_pb2.OVER_LENGTH_ERROR
@@ -84,6 +85,7 @@ def build(
     )
     ready = find(shelf, recipe)
     if ready is not None:
+        artifacts.verify_payload(ready.manifest, ready.payload)
         return ready
     staged = shelf.stage()
     try:

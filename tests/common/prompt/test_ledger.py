@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -20,7 +21,7 @@ from services.common.errors import Fault
 from services.common.prompt import ledger
 from services.common.prompt.ledger import LedgerReader
 from services.common.prompt.render import Renderer
-from services.common.prompt.rows import make_row
+from services.common.prompt.rows import RowError, make_row
 from services.common.prompt.tokens import Tokenizer
 from services.common.shelf import Sealed, Shelf
 from tests.common.prompt import shapes
@@ -133,6 +134,15 @@ def test_the_same_inputs_give_the_same_digest_and_are_found(
     assert far.digest == first.digest
 
 
+def test_a_damaged_ledger_is_not_handed_out(shelf: Shelf, model: Sealed) -> None:
+    dataset = seal_dataset(shelf, {"train": some_rows(20)})
+    sealed = ledger.build(shelf, dataset, model, 100, ERROR, quiet)
+    with (sealed.payload / "train.mask").open("r+b") as f:
+        f.write(b"\x01")
+    fault = fault_of(shelf, dataset, model, 100, ERROR, quiet)
+    assert fault.reason == errors_pb2.REASON_CORRUPT and "train.mask" in fault.message
+
+
 def test_whatever_the_rows_depend_on_makes_another_ledger(shelf: Shelf, model: Sealed) -> None:
     dataset = seal_dataset(shelf, {"train": some_rows(20)})
     others = [
@@ -231,7 +241,7 @@ def test_any_rows_come_back_exactly(tmp_path: pathlib.Path, pairs: list[tuple[st
     renderer, tokenizer = Renderer.open(model.payload, DATE), Tokenizer.open(model.payload)
     try:
         made = [make_row(r, renderer, tokenizer, limit, policy) for r in rows]
-    except Exception:
+    except RowError:
         assert fault_of(shelf, seal_dataset(shelf, {"train": rows}), model, limit, policy, quiet).violations
         return
     sealed = ledger.build(shelf, seal_dataset(shelf, {"train": rows}), model, limit, policy, quiet)
@@ -280,3 +290,69 @@ def test_memory_does_not_grow_with_rows(shelf: Shelf, model: Sealed) -> None:
     few, many = peak_kb(1_000), peak_kb(8_000)
     # 7,000 rows more hold 160 tokens each: some 40 MB of numbers alone, were they kept.
     assert many - few < 8_000, (few, many)
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from services.common.prompt import ledger
+from services.common.shelf import Shelf
+shelf = Shelf(pathlib.Path(sys.argv[1]))
+def die(stage, done, total):
+    if stage == sys.argv[4]:
+        os.kill(os.getpid(), signal.SIGKILL)
+ledger.build(shelf, shelf.open("datasets", sys.argv[2]), shelf.open("models", sys.argv[3]), 200, 1, die)
+"""
+
+
+@pytest.mark.parametrize("stage", ["render", "seal"])
+def test_killed_while_building_nothing_is_visible_and_the_next_build_is_whole(
+    shelf: Shelf, model: Sealed, stage: str
+) -> None:
+    dataset = seal_dataset(shelf, {"train": some_rows(600)})
+    arguments = [str(shelf.root), dataset.digest, model.digest, stage]
+    ran = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, timeout=60)
+    assert ran.returncode == -signal.SIGKILL
+    assert shelf.every(artifacts_pb2.ARTIFACT_KIND_LEDGER) == []
+    sealed = ledger.build(shelf, dataset, model, 200, ERROR, quiet)
+    assert len(LedgerReader.open(sealed).split("train")) == 600
+
+
+FULL = """
+import pathlib
+from qlorad.v1 import errors_pb2
+from services.common.errors import Fault
+from services.common.prompt import ledger
+from services.common.shelf import Shelf
+from tests.common.prompt import shapes
+from tests.common.prompt.models import completion, seal_dataset, seal_model
+root = pathlib.Path("{root}")
+shelf = Shelf(root / "store")
+model = seal_model(shelf, shapes.CHATML.source)
+dataset = seal_dataset(shelf, {{"train": [completion("", "word " * 40, line=n) for n in range(1000)]}})
+filler = root / "filler"
+with filler.open("wb", buffering=0) as f:
+    try:
+        while True:
+            f.write(bytes(65536))
+    except OSError:
+        f.truncate(f.tell() - 262144)
+try:
+    ledger.build(shelf, dataset, model, 200, 1, lambda *p: None)
+except Fault as fault:
+    assert fault.reason == errors_pb2.REASON_DISK_FULL, fault
+    assert not list((shelf.root / "staging").iterdir())
+else:
+    raise SystemExit("the disk was not full")
+filler.unlink()
+ledger.build(shelf, dataset, model, 200, 1, lambda *p: None)
+print("whole")
+"""
+
+
+def test_a_full_disk_is_told_and_goes_on_when_there_is_space(tmp_path: pathlib.Path) -> None:
+    mounted = f"mount -t tmpfs -o size=4m tmpfs {tmp_path} && exec {sys.executable} -c '{FULL.format(root=tmp_path)}'"
+    inside = ["unshare", "-m", "sh", "-c"]
+    if subprocess.run([*inside, f"mount -t tmpfs tmpfs {tmp_path}"], capture_output=True).returncode:
+        pytest.skip("a tmpfs of its own needs the right to mount")
+    ran = subprocess.run([*inside, mounted], capture_output=True, text=True, timeout=60)
+    assert ran.stdout.strip() == "whole", ran.stderr
