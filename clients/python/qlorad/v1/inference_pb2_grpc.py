@@ -116,6 +116,7 @@ class InferenceServiceServicer:
 
     def ListLoadedModels(self, request, context):
         """Tells which models are in memory.
+        Errors: none of its own.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -149,6 +150,7 @@ class InferenceServiceServicer:
 
     def ListAdapters(self, request, context):
         """Tells which adapters are in memory and which is the default.
+        Errors: none of its own.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -51,7 +51,9 @@ class InferenceServiceStub:
     Errors: NOT_FOUND (not loaded).
     """
     ListLoadedModels: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListLoadedModelsRequest, _inference_pb2.ListLoadedModelsResponse]
-    """Tells which models are in memory."""
+    """Tells which models are in memory.
+    Errors: none of its own.
+    """
     LoadAdapter: _grpc.UnaryUnaryMultiCallable[_inference_pb2.LoadAdapterRequest, _inference_pb2.LoadAdapterResponse]
     """Brings an adapter into memory and proves it: keys, shapes, base, template,
     golden renderings, effect on a probe. Loading what is loaded answers with it.
@@ -67,7 +69,9 @@ class InferenceServiceStub:
     Errors: NOT_FOUND (not loaded).
     """
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListAdaptersRequest, _inference_pb2.ListAdaptersResponse]
-    """Tells which adapters are in memory and which is the default."""
+    """Tells which adapters are in memory and which is the default.
+    Errors: none of its own.
+    """
     Generate: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
     """Continues a raw prompt; no template is applied. The stream begins with the
     digests of what answers and ends with exactly one finish.
@@ -105,7 +109,9 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     Errors: NOT_FOUND (not loaded).
     """
     ListLoadedModels: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListLoadedModelsRequest, _inference_pb2.ListLoadedModelsResponse]  # type: ignore[assignment]
-    """Tells which models are in memory."""
+    """Tells which models are in memory.
+    Errors: none of its own.
+    """
     LoadAdapter: _aio.UnaryUnaryMultiCallable[_inference_pb2.LoadAdapterRequest, _inference_pb2.LoadAdapterResponse]  # type: ignore[assignment]
     """Brings an adapter into memory and proves it: keys, shapes, base, template,
     golden renderings, effect on a probe. Loading what is loaded answers with it.
@@ -121,7 +127,9 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     Errors: NOT_FOUND (not loaded).
     """
     ListAdapters: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListAdaptersRequest, _inference_pb2.ListAdaptersResponse]  # type: ignore[assignment]
-    """Tells which adapters are in memory and which is the default."""
+    """Tells which adapters are in memory and which is the default.
+    Errors: none of its own.
+    """
     Generate: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
     """Continues a raw prompt; no template is applied. The stream begins with the
     digests of what answers and ends with exactly one finish.
@@ -174,7 +182,9 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.ListLoadedModelsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.ListLoadedModelsResponse, _abc.Awaitable[_inference_pb2.ListLoadedModelsResponse]]:
-        """Tells which models are in memory."""
+        """Tells which models are in memory.
+        Errors: none of its own.
+        """
 
     @_abc_1.abstractmethod
     def LoadAdapter(
@@ -214,7 +224,9 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.ListAdaptersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.ListAdaptersResponse, _abc.Awaitable[_inference_pb2.ListAdaptersResponse]]:
-        """Tells which adapters are in memory and which is the default."""
+        """Tells which adapters are in memory and which is the default.
+        Errors: none of its own.
+        """
 
     @_abc_1.abstractmethod
     def Generate(

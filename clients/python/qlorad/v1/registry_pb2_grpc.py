@@ -310,6 +310,9 @@ class ModelService:
 
 class AdapterServiceStub:
     """Adapters on the shelf.
+
+    Every call may also answer UNAUTHENTICATED, UNAVAILABLE (draining; retry),
+    DEADLINE_EXCEEDED, CANCELLED and INTERNAL (with a log id).
     """
 
     def __init__(self, channel):
@@ -352,6 +355,9 @@ class AdapterServiceStub:
 
 class AdapterServiceServicer:
     """Adapters on the shelf.
+
+    Every call may also answer UNAUTHENTICATED, UNAVAILABLE (draining; retry),
+    DEADLINE_EXCEEDED, CANCELLED and INTERNAL (with a log id).
     """
 
     def ImportAdapter(self, request_iterator, context):
@@ -449,6 +455,9 @@ def add_AdapterServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class AdapterService:
     """Adapters on the shelf.
+
+    Every call may also answer UNAUTHENTICATED, UNAVAILABLE (draining; retry),
+    DEADLINE_EXCEEDED, CANCELLED and INTERNAL (with a log id).
     """
 
     @staticmethod

@@ -181,7 +181,11 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class AdapterServiceStub:
-    """Adapters on the shelf."""
+    """Adapters on the shelf.
+
+    Every call may also answer UNAUTHENTICATED, UNAVAILABLE (draining; retry),
+    DEADLINE_EXCEEDED, CANCELLED and INTERNAL (with a log id).
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -218,7 +222,11 @@ class AdapterServiceStub:
 
 @_typing.type_check_only
 class AdapterServiceAsyncStub(AdapterServiceStub):
-    """Adapters on the shelf."""
+    """Adapters on the shelf.
+
+    Every call may also answer UNAUTHENTICATED, UNAVAILABLE (draining; retry),
+    DEADLINE_EXCEEDED, CANCELLED and INTERNAL (with a log id).
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ImportAdapter: _aio.StreamUnaryMultiCallable[_registry_pb2.ImportAdapterRequest, _registry_pb2.ImportAdapterResponse]  # type: ignore[assignment]
@@ -251,7 +259,11 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     """
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Adapters on the shelf."""
+    """Adapters on the shelf.
+
+    Every call may also answer UNAUTHENTICATED, UNAVAILABLE (draining; retry),
+    DEADLINE_EXCEEDED, CANCELLED and INTERNAL (with a log id).
+    """
 
     @_abc_1.abstractmethod
     def ImportAdapter(

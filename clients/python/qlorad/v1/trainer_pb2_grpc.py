@@ -143,6 +143,7 @@ class TrainerServiceServicer:
 
     def ListTemplates(self, request, context):
         """Lists the named templates with their full text.
+        Errors: none of its own.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

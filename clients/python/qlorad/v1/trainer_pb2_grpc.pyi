@@ -72,7 +72,9 @@ class TrainerServiceStub:
     Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE (cancel it first).
     """
     ListTemplates: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.ListTemplatesRequest, _trainer_pb2.ListTemplatesResponse]
-    """Lists the named templates with their full text."""
+    """Lists the named templates with their full text.
+    Errors: none of its own.
+    """
 
 @_typing.type_check_only
 class TrainerServiceAsyncStub(TrainerServiceStub):
@@ -118,7 +120,9 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE (cancel it first).
     """
     ListTemplates: _aio.UnaryUnaryMultiCallable[_trainer_pb2.ListTemplatesRequest, _trainer_pb2.ListTemplatesResponse]  # type: ignore[assignment]
-    """Lists the named templates with their full text."""
+    """Lists the named templates with their full text.
+    Errors: none of its own.
+    """
 
 class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Runs jobs. An acknowledged job survives whatever dies.
@@ -203,6 +207,8 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _trainer_pb2.ListTemplatesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_pb2.ListTemplatesResponse, _abc.Awaitable[_trainer_pb2.ListTemplatesResponse]]:
-        """Lists the named templates with their full text."""
+        """Lists the named templates with their full text.
+        Errors: none of its own.
+        """
 
 def add_TrainerServiceServicer_to_server(servicer: TrainerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
