@@ -24,7 +24,7 @@ def list_(
 ) -> None:
     """Lists adapters, newest first."""
     columns: list[out.Column] = [
-        ("NAME", lambda a: a.name.removeprefix("adapters/")),
+        ("NAME", lambda a: out.bare(a.name)),
         ("RANK", lambda a: str(a.rank)),
         ("MODULES", lambda a: ",".join(a.target_modules)),
         ("SIZE", lambda a: out.size(a.size_bytes)),
@@ -128,7 +128,7 @@ def switch(
 def loaded(output: Output = Format.table) -> None:
     """Lists adapters in memory."""
     columns: list[out.Column] = [
-        ("ADAPTER", lambda a: a.adapter.removeprefix("adapters/")),
+        ("ADAPTER", lambda a: out.bare(a.adapter)),
         ("DEFAULT", lambda a: "yes" if a.is_default else ""),
         ("RANK", lambda a: str(a.rank)),
         ("MEMORY", lambda a: out.size(a.memory_bytes)),

@@ -60,7 +60,7 @@ def upload(
 def list_(output: Output = Format.table) -> None:
     """Lists datasets, newest first."""
     columns: list[out.Column] = [
-        ("NAME", lambda d: d.name.removeprefix("datasets/")),
+        ("NAME", lambda d: out.bare(d.name)),
         ("ROWS", lambda d: _rows(d)),
         ("FORMAT", _format),
         ("SIZE", lambda d: out.size(d.size_bytes)),

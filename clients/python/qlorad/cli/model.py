@@ -50,7 +50,7 @@ def import_(
 def list_(output: Output = Format.table) -> None:
     """Lists models, newest first."""
     columns: list[out.Column] = [
-        ("NAME", lambda m: m.name.removeprefix("models/")),
+        ("NAME", lambda m: out.bare(m.name)),
         ("STATE", lambda m: _state(m)),
         ("FAMILY", lambda m: m.family),
         ("WEIGHTS", lambda m: out.count(m.parameters)),
@@ -102,7 +102,7 @@ def unload(
 def loaded(output: Output = Format.table) -> None:
     """Lists models in memory."""
     columns: list[out.Column] = [
-        ("MODEL", lambda m: m.model.removeprefix("models/")),
+        ("MODEL", lambda m: out.bare(m.model)),
         ("PRECISION", lambda m: _precision(m)),
         ("DEVICE", lambda m: m.device),
         ("MEMORY", lambda m: out.size(m.memory_bytes)),

@@ -150,6 +150,12 @@ def short(digest: str) -> str:
     return digest[:19]
 
 
+def bare(name: str) -> str:
+    """A name without its collection; a digest that stands for a name is cut."""
+    rest = name.partition("/")[2] or name
+    return short(rest) if rest.startswith("sha256:") else rest
+
+
 def size(count: int) -> str:
     """Bytes as people read them."""
     amount = float(count)

@@ -82,7 +82,8 @@ def line(event: pb.Event) -> str:
     kind = event.WhichOneof("fact")
     if kind == "state_changed":
         changed = event.state_changed
-        text = f"{_state(getattr(changed, 'from'))} -> {_state(changed.to)}"
+        before, after = _state(getattr(changed, "from")), _state(changed.to)
+        text = after if before in (after, "UNSPECIFIED") else f"{before} -> {after}"
         why = [changed.message, f"{changed.error.reason}: {changed.error.message}" if changed.error.reason else ""]
         return ": ".join(w for w in (text, *why) if w)
     if kind == "attempt_started":

@@ -1,0 +1,86 @@
+"""The command line as a process, in a home of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.house import ROOT
+
+
+@dataclass
+class Cli:
+    """Runs `qlorad` for a home."""
+
+    home: pathlib.Path
+    environ: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a command sees."""
+        return {**os.environ, "QLORAD_HOME": str(self.home), "PYTHONIOENCODING": "utf-8", **self.environ}
+
+    def command(self, *words: str) -> list[str]:
+        """The words of the process."""
+        return [sys.executable, "-m", "qlorad.cli.main", *words]
+
+    def run(self, *words: str, code: int = 0, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        """Runs a command to its end, which must be this exit code."""
+        done = subprocess.run(
+            self.command(*words),
+            env=self.environment,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            timeout=170,
+        )
+        assert done.returncode == code, f"{words} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def json(self, *words: str, code: int = 0) -> Any:
+        """The one JSON document that a command prints."""
+        done = self.run(*words, "-o", "json", code=code)
+        assert len(done.stdout.splitlines()) == 1, done.stdout
+        return json.loads(done.stdout)
+
+    def lines(self, *words: str, code: int = 0) -> list[Any]:
+        """The JSON lines that a command prints."""
+        return [json.loads(line) for line in self.run(*words, "-o", "jsonl", code=code).stdout.splitlines()]
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        """A command that goes on; end it yourself."""
+        return subprocess.Popen(
+            self.command(*words),
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+
+    def daemon(self, service: str) -> dict[str, Any]:
+        """What `status` says of a daemon."""
+        done = subprocess.run(
+            self.command("status", "-o", "jsonl"), env=self.environment, capture_output=True, text=True
+        )
+        told: dict[str, Any] = next(t for t in map(json.loads, done.stdout.splitlines()) if t["service"] == service)
+        return told
+
+
+@contextlib.contextmanager
+def up(home: pathlib.Path, **environ: str) -> Iterator[Cli]:
+    """A home whose four daemons are up, by `qlorad up --detach`, and down afterwards."""
+    cli = Cli(home, environ)
+    try:
+        cli.run("up", "--detach", "--ports", "0")
+        yield cli
+    finally:
+        cli.run("down")
