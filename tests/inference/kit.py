@@ -13,6 +13,7 @@ import psutil
 from google.rpc import error_details_pb2, status_pb2
 
 from qlorad.v1 import inference_pb2, inference_pb2_grpc, messages_pb2
+from services.common import devices
 from tests.house import Daemon, House
 
 Stub = inference_pb2_grpc.InferenceServiceStub
@@ -135,3 +136,16 @@ def start(house: House, *flags: str) -> tuple[Daemon, Stub]:
 
 def leases(home: pathlib.Path) -> pathlib.Path:
     return home / "state" / "devices"
+
+
+def held(home: pathlib.Path) -> tuple[str, int] | None:
+    """Who holds the home's CPU."""
+    return devices.holder(leases(home), "cpu")
+
+
+def read_rest(stream: Any) -> inference_pb2.Finish:
+    """The finish of a stream that was begun."""
+    last = list(stream)[-1]
+    assert last.HasField("finish")
+    finish: inference_pb2.Finish = last.finish
+    return finish

@@ -130,7 +130,7 @@ class Base:
 
 def bring(load: engine_pb2.EngineLoad) -> Base:
     """The base of an order, in memory and proven; a Fault says why not."""
-    torch.set_grad_enabled(False)
+    torch.set_grad_enabled(False)  # of this thread, for good: the loop runs on it
     try:
         return Base(load)
     except Fault:

@@ -75,7 +75,6 @@ class Probe:
         self.ids = torch.tensor([ids], dtype=torch.long, device=device)
         self._base = self._logits()
 
-    @torch.inference_mode()
     def _logits(self) -> torch.Tensor:
         return self._model(input_ids=self.ids, use_cache=False).logits[0].float()
 
@@ -90,7 +89,6 @@ class Probe:
             raise rejected(name, f"check 'effect': it changes the logits of a probe by {change:g}")
         return change
 
-    @torch.inference_mode()
     def check_cache(self, name: str, context_tokens: int) -> None:
         """REJECTED unless reading in pieces through the slot cache gives what the model's own forward gives."""
         if not torch.isfinite(self._base).all():

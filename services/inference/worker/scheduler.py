@@ -109,7 +109,6 @@ class Scheduler:
                 return [_ended(row, inference_pb2.FINISH_REASON_UNSPECIFIED)]
         return []
 
-    @torch.inference_mode()
     def step(self) -> list[Report]:
         """Admits, reads one piece of a prompt, makes one token for every other row."""
         reports = self._admit()

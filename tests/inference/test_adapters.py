@@ -1,0 +1,128 @@
+"""An adapter proves itself before it answers, and leaves without a trace."""
+
+from __future__ import annotations
+
+import pathlib
+import threading
+from collections.abc import Callable
+
+import grpc
+import pytest
+
+from qlorad.v1 import inference_pb2
+from services.common.shelf import Shelf
+from tests.house import House, eventually
+from tests.inference import kit
+from tests.inference.conftest import Served
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "reason", "named"),
+    [
+        ("zero", grpc.StatusCode.FAILED_PRECONDITION, "REJECTED", "check 'effect'"),
+        ("renamed", grpc.StatusCode.FAILED_PRECONDITION, "REJECTED", "check 'keys'"),
+        ("foreign-base", grpc.StatusCode.FAILED_PRECONDITION, "REJECTED", "check 'base'"),
+        ("golden", grpc.StatusCode.FAILED_PRECONDITION, "REJECTED", "check 'golden renderings'"),
+        ("flipped", grpc.StatusCode.DATA_LOSS, "CORRUPT", "adapter_model.safetensors"),
+    ],
+)
+def test_an_unsound_adapter_is_refused_by_name_while_a_stream_goes_on(
+    served: Served, name: str, code: grpc.StatusCode, reason: str, named: str
+) -> None:
+    """P18 in short."""
+    before = served.stub.ListAdapters(inference_pb2.ListAdaptersRequest())
+    expected = served.oracle["bob"][0]
+    request = inference_pb2.GenerateRequest(
+        prompt=expected["prompt"],
+        adapter="adapters/bob",
+        options=inference_pb2.GenerationOptions(max_tokens=600),
+    )
+    stream = served.stub.Generate(request, timeout=60)
+    assert next(stream).HasField("started")
+    refusal = kit.refused(
+        lambda: served.stub.LoadAdapter(inference_pb2.LoadAdapterRequest(adapter=f"adapters/{name}"), timeout=60)
+    )
+    assert (refusal.code, refusal.reason) == (code, reason)
+    assert named in refusal.message
+    rest = [m.delta for m in stream if m.HasField("delta")]
+    ids = [i for delta in rest for i in delta.ids]
+    assert ids[: len(expected["ids"])] == expected["ids"]
+    assert served.stub.ListAdapters(inference_pb2.ListAdaptersRequest()) == before
+
+
+def test_unloading_lets_requests_finish_and_frees_what_was_told(served: Served) -> None:
+    stub = served.stub
+    (cy,) = [a for a in stub.ListAdapters(inference_pb2.ListAdaptersRequest()).adapters if a.adapter == "adapters/cy"]
+    whole = kit.generate(stub, "x", "adapters/cy", max_tokens=300)
+    request = inference_pb2.GenerateRequest(
+        prompt="x", adapter="adapters/cy", options=inference_pb2.GenerationOptions(max_tokens=300)
+    )
+    stub.SwitchAdapter(inference_pb2.SwitchAdapterRequest(adapter="adapters/cy"))
+    stream = stub.Generate(request, timeout=60)
+    first = next(stream)
+    freed: list[int] = []
+    unloading = threading.Thread(
+        target=lambda: freed.append(
+            stub.UnloadAdapter(inference_pb2.UnloadAdapterRequest(adapter="adapters/cy"), timeout=60).freed_bytes
+        )
+    )
+    unloading.start()
+    rest = [m.delta for m in stream if m.HasField("delta")]
+    unloading.join()
+    assert first.started.adapter_digest == cy.digest
+    assert [i for delta in rest for i in delta.ids] == whole.ids
+    assert freed == [cy.memory_bytes]
+    gone = kit.refused(lambda: stub.Generate(request, timeout=10))
+    assert gone.reason == "NOT_FOUND" and "not loaded" in gone.message
+    assert kit.generate(stub, "x", "", max_tokens=1).started.adapter_digest == ""  # the base is the default again
+    again = stub.LoadAdapter(inference_pb2.LoadAdapterRequest(adapter="adapters/cy"), timeout=60).adapter
+    assert (again.digest, again.probe_effect) == (cy.digest, cy.probe_effect)
+    assert kit.generate(stub, "x", "adapters/cy", max_tokens=300).ids == whole.ids
+
+
+def test_an_alias_is_followed_at_the_door_and_never_later(served: Served) -> None:
+    shelf = Shelf(served.home / "store")
+    ada, bob = (shelf.resolve("adapters", name) for name in ("ada", "bob"))
+    shelf.set_alias("adapters", "best", ada)
+    assert kit.generate(served.stub, "x", "adapters/best", max_tokens=1).started.adapter_digest == ada
+    shelf.set_alias("adapters", "best", bob)
+    assert kit.generate(served.stub, "x", "adapters/best", max_tokens=1).started.adapter_digest == bob
+
+
+def test_what_is_resident_cannot_be_removed(served: Served) -> None:
+    from services.common.errors import Fault
+
+    shelf = Shelf(served.home / "store")
+    for collection, name in (("adapters", "ada"), ("models", "starter-test")):
+        with pytest.raises(Fault) as caught:
+            shelf.remove(collection, name)
+        assert "inference/engine" in caught.value.message
+
+
+def test_a_request_id_is_answered_once(
+    serving_home: pathlib.Path, house_factory: Callable[[pathlib.Path], House]
+) -> None:
+    house = house_factory(serving_home)
+    daemon, stub = kit.start(house)
+    kit.load(stub, "ada", "bob")
+    switch = inference_pb2.SwitchAdapterRequest(adapter="adapters/ada", request_id="one")
+    first = stub.SwitchAdapter(switch)
+    stub.SwitchAdapter(inference_pb2.SwitchAdapterRequest(adapter="adapters/bob", request_id="two"))
+    assert stub.SwitchAdapter(switch) == first
+    listed = stub.ListAdapters(inference_pb2.ListAdaptersRequest()).adapters
+    assert [a.adapter for a in listed if a.is_default] == ["adapters/bob"], "a replay must not switch again"
+    other = inference_pb2.SwitchAdapterRequest(adapter="base", request_id="one")
+    assert kit.refused(lambda: stub.SwitchAdapter(other)).reason == "REQUEST_ID_REUSED"
+
+    daemon.kill()
+    eventually(lambda: not kit.held(serving_home), what="the lease back after the daemon's death")
+    _, stub = kit.start(house)
+    assert stub.SwitchAdapter(switch) == first, "also after a restart"
+    load = inference_pb2.LoadModelRequest(model=kit.MODEL, precision=inference_pb2.PRECISION_FP32, request_id="load")
+    loaded = stub.LoadModel(load, timeout=60)
+    freed = stub.UnloadModel(inference_pb2.UnloadModelRequest(request_id="un")).freed_bytes
+    assert freed > 10 << 20
+    assert stub.LoadModel(load, timeout=60).model.digest == loaded.model.digest
+    assert stub.ListLoadedModels(inference_pb2.ListLoadedModelsRequest()).models, "a stale answer would be untrue"
+    assert stub.UnloadModel(inference_pb2.UnloadModelRequest(request_id="un")).freed_bytes == freed
+    assert stub.ListLoadedModels(inference_pb2.ListLoadedModelsRequest()).models, "a replay must not unload again"
