@@ -39,8 +39,9 @@ $(BUF): protos/package.json
 	  npm install --prefix protos --no-package-lock --ignore-scripts --no-audit --no-fund --silent && touch $@; \
 	  else echo "no npm here: buf is left out"; fi
 
-proto: $(STAMP) ## make the stubs from the protos
+proto: $(STAMP) ## make the stubs from the protos, and the tables in docs/
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python protos/generate.py
+	$(BIN)/python -m tests.contract.reference
 
 fresh: $(STAMP) ## whether the checked-in stubs are those of the protos
 	$(BIN)/python -m pytest -q tests/contract/test_stubs.py

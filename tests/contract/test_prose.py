@@ -60,9 +60,7 @@ def test_every_service_and_call_says_its_errors(files: list[descriptor_pb2.FileD
     assert len(found) >= 30
     for name, (comment, service) in found.items():
         assert "Errors:" in comment, f"{name} says no errors"
-        assert ALWAYS <= set(re.findall(r"[A-Z_]{6,}", service)), (
-            f"the service of {name} does not say what any call may"
-        )
+        assert ALWAYS <= set(re.findall(r"[A-Z_]{6,}", service)), f"{name}: its service omits one"
         said = comment.partition("Errors:")[2]
         for word in re.findall(r"\b[A-Z][A-Z_]{3,}\b", said):
             known = word in CODES or word in REASONS or any(word in v for v in _enum_words(files))
