@@ -287,6 +287,23 @@ THINKING = Shape(
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}""",
 )
 
+INDENTED = Shape(
+    "indented-blocks",
+    """{% for message in messages %}
+    {% if message.role == 'user' %}
+Human: {{ message.content }}
+    {% elif message.role == 'assistant' %}
+        {# a comment that leaves no blank #}
+Robot: {% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}
+
+    {% else %}
+{{ message.role | title }}: {{ message.content | replace('\n', ' ') }}
+    {% endif %}
+{% endfor %}
+    {%+ if add_generation_prompt %}Robot: {% endif %}
+""",
+)
+
 ALL = (
     CHATML,
     CHATML_MARKED,
@@ -300,4 +317,5 @@ ALL = (
     GEMMA,
     ZEPHYR,
     THINKING,
+    INDENTED,
 )
