@@ -47,6 +47,11 @@ CREATE TABLE attempts (
   pid INTEGER NOT NULL DEFAULT 0,
   outcome BLOB,
   PRIMARY KEY (job, attempt)
+) WITHOUT ROWID;
+CREATE TABLE checkpoints (
+  job TEXT NOT NULL,
+  digest TEXT NOT NULL,
+  PRIMARY KEY (job, digest)
 ) WITHOUT ROWID
 """
 MIGRATIONS: Final = (_TABLES, idempotency.MIGRATION)
@@ -109,6 +114,9 @@ class Page:
                 "INSERT INTO events (job, sequence, event) VALUES (?, ?, ?)",
                 (job, event.sequence, event.SerializeToString()),
             )
+            if event.HasField("checkpoint_sealed"):
+                sealed = (job, event.checkpoint_sealed.digest)
+                self.db.execute("INSERT OR IGNORE INTO checkpoints (job, digest) VALUES (?, ?)", sealed)
             self.written.events.append((job, event))
         self.db.execute(
             "UPDATE jobs SET state = ?, record = ? WHERE id = ?", (record.job.state, record.SerializeToString(), job)
@@ -165,6 +173,18 @@ class Page:
         ).fetchall()
         return [trainer_pb2.Event.FromString(r["event"]) for r in rows]
 
+    def superseded(self, job: str) -> list[str]:
+        """Digests of checkpoints that lie on the shelf though the job keeps them no longer."""
+        record = self.read(job)
+        kept = set() if record is None else {m.digest for m in record.marks}
+        rows = self.db.execute("SELECT digest FROM checkpoints WHERE job = ?", (job,))
+        return [r["digest"] for r in rows if r["digest"] not in kept]
+
+    def checkpoints_gone(self, job: str, digests: Iterable[str]) -> None:
+        """Notes that superseded checkpoints have been removed."""
+        for digest in digests:
+            self.db.execute("DELETE FROM checkpoints WHERE job = ? AND digest = ?", (job, digest))
+
     def counts(self) -> dict[int, int]:
         """Jobs by state."""
         return {r["state"]: r["n"] for r in self.db.execute("SELECT state, count(*) AS n FROM jobs GROUP BY state")}
@@ -195,6 +215,7 @@ class Page:
         self.db.execute("DELETE FROM jobs WHERE id = ?", (job,))
         self.db.execute("DELETE FROM events WHERE job = ?", (job,))
         self.db.execute("DELETE FROM attempts WHERE job = ?", (job,))
+        self.db.execute("DELETE FROM checkpoints WHERE job = ?", (job,))
 
 
 class Book:

@@ -1,7 +1,8 @@
 """What live jobs need is kept from removal.
 
 Law of this room: a job's holds are those of its record: model, dataset, ledger,
-kept checkpoints. The worker inherits them, so they outlive the daemon with it.
+kept checkpoints. The worker inherits those of model and dataset, so they
+outlive the daemon with it.
 """
 
 from __future__ import annotations
@@ -55,10 +56,14 @@ class Pins:
             for digest in held.keys() - wanted.keys():
                 held.pop(digest).release()
 
-    def fds(self, job: str) -> list[int]:
-        """File descriptors that keep a job's holds in whoever inherits them."""
+    def fds(self, order: training_pb2.Order) -> list[int]:
+        """File descriptors that keep what a worker reads in whoever inherits them.
+
+        Not those of checkpoints: only this daemon removes them, and it must be able to.
+        """
+        read = {order.spec.model.removeprefix("models/"), order.spec.dataset.removeprefix("datasets/")}
         with self._lock:
-            return [pin.fd for pin in self._held.get(job, {}).values()]
+            return [pin.fd for digest, pin in self._held.get(order.job, {}).items() if digest in read]
 
     def release(self, job: str) -> None:
         """Ends a job's holds."""

@@ -198,7 +198,7 @@ class Runner:
         lock = os.open(folder / launch.LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = (lock, lease.fd, *self._pins.fds(order.job))
+            held = (lock, lease.fd, *self._pins.fds(order))
             return process.start_detached(
                 launch.module_of(order.spec),
                 ["--attempt", str(folder), "--hold", ",".join(map(str, held))],
@@ -258,7 +258,8 @@ class Runner:
                 bodies, size = frames.unpack_all(data)
             except frames.BadFrame as e:
                 log.error("facts of attempt %d of %s are broken: %s", attempt.number, attempt.job, e)
-                process.kill(child.pid if child else attempt.pid)
+                if alive:
+                    process.kill(child.pid if child else attempt.pid)
                 bodies, size = [], 0
             if bodies:
                 attempt = await self._copy(attempt, folder, bodies, size)
@@ -283,17 +284,20 @@ class Runner:
             outcome=next((f for f in facts if jobs.is_outcome(f)), attempt.outcome),
         )
 
-        def write(page: Page) -> tuple[training_pb2.JobRecord, training_pb2.JobRecord]:
-            before = record = _there(page, job)
+        def write(page: Page) -> training_pb2.JobRecord:
+            record = _there(page, job)
             for fact, event in zip(facts, sealed, strict=True):
                 events = jobs.events_of(record, fact) if event is None else [event]
                 record = page.append(job, events) if events else record
             page.copied(after)
-            return before, record
+            return record
 
-        before, record = await self._book.turn(write)
+        record = await self._book.turn(write)
         if any(event is not None for event in sealed):
-            await asyncio.to_thread(self._retain, folder, facts, before, record)
+            await asyncio.to_thread(self._drop_written, folder, facts)
+            await self._retain(job, record)
+        elif any(f.HasField("planned") for f in facts):
+            await asyncio.to_thread(self._pins.hold_for, record)
         return after
 
     async def _seal_checkpoint(
@@ -315,18 +319,16 @@ class Runner:
         event.checkpoint_sealed.size_bytes = sealed.size_bytes
         return event
 
-    def _retain(
-        self,
-        folder: pathlib.Path,
-        facts: list[training_pb2.Fact],
-        before: training_pb2.JobRecord,
-        after: training_pb2.JobRecord,
-    ) -> None:
+    async def _retain(self, job: str, record: training_pb2.JobRecord) -> None:
         """Holds the newest checkpoints and removes those that they supersede."""
-        self._pins.hold_for(after)
-        kept = {m.digest for m in after.marks}
-        for digest in {m.digest for m in before.marks} - kept:
-            sealing.remove_checkpoint(self._shelf, digest)
+        await asyncio.to_thread(self._pins.hold_for, record)
+        superseded = await self._book.turn(lambda page: page.superseded(job))
+        if superseded:
+            gone = await asyncio.to_thread(sealing.remove_checkpoints, self._shelf, superseded)
+            await self._book.turn(lambda page: page.checkpoints_gone(job, gone))
+
+    @staticmethod
+    def _drop_written(folder: pathlib.Path, facts: list[training_pb2.Fact]) -> None:
         for fact in facts:
             if fact.HasField("checkpoint"):
                 shutil.rmtree(sealing.inside(folder, fact.checkpoint.folder), ignore_errors=True)
@@ -350,6 +352,7 @@ class Runner:
         else:
             await self._lost(job, attempt.number, folder, child)
         record = await self._book.turn(lambda page: _there(page, job))
+        await self._retain(job, record)
         await asyncio.to_thread(self._clean, job, folder, record)
 
     async def _lost(self, job: str, number: int, folder: pathlib.Path, child: subprocess.Popen[bytes] | None) -> None:

@@ -7,14 +7,13 @@ that was sealed. Sealing twice gives the same digest. Blocking: call it on a thr
 
 from __future__ import annotations
 
-import contextlib
 import json
 import pathlib
 import shutil
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from qlorad.v1 import artifacts_pb2
+from qlorad.v1 import artifacts_pb2, errors_pb2
 from services.common import artifacts
 from services.common.errors import Fault, corrupt
 from services.common.frames.v1 import training_pb2
@@ -70,7 +69,14 @@ def seal_adapter(
     return _publish(shelf, source, finished.files, kind, facts, finished.lineage, (job, story))
 
 
-def remove_checkpoint(shelf: Shelf, digest: str) -> None:
-    """Removes a superseded checkpoint; one that is gone already, or that another holds, is left."""
-    with contextlib.suppress(Fault):
-        shelf.remove("checkpoints", digest)
+def remove_checkpoints(shelf: Shelf, digests: Iterable[str]) -> list[str]:
+    """Removes superseded checkpoints; returns those that are gone. One that another holds is left for later."""
+    gone = []
+    for digest in digests:
+        try:
+            shelf.remove("checkpoints", digest)
+        except Fault as fault:
+            if fault.reason != errors_pb2.REASON_NOT_FOUND:
+                continue
+        gone.append(digest)
+    return gone
