@@ -45,6 +45,9 @@ class Config:
     max_adapter_bytes: int = setting(
         2 << 30, "largest adapter_model.safetensors taken", lambda v: 1 <= v <= 1 << 40, "1 to 1099511627776"
     )
+    worker_cpu_seconds: int = setting(
+        3600, "CPU time of a worker that reads files from outside", lambda v: v >= 1, "1 or more"
+    )
     worker_memory_bytes: int = setting(
         32 << 30, "address space of a worker that reads files from outside",
         lambda v: v >= 1 << 30, "1073741824 or more",
@@ -57,7 +60,8 @@ def build(config: Config) -> App:
     registry = CollectorRegistry()
     shelf = Shelf(s.home / "store")
     store = Store.open(s.state / "registry.sqlite", (idempotency.MIGRATION, MIGRATION))
-    workers = Workers(s.logs / "registry-worker.log", Limits(memory_bytes=config.worker_memory_bytes))
+    limits = Limits(memory_bytes=config.worker_memory_bytes, cpu_seconds=config.worker_cpu_seconds)
+    workers = Workers(s.logs / "registry-worker.log", limits)
     requests = Requests(store)
     starters = census.Starters.make(registry)
     catalogue = Catalogue(shelf, store, requests, workers, starters, config.import_roots, config.starter_threads)

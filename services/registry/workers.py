@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import pathlib
+import signal
 from collections.abc import Callable
 
 from services.common import process
-from services.common.errors import Fault, worker_lost
+from services.common.errors import Fault, rejected, worker_lost
 from services.common.frames.v1 import shelf_pb2
 
 log = logging.getLogger("qlorad.registry.workers")
@@ -50,5 +51,7 @@ class Workers:
             raise
         finally:
             code = await talk.close()
+        if code == -signal.SIGXCPU:
+            raise rejected(what, f"takes more than {self._limits.cpu_seconds} CPU seconds to look at")
         log.error("worker %d was lost: %s", talk.process.pid, process.tail(self._log, 2000))
         raise worker_lost(f"the worker for {what}", process.exit_story(code))

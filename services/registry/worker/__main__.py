@@ -16,7 +16,7 @@ from google.protobuf import struct_pb2
 
 from qlorad.v1 import registry_pb2
 from services.common import process
-from services.common.errors import Fault, disk_full
+from services.common.errors import Fault, disk_full, rejected
 from services.common.facts import to_facts
 from services.common.frames import Line
 from services.common.frames.v1 import shelf_pb2
@@ -128,6 +128,8 @@ def main() -> None:
         facts, story = work(order, report)
     except Fault as fault:
         report.refuse(fault)
+    except MemoryError:
+        report.refuse(rejected("the files", "need more memory to look at than worker_memory_bytes allows"))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

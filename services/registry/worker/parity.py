@@ -48,6 +48,7 @@ def difference(folder: pathlib.Path, theirs, date: str) -> str:
             )
     if not renderer.has_template:
         return ""
+    refused = 0
     with _today(date):
         for number, probe in enumerate(probes.CONVERSATIONS, start=1):
             try:
@@ -60,8 +61,11 @@ def difference(folder: pathlib.Path, theirs, date: str) -> str:
             except Exception:  # a template may refuse a conversation in any way; ours must refuse it too
                 expected_text = None
             found_text = _render(renderer, probe)
+            refused += found_text is None
             if found_text != expected_text:
                 return f"conversation probe {number} {_story(expected_text, found_text)}"
+    if refused == len(probes.CONVERSATIONS):
+        return f"its chat template renders none of {refused} conversations"
     return ""
 
 

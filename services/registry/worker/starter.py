@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+import platform
 from collections.abc import Callable
 
 # Before torch: its kernels must not pick another way on the second run.
@@ -45,6 +46,7 @@ class Recipe:
     steps: int
     learning_rate: float
     dtype: torch.dtype
+    """What the weights are stored as. All are computed in fp32, which every processor is good at."""
     vocabulary: int = 2048
     seed: int = 20260101
 
@@ -126,6 +128,8 @@ def make(recipe: Recipe, folder: pathlib.Path, threads: int, progress: Progress)
     return {
         "recipe": {k: str(v) for k, v in dataclasses.asdict(recipe).items()},
         "threads": threads,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
         "training_loss": loss,
         "validation_loss": validation,
     }
@@ -136,15 +140,13 @@ def pretrain(model: LlamaForCausalLM, data: torch.Tensor, recipe: Recipe, progre
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     windows = torch.Generator().manual_seed(recipe.seed)
-    reduced = recipe.dtype == torch.bfloat16
     losses: list[float] = []
     for step in range(recipe.steps):
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * schedule(step, recipe.steps)
         starts = torch.randint(len(data) - recipe.length, (recipe.batch,), generator=windows).tolist()
         rows = torch.stack([data[s : s + recipe.length] for s in starts])
-        with torch.autocast("cpu", torch.bfloat16, enabled=reduced):
-            loss = model(input_ids=rows, labels=rows, use_cache=False).loss
+        loss = model(input_ids=rows, labels=rows, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
