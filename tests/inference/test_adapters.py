@@ -104,6 +104,8 @@ def test_a_request_id_is_answered_once(
 ) -> None:
     house = house_factory(serving_home)
     daemon, stub = kit.start(house)
+    load = inference_pb2.LoadModelRequest(model=kit.MODEL, precision=inference_pb2.PRECISION_FP32, request_id="load")
+    loaded = stub.LoadModel(load, timeout=60)
     kit.load(stub, "ada", "bob")
     switch = inference_pb2.SwitchAdapterRequest(adapter="adapters/ada", request_id="one")
     first = stub.SwitchAdapter(switch)
@@ -113,16 +115,22 @@ def test_a_request_id_is_answered_once(
     assert [a.adapter for a in listed if a.is_default] == ["adapters/bob"], "a replay must not switch again"
     other = inference_pb2.SwitchAdapterRequest(adapter="base", request_id="one")
     assert kit.refused(lambda: stub.SwitchAdapter(other)).reason == "REQUEST_ID_REUSED"
+    unload = inference_pb2.UnloadAdapterRequest(adapter="adapters/ada", request_id="un")
+    freed = stub.UnloadAdapter(unload)
+    assert freed.freed_bytes > 0
+    kit.load(stub, "ada")
+    assert stub.UnloadAdapter(unload) == freed
+    listed = stub.ListAdapters(inference_pb2.ListAdaptersRequest()).adapters
+    assert [a.adapter for a in listed] == ["adapters/bob", "adapters/ada"], "a replay must not unload again"
 
+    engine = kit.engine_of(daemon)
     daemon.kill()
-    eventually(lambda: not kit.held(serving_home), what="the lease back after the daemon's death")
+    eventually(lambda: not engine.is_running(), seconds=10, what="the engine's end with its daemon")
+    assert kit.held(serving_home) is None
     _, stub = kit.start(house)
     assert stub.SwitchAdapter(switch) == first, "also after a restart"
-    load = inference_pb2.LoadModelRequest(model=kit.MODEL, precision=inference_pb2.PRECISION_FP32, request_id="load")
-    loaded = stub.LoadModel(load, timeout=60)
-    freed = stub.UnloadModel(inference_pb2.UnloadModelRequest(request_id="un")).freed_bytes
-    assert freed > 10 << 20
+    assert not stub.ListLoadedModels(inference_pb2.ListLoadedModelsRequest()).models, "nothing is loaded by itself"
     assert stub.LoadModel(load, timeout=60).model.digest == loaded.model.digest
     assert stub.ListLoadedModels(inference_pb2.ListLoadedModelsRequest()).models, "a stale answer would be untrue"
-    assert stub.UnloadModel(inference_pb2.UnloadModelRequest(request_id="un")).freed_bytes == freed
-    assert stub.ListLoadedModels(inference_pb2.ListLoadedModelsRequest()).models, "a replay must not unload again"
+    listed = stub.ListAdapters(inference_pb2.ListAdaptersRequest()).adapters
+    assert [(a.adapter, a.is_default) for a in listed] == [("adapters/bob", True), ("adapters/ada", False)]

@@ -146,22 +146,12 @@ def test_an_idle_engine_sleeps_and_wakes_with_what_it_had(small: tuple[House, ki
     lease.release()
     after = kit.generate(stub, "x", "", max_tokens=8)
     assert (after.ids, after.started.adapter_digest) == (before.ids, before.started.adapter_digest)
-
-
-def test_a_killed_daemon_takes_its_engine_along_and_the_next_one_restores_on_demand(
-    serving_home: pathlib.Path, house_factory: Houses
-) -> None:
-    house = house_factory(serving_home)
-    daemon, stub = kit.start(house)
-    kit.load(stub, "bob")
-    before = kit.generate(stub, "x", "adapters/bob", max_tokens=8)
-    engine = kit.engine_of(daemon)
-    daemon.kill()
-    eventually(lambda: not engine.is_running(), seconds=10, what="the engine's end")
-    assert kit.held(serving_home) is None
-    _, stub = kit.start(house)
-    assert not stub.ListLoadedModels(inference_pb2.ListLoadedModelsRequest()).models
-    assert kit.generate(stub, "x", "adapters/bob", max_tokens=8).ids == before.ids
+    eventually(lambda: kit.held(house.home) is None, seconds=20, what="sleep again")
+    unload = inference_pb2.UnloadAdapterRequest(adapter="adapters/ada")
+    assert stub.UnloadAdapter(unload).freed_bytes == 0, "what sleeps is let go without waking"
+    assert kit.held(house.home) is None
+    assert kit.generate(stub, "x", "", max_tokens=8).started.adapter_digest == ""
+    assert not stub.ListAdapters(inference_pb2.ListAdaptersRequest()).adapters
 
 
 def test_a_base_is_served_in_nf4_beside_an_adapter(serving_home: pathlib.Path, house_factory: Houses) -> None:

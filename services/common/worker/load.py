@@ -8,6 +8,7 @@ mode; who trains switches modes.
 from __future__ import annotations
 
 import pathlib
+import sys
 import warnings
 
 import torch
@@ -65,6 +66,8 @@ def keep_autograd(model) -> None:
     The repacked weight has no autograd: after one evaluation most LoRA gradients
     are silently wrong, and a merge is garbage.
     """
+    if "bitsandbytes" not in sys.modules:
+        return  # nothing can be 4-bit then, and importing it costs most of a second
     import bitsandbytes as bnb
 
     for module in model.modules():

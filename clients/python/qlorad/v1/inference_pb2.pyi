@@ -708,7 +708,9 @@ class Delta(_message.Message):
     """Whole characters, never a torn one."""
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Ids of the tokens behind it."""
+        """Ids of the tokens behind it. All deltas together hold every token that was
+        made, also the end token and those of a stop string, which have no text here.
+        """
 
     def __init__(
         self,

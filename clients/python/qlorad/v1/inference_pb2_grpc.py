@@ -28,6 +28,12 @@ if _version_not_supported:
 class InferenceServiceStub:
     """Loads bases and adapters and streams what they say.
 
+    What was loaded stays wanted until it is unloaded. An engine that dies restarts
+    with it at once. An engine that nobody needed for idle_unload_seconds gives its
+    device back, and one that ended with its daemon is not started anew by itself:
+    both come back with the first call that needs them, which then takes as long as
+    loading, or answers DEVICE_BUSY if a job holds the device meanwhile.
+
     Every call may also answer UNAUTHENTICATED, UNAVAILABLE (draining, or
     WORKER_LOST: the engine died and restarts with what it had; retry after
     RetryInfo), DEADLINE_EXCEEDED, CANCELLED and INTERNAL (with a log id).
@@ -89,13 +95,20 @@ class InferenceServiceStub:
 class InferenceServiceServicer:
     """Loads bases and adapters and streams what they say.
 
+    What was loaded stays wanted until it is unloaded. An engine that dies restarts
+    with it at once. An engine that nobody needed for idle_unload_seconds gives its
+    device back, and one that ended with its daemon is not started anew by itself:
+    both come back with the first call that needs them, which then takes as long as
+    loading, or answers DEVICE_BUSY if a job holds the device meanwhile.
+
     Every call may also answer UNAUTHENTICATED, UNAVAILABLE (draining, or
     WORKER_LOST: the engine died and restarts with what it had; retry after
     RetryInfo), DEADLINE_EXCEEDED, CANCELLED and INTERNAL (with a log id).
     """
 
     def LoadModel(self, request, context):
-        """Brings a model into memory. Loading what is loaded answers with it.
+        """Brings a model into memory. Loading what is loaded answers with it. A repeated
+        request_id loads again if the model is no longer in memory.
         Errors: INVALID_ARGUMENT (precision); NOT_FOUND; RESOURCE_EXHAUSTED
         DEVICE_BUSY (a job holds the device; wait or cancel it);
         FAILED_PRECONDITION WRONG_STATE (another model is resident: unload it first) or
@@ -133,7 +146,8 @@ class InferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UnloadAdapter(self, request, context):
-        """Frees an adapter. Requests in flight finish first.
+        """Frees an adapter. Requests in flight finish first. If it was the default, the
+        base is the default then.
         Errors: NOT_FOUND (not loaded).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -161,7 +175,7 @@ class InferenceServiceServicer:
         digests of what answers and ends with exactly one finish.
         Errors: INVALID_ARGUMENT (empty, malformed or over-long prompt, options: all
         of them); NOT_FOUND (model or adapter not loaded); RESOURCE_EXHAUSTED
-        QUEUE_FULL (retry after RetryInfo).
+        QUEUE_FULL or DEVICE_BUSY (retry after RetryInfo).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -235,6 +249,12 @@ def add_InferenceServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class InferenceService:
     """Loads bases and adapters and streams what they say.
+
+    What was loaded stays wanted until it is unloaded. An engine that dies restarts
+    with it at once. An engine that nobody needed for idle_unload_seconds gives its
+    device back, and one that ended with its daemon is not started anew by itself:
+    both come back with the first call that needs them, which then takes as long as
+    loading, or answers DEVICE_BUSY if a job holds the device meanwhile.
 
     Every call may also answer UNAUTHENTICATED, UNAVAILABLE (draining, or
     WORKER_LOST: the engine died and restarts with what it had; retry after

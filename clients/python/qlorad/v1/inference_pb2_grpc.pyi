@@ -29,6 +29,12 @@ GRPC_VERSION: str
 class InferenceServiceStub:
     """Loads bases and adapters and streams what they say.
 
+    What was loaded stays wanted until it is unloaded. An engine that dies restarts
+    with it at once. An engine that nobody needed for idle_unload_seconds gives its
+    device back, and one that ended with its daemon is not started anew by itself:
+    both come back with the first call that needs them, which then takes as long as
+    loading, or answers DEVICE_BUSY if a job holds the device meanwhile.
+
     Every call may also answer UNAUTHENTICATED, UNAVAILABLE (draining, or
     WORKER_LOST: the engine died and restarts with what it had; retry after
     RetryInfo), DEADLINE_EXCEEDED, CANCELLED and INTERNAL (with a log id).
@@ -39,7 +45,8 @@ class InferenceServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> InferenceServiceAsyncStub: ...
     LoadModel: _grpc.UnaryUnaryMultiCallable[_inference_pb2.LoadModelRequest, _inference_pb2.LoadModelResponse]
-    """Brings a model into memory. Loading what is loaded answers with it.
+    """Brings a model into memory. Loading what is loaded answers with it. A repeated
+    request_id loads again if the model is no longer in memory.
     Errors: INVALID_ARGUMENT (precision); NOT_FOUND; RESOURCE_EXHAUSTED
     DEVICE_BUSY (a job holds the device; wait or cancel it);
     FAILED_PRECONDITION WRONG_STATE (another model is resident: unload it first) or
@@ -61,7 +68,8 @@ class InferenceServiceStub:
     REJECTED (names the check and the first difference); DATA_LOSS CORRUPT.
     """
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_inference_pb2.UnloadAdapterRequest, _inference_pb2.UnloadAdapterResponse]
-    """Frees an adapter. Requests in flight finish first.
+    """Frees an adapter. Requests in flight finish first. If it was the default, the
+    base is the default then.
     Errors: NOT_FOUND (not loaded).
     """
     SwitchAdapter: _grpc.UnaryUnaryMultiCallable[_inference_pb2.SwitchAdapterRequest, _inference_pb2.SwitchAdapterResponse]
@@ -77,7 +85,7 @@ class InferenceServiceStub:
     digests of what answers and ends with exactly one finish.
     Errors: INVALID_ARGUMENT (empty, malformed or over-long prompt, options: all
     of them); NOT_FOUND (model or adapter not loaded); RESOURCE_EXHAUSTED
-    QUEUE_FULL (retry after RetryInfo).
+    QUEUE_FULL or DEVICE_BUSY (retry after RetryInfo).
     """
     Chat: _grpc.UnaryStreamMultiCallable[_inference_pb2.ChatRequest, _inference_pb2.ChatResponse]
     """Answers a conversation, rendered with the template that the adapter was
@@ -90,6 +98,12 @@ class InferenceServiceStub:
 class InferenceServiceAsyncStub(InferenceServiceStub):
     """Loads bases and adapters and streams what they say.
 
+    What was loaded stays wanted until it is unloaded. An engine that dies restarts
+    with it at once. An engine that nobody needed for idle_unload_seconds gives its
+    device back, and one that ended with its daemon is not started anew by itself:
+    both come back with the first call that needs them, which then takes as long as
+    loading, or answers DEVICE_BUSY if a job holds the device meanwhile.
+
     Every call may also answer UNAUTHENTICATED, UNAVAILABLE (draining, or
     WORKER_LOST: the engine died and restarts with what it had; retry after
     RetryInfo), DEADLINE_EXCEEDED, CANCELLED and INTERNAL (with a log id).
@@ -97,7 +111,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     LoadModel: _aio.UnaryUnaryMultiCallable[_inference_pb2.LoadModelRequest, _inference_pb2.LoadModelResponse]  # type: ignore[assignment]
-    """Brings a model into memory. Loading what is loaded answers with it.
+    """Brings a model into memory. Loading what is loaded answers with it. A repeated
+    request_id loads again if the model is no longer in memory.
     Errors: INVALID_ARGUMENT (precision); NOT_FOUND; RESOURCE_EXHAUSTED
     DEVICE_BUSY (a job holds the device; wait or cancel it);
     FAILED_PRECONDITION WRONG_STATE (another model is resident: unload it first) or
@@ -119,7 +134,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     REJECTED (names the check and the first difference); DATA_LOSS CORRUPT.
     """
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_inference_pb2.UnloadAdapterRequest, _inference_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
-    """Frees an adapter. Requests in flight finish first.
+    """Frees an adapter. Requests in flight finish first. If it was the default, the
+    base is the default then.
     Errors: NOT_FOUND (not loaded).
     """
     SwitchAdapter: _aio.UnaryUnaryMultiCallable[_inference_pb2.SwitchAdapterRequest, _inference_pb2.SwitchAdapterResponse]  # type: ignore[assignment]
@@ -135,7 +151,7 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     digests of what answers and ends with exactly one finish.
     Errors: INVALID_ARGUMENT (empty, malformed or over-long prompt, options: all
     of them); NOT_FOUND (model or adapter not loaded); RESOURCE_EXHAUSTED
-    QUEUE_FULL (retry after RetryInfo).
+    QUEUE_FULL or DEVICE_BUSY (retry after RetryInfo).
     """
     Chat: _aio.UnaryStreamMultiCallable[_inference_pb2.ChatRequest, _inference_pb2.ChatResponse]  # type: ignore[assignment]
     """Answers a conversation, rendered with the template that the adapter was
@@ -146,6 +162,12 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     """Loads bases and adapters and streams what they say.
+
+    What was loaded stays wanted until it is unloaded. An engine that dies restarts
+    with it at once. An engine that nobody needed for idle_unload_seconds gives its
+    device back, and one that ended with its daemon is not started anew by itself:
+    both come back with the first call that needs them, which then takes as long as
+    loading, or answers DEVICE_BUSY if a job holds the device meanwhile.
 
     Every call may also answer UNAUTHENTICATED, UNAVAILABLE (draining, or
     WORKER_LOST: the engine died and restarts with what it had; retry after
@@ -158,7 +180,8 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.LoadModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.LoadModelResponse, _abc.Awaitable[_inference_pb2.LoadModelResponse]]:
-        """Brings a model into memory. Loading what is loaded answers with it.
+        """Brings a model into memory. Loading what is loaded answers with it. A repeated
+        request_id loads again if the model is no longer in memory.
         Errors: INVALID_ARGUMENT (precision); NOT_FOUND; RESOURCE_EXHAUSTED
         DEVICE_BUSY (a job holds the device; wait or cancel it);
         FAILED_PRECONDITION WRONG_STATE (another model is resident: unload it first) or
@@ -204,7 +227,8 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.UnloadAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.UnloadAdapterResponse, _abc.Awaitable[_inference_pb2.UnloadAdapterResponse]]:
-        """Frees an adapter. Requests in flight finish first.
+        """Frees an adapter. Requests in flight finish first. If it was the default, the
+        base is the default then.
         Errors: NOT_FOUND (not loaded).
         """
 
@@ -238,7 +262,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         digests of what answers and ends with exactly one finish.
         Errors: INVALID_ARGUMENT (empty, malformed or over-long prompt, options: all
         of them); NOT_FOUND (model or adapter not loaded); RESOURCE_EXHAUSTED
-        QUEUE_FULL (retry after RetryInfo).
+        QUEUE_FULL or DEVICE_BUSY (retry after RetryInfo).
         """
 
     @_abc_1.abstractmethod
