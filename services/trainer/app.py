@@ -20,7 +20,8 @@ from services.trainer.book import MIGRATIONS, Book
 from services.trainer.core import Rules, Trainer
 from services.trainer.metrics import add_metrics
 from services.trainer.notify import Hub
-from services.trainer.runner import Places, Runner
+from services.trainer.places import Places
+from services.trainer.runner import Runner
 from services.trainer.servicer import TrainerServicer
 
 NAME = "qlorad.v1.TrainerService"

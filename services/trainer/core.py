@@ -82,14 +82,14 @@ class Trainer:
         record = await asyncio.to_thread(self._resolve, request)
         if request.validate_only:
             return trainer_pb2.CreateJobResponse(job=record.job)
-        await self._runner.hold(record)
-        ident = record.job.name.removeprefix("jobs/")
-        made = False
+        key = f"create {secrets.token_hex(8)}"
+        await self._runner.hold(record, key)
         try:
             answer, made = await self._book.turn(lambda page: self._enqueue(page, request.request_id, body, record))
+            if made:
+                await self._runner.held(key, record.job.name.removeprefix("jobs/"))
         finally:
-            if not made:
-                await self._runner.let_go(ident)
+            await self._runner.let_go(key)
         self._runner.wake()
         return trainer_pb2.CreateJobResponse.FromString(answer)
 

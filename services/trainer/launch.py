@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from qlorad.v1 import trainer_pb2
+from services.common.facts import ModelFacts
 from services.common.frames.v1 import training_pb2
 from services.trainer import jobs
 
@@ -41,6 +42,13 @@ def order_of(record: training_pb2.JobRecord, store: str, device: str, now_second
 def module_of(spec: trainer_pb2.TrainSpec) -> str:
     """Which program runs it."""
     return RANKS if spec.parallelism.ranks > 1 else SOLO
+
+
+def weight_bytes(model: ModelFacts, spec: trainer_pb2.TrainSpec) -> int:
+    """About what the base's weights take."""
+    if spec.quantization.method == trainer_pb2.QUANTIZATION_METHOD_NF4:
+        return model.nf4_bytes
+    return model.parameters * (4 if spec.quantization.compute_type == trainer_pb2.COMPUTE_TYPE_FP32 else 2)
 
 
 def environ_of(spec: trainer_pb2.TrainSpec, extensions: str) -> dict[str, str]:

@@ -37,9 +37,25 @@ class Pins:
         self._held: dict[str, dict[str, Pin]] = {}
         self._lock = threading.Lock()
 
-    def hold_for(self, record: training_pb2.JobRecord, strict: bool = False) -> None:
-        """Makes the holds equal to what the job needs. What is gone is refused if `strict`, else logged."""
-        job = record.job.name.removeprefix("jobs/")
+    def hold_first(self, record: training_pb2.JobRecord, key: str) -> None:
+        """Holds for a job that is not on disk yet, under a key of its own; NOT_FOUND if something is gone."""
+        self._hold(record, key, strict=True)
+
+    def take_over(self, key: str, job: str) -> None:
+        """The job is on disk: its first holds become its own."""
+        with self._lock:
+            own = self._held.setdefault(job, {})
+            for digest, pin in self._held.pop(key, {}).items():
+                if digest in own:
+                    pin.release()
+                else:
+                    own[digest] = pin
+
+    def hold_for(self, record: training_pb2.JobRecord) -> None:
+        """Makes the holds equal to what the job needs; what is gone is logged."""
+        self._hold(record, record.job.name.removeprefix("jobs/"), strict=False)
+
+    def _hold(self, record: training_pb2.JobRecord, job: str, strict: bool) -> None:
         wanted = dict.fromkeys(needed(record))
         with self._lock:
             held = self._held.setdefault(job, {})

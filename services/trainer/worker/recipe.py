@@ -115,54 +115,48 @@ def train(order: training_pb2.Order, teller: Teller) -> None:
     elif len(held_out):
         evaluate(model, held_out, 0, spec, order.device, engine, teller)
 
-    # The loop.
+    # The loop, and the last evaluation. Whoever asks to stop finds the newest whole step in a checkpoint.
     keeps = engine.world == 1  # a checkpoint of several ranks is not written yet: such a job starts anew
     end = trainer_pb2.END_REASON_STEPS
-    evaluated = saved_at = progress.step if order.checkpoint_digest else -1
-    seconds = 0.0
-    clock = time.monotonic()
-    for step in plan.steps(total, after=progress.step):
-        if order.HasField("seconds_left") and time.monotonic() - begun >= order.seconds_left:
-            end = trainer_pb2.END_REASON_TIME_LIMIT
-            break
-        rng = checkpoint.get_rng(order.device)
-        model.train()
-        try:
+    evaluated, saved_at = -1, progress.step if order.checkpoint_digest else -1
+    mean, rng = 0.0, checkpoint.get_rng(order.device)
+    try:
+        for step in plan.steps(total, after=progress.step):
+            clock = time.monotonic()
+            over = order.HasField("seconds_left") and clock - begun >= order.seconds_left
+            asked, late = engine.total(float(teller.asked_to_stop()), float(over))  # all ranks decide alike
+            if asked:
+                raise Cancelled
+            if late:
+                end = trainer_pb2.END_REASON_TIME_LIMIT
+                break
+            model.train()
             done = one_step(engine, model, rows, step, total, spec, order.device, teller)
-        except Cancelled:
-            engine.forget()
-            if keeps and saved_at != progress.step:
+            rng = checkpoint.get_rng(order.device)
+            taken = time.monotonic() - clock
+            mean = SMOOTH * mean + (1 - SMOOTH) * taken if mean else taken
+            progress = after_step(progress, step, done)
+            tell_step(teller, step, total, done, progress, taken, mean, order.device)
+            if step.index + 1 == step.of:
+                check_epoch(step.epoch, progress, counts)
+            if spec.evaluation.every_steps and step.number % spec.evaluation.every_steps == 0 and len(held_out):
+                evaluate(model, held_out, step.number, spec, order.device, engine, teller)
+                evaluated = step.number
+            if spec.checkpoints.every_steps and step.number % spec.checkpoints.every_steps == 0 and keeps:
                 write_checkpoint(progress, engine, rng, teller)
-            teller.tell(training_pb2.Fact(stopped=training_pb2.Stopped(step=progress.step)))
-            return
-        now = time.monotonic()
-        taken, clock = now - clock, now
-        seconds = taken if not seconds else SMOOTH * seconds + (1 - SMOOTH) * taken
-        average = SMOOTH * progress.loss_average + (1 - SMOOTH) * done.loss
-        fresh = step.index == 0
-        progress = checkpoint.Progress(
-            job=order.job,
-            step=step.number,
-            loss_average=average,
-            epoch_tokens=done.tokens + (0 if fresh else progress.epoch_tokens),
-            epoch_trained=done.marked + (0 if fresh else progress.epoch_trained),
-        )
-        tell_step(teller, step, total, done, progress, taken, seconds, order.device)
-        if step.index + 1 == step.of:
-            check_epoch(step.epoch, progress, counts)
-        if spec.evaluation.every_steps and step.number % spec.evaluation.every_steps == 0 and len(held_out):
-            evaluate(model, held_out, step.number, spec, order.device, engine, teller)
-            evaluated = step.number
-        if spec.checkpoints.every_steps and step.number % spec.checkpoints.every_steps == 0 and keeps:
-            write_checkpoint(progress, engine, checkpoint.get_rng(order.device), teller)
-            saved_at = step.number
-        clock = time.monotonic()
+                saved_at = step.number
+        if len(held_out) and evaluated != progress.step:
+            evaluate(model, held_out, progress.step, spec, order.device, engine, teller)
+    except Cancelled:
+        engine.forget()
+        if keeps and saved_at != progress.step:
+            write_checkpoint(progress, engine, rng, teller)
+        teller.tell(training_pb2.Fact(stopped=training_pb2.Stopped(step=progress.step)))
+        return
 
-    # The end: last evaluation, last checkpoint, the adapter.
-    if len(held_out) and evaluated != progress.step:
-        evaluate(model, held_out, progress.step, spec, order.device, engine, teller)
+    # The end: last checkpoint, the adapter.
     if keeps and saved_at != progress.step:
-        write_checkpoint(progress, engine, checkpoint.get_rng(order.device), teller)
+        write_checkpoint(progress, engine, rng, teller)
     weights = engine.weights()
     if engine.rank == 0:
         finish(order, end, weights, base_artifact, told, known, teller)
@@ -279,6 +273,18 @@ def one_step(engine, model, rows, step: Step, total: int, spec, device: str, tel
     with torch.no_grad():
         squares = [float(p.float().pow(2).sum()) for p in engine.parameters.values()]
     return Done(value, norm, sum(squares) ** 0.5, learning_rate, int(tokens), trained, int(marked))
+
+
+def after_step(before: checkpoint.Progress, step: Step, done: Done) -> checkpoint.Progress:
+    """Where the run is after one more step."""
+    fresh = step.index == 0
+    return checkpoint.Progress(
+        job=before.job,
+        step=step.number,
+        loss_average=SMOOTH * before.loss_average + (1 - SMOOTH) * done.loss,
+        epoch_tokens=done.tokens + (0 if fresh else before.epoch_tokens),
+        epoch_trained=done.marked + (0 if fresh else before.epoch_trained),
+    )
 
 
 def check_epoch(epoch: int, progress: checkpoint.Progress, counts) -> None:

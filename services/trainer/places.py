@@ -1,0 +1,22 @@
+"""Where the trainer's things lie, and what attempts are given."""
+
+from __future__ import annotations
+
+import pathlib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Of one home."""
+
+    jobs: pathlib.Path
+    leases: pathlib.Path
+    device: str
+    extensions: str
+    backoff_seconds: float
+    exit_grace_seconds: float
+
+    def attempt(self, job: str, number: int) -> pathlib.Path:
+        """An attempt's folder."""
+        return self.jobs / job / "attempts" / str(number)

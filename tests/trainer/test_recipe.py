@@ -1,0 +1,177 @@
+"""The recipe's mathematics on the real stack: packing, accumulation, gradient flow, what an evaluation changes."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import types
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlorad.v1 import trainer_pb2
+from services.common.shelf import Shelf
+from services.trainer.worker.batches import Plan, pack, pad, rate
+from tests.trainer.kit import MODEL
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+RANK = 4
+
+
+class Rows:
+    """Rows as the ledger gives them."""
+
+    def __init__(self, rows: list[tuple[list[int], list[int]]]) -> None:
+        self._rows = [(np.array(i, "uint32"), np.array(m, "uint8")) for i, m in rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def ids(self, row: int) -> np.ndarray:
+        return self._rows[row][0]
+
+    def mask(self, row: int) -> np.ndarray:
+        return self._rows[row][1]
+
+    def lengths(self) -> np.ndarray:
+        return np.array([len(i) for i, _ in self._rows])
+
+
+def made_rows(count: int, seed: int) -> Rows:
+    draw = np.random.default_rng(seed)
+    rows = []
+    for _ in range(count):
+        length = int(draw.integers(3, 40))
+        rows.append((draw.integers(5, 2000, length).tolist(), [1, *draw.integers(0, 2, length - 2).tolist(), 1]))
+    return Rows(rows)
+
+
+def peft_model(home: pathlib.Path, method: str, compute: str, live_b: bool = True) -> types.SimpleNamespace:
+    import torch
+
+    from services.common.worker.load import load_base
+    from services.trainer.worker import recipe
+    from services.trainer.worker.engines import Solo
+
+    torch.set_num_threads(1)
+    payload = Shelf(home / "store").open("models", MODEL.removeprefix("models/")).payload
+    spec = trainer_pb2.TrainSpec()
+    spec.lora.rank, spec.lora.alpha = RANK, 8
+    spec.lora.target_modules.names.extend(["q_proj", "v_proj", "down_proj"])
+    spec.optimizer.learning_rate, spec.optimizer.beta1, spec.optimizer.beta2 = 1e-2, 0.9, 0.999
+    spec.data.packing, spec.data.micro_batch_tokens = True, 128
+    base = load_base(payload, method, True, compute, "cpu")
+    torch.manual_seed(1)
+    model = recipe.with_lora(base, spec)
+    if live_b:  # a fresh B is zero, which hides A's gradient
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if ".lora_B." in name:
+                    parameter.normal_(0, 0.05)
+    model.train()
+    return types.SimpleNamespace(recipe=recipe, torch=torch, model=model, spec=spec, engine=Solo(model, spec))
+
+
+def gradients(it: types.SimpleNamespace, batches: list[dict], trained: int) -> dict:
+    it.engine.forget()
+    for batch in batches:
+        it.engine.backward(it.recipe.loss_sum(it.model, batch), trained)
+    return {n: p.grad.clone() for n, p in it.engine.parameters.items()}
+
+
+def farthest(it: types.SimpleNamespace, left: dict, right: dict) -> float:
+    """The largest relative distance between two sets of gradients."""
+    assert left.keys() == right.keys() and len(left) == 2 * 3 * 2
+    return max(float((left[n] - right[n]).norm() / left[n].norm().clamp_min(1e-12)) for n in left)
+
+
+def test_p26_packed_padded_and_accumulated_give_one_gradient(starter_home: pathlib.Path) -> None:
+    it = peft_model(starter_home, "none", "fp32")
+    rows = made_rows(6, seed=3)
+    trained = sum(int(rows.mask(n)[1:].sum()) for n in range(6))
+    one = gradients(it, [it.recipe.packed(rows, range(6), "cpu")], trained)
+    alone = gradients(it, [it.recipe.packed(rows, [n], "cpu") for n in range(6)], trained)
+    under = gradients(it, [it.recipe.padded(rows, range(6), "cpu")], trained)
+    halves = gradients(it, [it.recipe.padded(rows, part, "cpu") for part in ([0, 1], [2, 3, 4, 5])], trained)
+    assert farthest(it, alone, one) < 1e-4
+    assert farthest(it, alone, under) < 1e-4
+    assert farthest(it, alone, halves) < 1e-4
+
+
+def test_a_leak_between_packed_rows_would_be_seen(starter_home: pathlib.Path) -> None:
+    it = peft_model(starter_home, "none", "fp32")
+    rows = made_rows(3, seed=4)
+    trained = sum(int(rows.mask(n)[1:].sum()) for n in range(3))
+    alone = gradients(it, [it.recipe.packed(rows, [n], "cpu") for n in range(3)], trained)
+    leaky = it.recipe.packed(rows, range(3), "cpu")
+    leaky["position_ids"] = it.torch.arange(leaky["input_ids"].shape[1])[None]
+    assert farthest(it, alone, gradients(it, [leaky], trained)) > 0.05
+
+
+def test_gradient_flow_through_nf4(starter_home: pathlib.Path) -> None:
+    """After two steps every A and every B moved, and every byte of the base is where it was."""
+    it = peft_model(starter_home, "nf4", "bf16", live_b=False)
+    before = {n: p.detach().clone() for n, p in it.model.named_parameters()}
+    rows = made_rows(4, seed=5)
+    batch = it.recipe.packed(rows, range(4), "cpu")
+    for step in (1, 2):
+        grads = gradients(it, [batch], 50)
+        assert all(bool(g.any()) for n, g in grads.items() if ".lora_B." in n)
+        assert all(bool(g.any()) == (step == 2) for n, g in grads.items() if ".lora_A." in n)
+        it.engine.step(1e-2)
+    moved = {n for n, p in it.model.named_parameters() if not it.torch.equal(p, before[n])}
+    assert moved == set(it.engine.parameters) and len(before) > len(moved)
+
+
+def test_an_evaluation_changes_no_later_gradient(starter_home: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    from services.trainer.worker.facts import Teller
+
+    it = peft_model(starter_home, "nf4", "bf16")
+    rows = made_rows(4, seed=6)
+    batch = it.recipe.packed(rows, range(4), "cpu")
+    random = it.torch.get_rng_state()
+    first = gradients(it, [batch], 50)
+    it.recipe.evaluate(it.model, made_rows(8, seed=9), 1, it.spec, "cpu", it.engine, Teller(tmp_path))
+    second = gradients(it, [batch], 50)
+    assert it.model.training and it.torch.equal(random, it.torch.get_rng_state())
+    assert all(it.torch.equal(first[n], second[n]) for n in first)
+
+
+LENGTHS = st.lists(st.integers(1, 64), min_size=1, max_size=60)
+
+
+@given(LENGTHS, st.integers(64, 200), st.integers(0, 9), st.integers(1, 4), st.booleans())
+def test_every_row_is_consumed_once_an_epoch_and_fits(
+    lengths: list[int], room: int, seed: int, per_step: int, packing: bool
+) -> None:
+    plan = Plan(lengths, seed, packing, room, per_step, 0, 2.0)
+    total = plan.total_steps()
+    steps = list(plan.steps(total))
+    assert [s.number for s in steps] == list(range(1, total + 1))
+    for epoch in (0, 1):
+        rows = [r for s in steps if s.epoch == epoch for batch in s.micro_batches for r in batch]
+        assert sorted(rows) == list(range(len(lengths)))
+    for step in steps:
+        assert 1 <= len(step.micro_batches) <= per_step
+        for batch in step.micro_batches:
+            sizes = [lengths[r] for r in batch]
+            assert (sum(sizes) if packing else max(sizes) * len(sizes)) <= room
+    assert 0 < plan.efficiency() <= 1
+    for after in {0, total // 2, total - 1}:
+        assert list(plan.steps(total, after)) == steps[after:], "a resumed run sees the same steps"
+
+
+def test_best_fit_fills_bins() -> None:
+    assert pack(range(4), [60, 50, 40, 30], 100) == [(0, 2), (1, 3)]
+    assert pad(range(4), [10, 10, 30, 10], 60) == [(0, 1), (2, 3)]
+
+
+@given(st.sampled_from(["CONSTANT", "LINEAR", "COSINE"]), st.integers(1, 50), st.integers(0, 49))
+def test_rates_rise_then_follow_their_course(kind: str, total: int, warmup: int) -> None:
+    warmup = min(warmup, total - 1)
+    rates = [rate(s, total, kind, warmup, 1.0) for s in range(1, total + 1)]
+    assert all(0 < r <= 1 and math.isfinite(r) for r in rates)
+    assert rates[warmup] == 1.0 and rates[:warmup] == sorted(rates[:warmup])
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
