@@ -222,6 +222,10 @@ def _element(window: _Text, strict: StrictJson, number: int) -> Record:
     return _record(number, value, problem)
 
 
+class _TooLong(Exception):
+    """A single line above the limit."""
+
+
 class _RowLines:
     """Text lines for csv, with a bound on what one row may take. Can be read on after it raised."""
 
@@ -235,9 +239,12 @@ class _RowLines:
 
     def __next__(self) -> str:
         self.number, line = next(self._lines)
-        self.taken += MAX_ROW_BYTES + 1 if line is None else len(line)
-        if line is None or self.taken > MAX_ROW_BYTES:
-            raise Unreadable(too_long("row (is a quote left open?)"), self.number)
+        if line is None:
+            raise _TooLong
+        self.taken += len(line)
+        if self.taken > MAX_ROW_BYTES:
+            hint = "close the quote; nothing behind this place can be read"
+            raise Unreadable(Problem("line_too_long", "a quote is left open, or a row is too long", hint), self.number)
         return line.decode()
 
 
@@ -257,8 +264,8 @@ def table(f: BinaryIO, delimiter: str) -> Iterator[Record]:
             break
         except UnicodeDecodeError as e:
             problem = not_utf8(e)
-        except Unreadable as e:
-            problem = e.problem
+        except _TooLong:
+            problem = too_long()
         except csv.Error as e:
             problem = Problem("broken_csv", f"not CSV: {e}", 'quote fields with ", and write " in them as ""')
         if problem is None and not fields:

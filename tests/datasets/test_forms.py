@@ -1,0 +1,242 @@
+"""Forms and rules: a row becomes an example that has all of it, and comes back the same; wrong rows are told why."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from google.protobuf import struct_pb2
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlorad.v1 import datasets_pb2, messages_pb2
+from services.common.prompt import example as canonical
+from services.datasets.forms import FORMS, CannotCarry, write
+from services.datasets.worker import forms, rules
+from services.datasets.worker.found import ERROR
+
+CHAT, INSTRUCTION = datasets_pb2.ROW_FORMAT_CHAT, datasets_pb2.ROW_FORMAT_INSTRUCTION
+COMPLETION, TEXT = datasets_pb2.ROW_FORMAT_COMPLETION, datasets_pb2.ROW_FORMAT_TEXT
+OUTPUT = {CHAT: "messages", INSTRUCTION: "output", COMPLETION: "completion", TEXT: "text"}
+
+text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=12)
+full = text.filter(lambda t: bool(t.strip()))
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers(-1000, 1000) | text,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
+    max_leaves=5,
+)
+extras = st.dictionaries(text.map(lambda t: "x-" + t), plain, max_size=2)
+objects = st.dictionaries(text, plain, max_size=2)
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> dict[str, Any]:
+    arguments = json.dumps(draw(objects), ensure_ascii=False)
+    return {"id": draw(full), "type": "function", "function": {"name": draw(full), "arguments": arguments}}
+
+
+@st.composite
+def chats(draw: st.DrawFn) -> dict[str, Any]:
+    content = full | st.lists(full, min_size=2, max_size=3).map(lambda ts: [{"type": "text", "text": t} for t in ts])
+    messages: list[dict[str, Any]] = [{"role": "system", "content": draw(content)}] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 2))):
+        messages.append({"role": "user", "content": draw(content)})
+        if draw(st.booleans()):
+            asked = draw(st.lists(calls(), min_size=1, max_size=2, unique_by=lambda c: c["id"]))
+            messages.append({"role": "assistant", "content": None, "tool_calls": asked})
+            messages += [{"role": "tool", "content": draw(text), "tool_call_id": c["id"]} for c in asked]
+        messages.append({"role": "assistant", "content": draw(content)})
+    if draw(st.booleans()):
+        messages[0]["name"] = draw(full)
+    if draw(st.booleans()):
+        messages[-1]["x-weight"] = draw(plain)
+    row: dict[str, Any] = {"messages": messages}
+    if draw(st.booleans()):
+        function = {"name": draw(full), "description": draw(full), "parameters": draw(objects), "x-strict": True}
+        row["tools"] = [{"type": "function", "function": function}]
+    return {**row, **draw(extras)}
+
+
+rows = {
+    CHAT: chats(),
+    INSTRUCTION: st.builds(
+        lambda i, n, o, s, e: {"instruction": i, "input": n, "output": o, **({"system": s} if s else {}), **e},
+        full, text, full, text, extras,
+    ),
+    COMPLETION: st.builds(lambda p, c, e: {"prompt": p, "completion": c, **e}, text, full, extras),
+    TEXT: st.builds(lambda t, e: {"text": t, **e}, full, extras),
+}  # fmt: skip
+any_row = st.sampled_from(list(rows)).flatmap(lambda form: st.tuples(st.just(form), rows[form]))
+
+
+def made(row: dict[str, Any], form: Any, **columns: str) -> tuple[datasets_pb2.Example, list[str]]:
+    example, problems = forms.example_of(row, form, columns)
+    errors = [p for p in problems if p.severity == ERROR]
+    if not errors:
+        problems += rules.check(example, OUTPUT[form])
+    return example, [p.rule for p in problems]
+
+
+@given(any_row)
+def test_what_is_read_in_a_form_is_written_the_same(pair: tuple[Any, dict[str, Any]]) -> None:
+    form, row = pair
+    assert forms.sniff(row, {}) == form
+    example, problems = made(row, form)
+    assert not set(problems) - {"unknown_message_field"}
+    again = canonical.loads(canonical.dumps(example))
+    assert again == example
+    assert json.loads(write(again, form)) == row
+    twice, _ = made(json.loads(write(again, form)), form)
+    assert twice == example
+
+
+@given(any_row, st.sampled_from(list(FORMS)))
+def test_a_form_carries_a_row_wholly_or_refuses_it(pair: tuple[Any, dict[str, Any]], target: Any) -> None:
+    form, row = pair
+    example, _ = made(row, form)
+    try:
+        written = json.loads(write(example, target))
+    except CannotCarry as e:
+        assert e.field and target != form
+        return
+    again, _ = made(written, target)
+    assert rules.size_of(again) == rules.size_of(example)
+    assert [m.role for m in again.chat.messages] == [m.role for m in example.chat.messages]
+
+
+@given(any_row, st.randoms())
+def test_renamed_columns_read_alike(pair: tuple[Any, dict[str, Any]], random: Any) -> None:
+    form, row = pair
+    columns = {name: f"c{i}" for i, name in enumerate(FORMS[form]) if name in row}
+    renamed = {columns.get(k, k): v for k, v in row.items()}
+    assert forms.sniff(renamed, columns) == form
+    assert made(renamed, form, **columns)[0] == made(row, form)[0]
+
+
+def test_instruction_and_input_are_one_turn_in_two_parts() -> None:
+    example, _ = made({"instruction": "Add.", "input": "1 2", "output": "3", "id": 7}, INSTRUCTION)
+    user, answer = example.chat.messages
+    assert [p.text for p in user.parts] == ["Add.", "\n\n1 2"]
+    assert (user.role, answer.role) == (messages_pb2.ROLE_USER, messages_pb2.ROLE_ASSISTANT)
+    assert dict(example.metadata) == {"id": 7.0}
+
+
+def test_numbers_that_a_double_would_round_are_kept_as_text() -> None:
+    example, problems = made({"text": "x", "id": 2**60 + 1, "in": {"n": [-(2**60)]}}, TEXT)
+    assert problems == ["number_as_text", "number_as_text"]
+    assert example.metadata["id"] == str(2**60 + 1)
+    assert made({"text": "x", "n": float("inf")}, TEXT)[1] == ["number_too_large"]
+
+
+def chat(*turns: tuple[str, str]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+TOOL_CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+ASKS = {"role": "assistant", "tool_calls": [TOOL_CALL]}
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "expected"),
+    [
+        (INSTRUCTION, {"instruction": "a", "output": " \n"}, ["empty_output"]),
+        (INSTRUCTION, {"instruction": "", "output": "x"}, ["empty_instruction"]),
+        (INSTRUCTION, {"instruction": None, "output": 3}, ["missing_field", "wrong_type"]),
+        (INSTRUCTION, {"output": "x", "input": ["y"]}, ["missing_field", "wrong_type"]),
+        (COMPLETION, {"prompt": "", "completion": "x"}, []),
+        (COMPLETION, {"prompt": "a", "completion": ""}, ["empty_output"]),
+        (COMPLETION, {"completion": "x"}, ["missing_field"]),
+        (TEXT, {"text": ""}, ["empty_output"]),
+        (CHAT, chat(("user", "a"), ("assistant", "b")), []),
+        (CHAT, chat(("assistant", "a"), ("user", "b")), ["role_order"]),
+        (CHAT, chat(("user", "a"), ("user", "b"), ("assistant", "c")), ["role_order"]),
+        (CHAT, chat(("user", "a"), ("assistant", "b"), ("assistant", "c")), ["role_order"]),
+        (CHAT, chat(("system", "s"), ("system", "s"), ("user", "a"), ("assistant", "b")), ["role_order"]),
+        (CHAT, chat(("user", "a"), ("system", "s"), ("assistant", "b")), ["role_order"]),
+        (CHAT, chat(("user", "a"), ("assistant", "b"), ("tool", "c"), ("assistant", "d")), ["role_order"]),
+        (CHAT, chat(("user", "a")), ["no_assistant_turn"]),
+        (CHAT, chat(("user", "a"), ("assistant", " ")), ["empty_output"]),
+        (CHAT, chat(("user", ""), ("assistant", "b"), ("user", "c")), ["ends_without_answer", "empty_turn"]),
+        (CHAT, chat(("human", "a"), ("gpt", "b")), ["unknown_role", "unknown_role"]),
+        (CHAT, {"messages": []}, ["missing_field"]),
+        (CHAT, {"messages": "not json"}, ["broken_json"]),
+        (CHAT, {"messages": {"role": "user"}}, ["wrong_type"]),
+        (CHAT, {"messages": ["hi", 3]}, ["wrong_type", "wrong_type"]),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, ["unsupported_content"]),
+        (CHAT, {"messages": [{"role": "user", "content": 3}]}, ["wrong_type"]),
+        (CHAT, {"messages": json.dumps(chat(("user", "a"), ("assistant", "b"))["messages"])}, []),
+        (CHAT, {**chat(("user", "a"), ("assistant", "b")), "tools": [{"type": "w"}]}, ["wrong_type", "missing_field"]),
+        (CHAT, {"messages": [{"role": "user", "content": "a"}, ASKS]}, []),
+        (
+            CHAT,
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    ASKS,
+                    {"role": "tool", "tool_call_id": "c2", "content": "r"},
+                    {"role": "assistant", "content": "b"},
+                ]
+            },
+            ["unknown_tool_call"],
+        ),
+        (
+            CHAT,
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "tool_calls": [{"function": {"name": "", "arguments": "[1]"}}]},
+                ]
+            },
+            ["missing_field", "wrong_type"],
+        ),
+    ],
+)  # fmt: skip
+def test_rows_are_told_all_that_is_wrong(form: Any, row: dict[str, Any], expected: list[str]) -> None:
+    assert made(row, form)[1] == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "form", "target", "field"),
+    [
+        ({"prompt": "a", "completion": "b"}, COMPLETION, TEXT, "prompt"),
+        ({"prompt": "a", "completion": "b"}, COMPLETION, CHAT, "completion"),
+        ({"prompt": "a", "completion": "b"}, COMPLETION, INSTRUCTION, "completion"),
+        (chat(("user", "a"), ("assistant", "b")), CHAT, COMPLETION, "messages"),
+        (chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")), CHAT, INSTRUCTION, "messages"),
+        ({"messages": [{"role": "user", "content": "a"}, ASKS]}, CHAT, INSTRUCTION, "messages[1].tool_calls"),
+        ({"text": "a", "prompt": "b"}, TEXT, COMPLETION, "metadata.prompt"),
+    ],
+)
+def test_what_a_form_cannot_carry_is_named(row: dict[str, Any], form: Any, target: Any, field: str) -> None:
+    example, _ = made(row, form)
+    with pytest.raises(CannotCarry) as e:
+        write(example, target)
+    assert e.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("keys", "columns", "form"),
+    [
+        (["messages", "tools"], {}, CHAT),
+        (["instruction", "output"], {}, INSTRUCTION),
+        (["question", "answer"], {"instruction": "question", "output": "answer"}, INSTRUCTION),
+        (["prompt", "completion", "text"], {}, COMPLETION),
+        (["text"], {}, TEXT),
+        (["body"], {"text": "body"}, TEXT),
+        (["instruction"], {}, None),
+        ([], {}, None),
+    ],
+)
+def test_forms_are_sniffed_by_their_fields(keys: list[str], columns: dict[str, str], form: Any) -> None:
+    assert forms.sniff(keys, columns) == form
+
+
+@given(objects)
+def test_metadata_comes_back_unharmed(metadata: dict[str, Any]) -> None:
+    kept = struct_pb2.Struct()
+    kept.update(metadata)
+    example = datasets_pb2.Example(completion=datasets_pb2.Completion(completion="x"), metadata=kept)
+    row = json.loads(write(example, TEXT)) if "text" not in metadata else {**metadata, "text": "x"}
+    assert {k: v for k, v in row.items() if k != "text"} == {k: v for k, v in metadata.items() if k != "text"}
