@@ -24,6 +24,7 @@ from services.registry import adapters, paging
 from services.registry.adapters import Intake
 from services.registry.removal import remove
 from services.registry.requests import Requests
+from services.registry.staging import Staging
 from services.registry.workers import Workers
 
 log = logging.getLogger("qlorad.registry.adapters")
@@ -35,8 +36,9 @@ SEND_BYTES = 1 << 20
 class AdapterShelf:
     """The adapters of one store."""
 
-    def __init__(self, shelf: Shelf, requests: Requests, workers: Workers, limit_bytes: int) -> None:
+    def __init__(self, shelf: Shelf, staging: Staging, requests: Requests, workers: Workers, limit_bytes: int) -> None:
         self._shelf = shelf
+        self._staging = staging
         self._requests = requests
         self._workers = workers
         self._limit_bytes = limit_bytes
@@ -52,8 +54,7 @@ class AdapterShelf:
         adapters.check_header(header)
         ident = header.base_model.removeprefix("models/")
         base = await asyncio.to_thread(self._shelf.open, "models", ident, field="base_model")
-        staged = await asyncio.to_thread(self._shelf.stage)
-        try:
+        async with self._staging.aside() as staged:
             body = await self._receive(header, pieces, staged.payload)
 
             async def work(again: bool) -> registry_pb2.Adapter:
@@ -62,8 +63,6 @@ class AdapterShelf:
                 return await asyncio.to_thread(self._describe, sealed, header.adapter_id)
 
             return await self._requests.once("ImportAdapter", header.request_id, body, work, registry_pb2.Adapter)
-        finally:
-            await asyncio.to_thread(self._shelf.drop, staged)
 
     async def _receive(
         self,

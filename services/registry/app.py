@@ -18,7 +18,7 @@ from services.common.process import Limits
 from services.common.server import App, Health, ServerSettings
 from services.common.shelf import Shelf
 from services.common.store import Store
-from services.registry import census
+from services.registry import census, staging
 from services.registry.adapter_shelf import AdapterShelf
 from services.registry.catalogue import MIGRATION, Catalogue
 from services.registry.requests import Requests
@@ -59,17 +59,19 @@ def build(config: Config) -> App:
     s = config.server
     registry = CollectorRegistry()
     shelf = Shelf(s.home / "store")
-    store = Store.open(s.state / "registry.sqlite", (idempotency.MIGRATION, MIGRATION))
+    store = Store.open(s.state / "registry.sqlite", (idempotency.MIGRATION, MIGRATION, staging.MIGRATION))
     limits = Limits(memory_bytes=config.worker_memory_bytes, cpu_seconds=config.worker_cpu_seconds)
     workers = Workers(s.logs / "registry-worker.log", limits)
     requests = Requests(store)
+    aside = staging.Staging(shelf, store)
     starters = census.Starters.make(registry)
-    catalogue = Catalogue(shelf, store, requests, workers, starters, config.import_roots, config.starter_threads)
-    adapters = AdapterShelf(shelf, requests, workers, config.max_adapter_bytes)
+    catalogue = Catalogue(shelf, store, aside, requests, workers, starters, config.import_roots, config.starter_threads)
+    adapters = AdapterShelf(shelf, aside, requests, workers, config.max_adapter_bytes)
     registry.register(census.gauges(shelf.root, catalogue.under_way))
 
     async def start(health: Health) -> None:
         await store.run(idempotency.prune)
+        await aside.sweep()
         await catalogue.start()
 
     async def stop() -> None:

@@ -31,6 +31,7 @@ from services.registry.census import Starters
 from services.registry.models import Row, Source
 from services.registry.removal import remove
 from services.registry.requests import Requests
+from services.registry.staging import Staging
 from services.registry.workers import Workers
 
 log = logging.getLogger("qlorad.registry.catalogue")
@@ -56,8 +57,18 @@ class Making:
     task: asyncio.Task[None] | None = None
     _tick: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def tell(self) -> None:
-        """Wakes all who watch."""
+    def move(self, progress: shelf_pb2.ShelfProgress) -> None:
+        """Tells all who watch where it stands."""
+        self.progress = progress
+        self.row = replace(self.row, state=models.state_of(progress.stage))
+        self._tell()
+
+    def end(self, outcome: registry_pb2.Model | Exception) -> None:
+        """Tells all who watch how it ended."""
+        self.outcome = outcome
+        self._tell()
+
+    def _tell(self) -> None:
         tick, self._tick = self._tick, asyncio.Event()
         tick.set()
 
@@ -79,6 +90,7 @@ class Catalogue:
         self,
         shelf: Shelf,
         store: Store,
+        staging: Staging,
         requests: Requests,
         workers: Workers,
         starters: Starters,
@@ -87,6 +99,7 @@ class Catalogue:
     ) -> None:
         self._shelf = shelf
         self._store = store
+        self._staging = staging
         self._requests = requests
         self._workers = workers
         self._starters = starters
@@ -99,20 +112,22 @@ class Catalogue:
     # life
 
     async def start(self) -> None:
-        """Remembers; what was under way when the daemon ended has failed."""
+        """Remembers; what was under way when the daemon ended has failed, unless it was named already."""
 
         def read(db: sqlite3.Connection) -> list[Row]:
             return [Row(*tuple(r)) for r in db.execute("SELECT alias, source, state, error, begun FROM models")]
 
         for row in await self._store.run(read):
             self._rows[row.alias] = row
-            if row.state != models.FAILED:
+            if await asyncio.to_thread(self._shelf.alias, "models", row.alias) is not None:
+                await self._forget(row.alias)
+            elif row.state != models.FAILED:
                 await self._save(replace(row, state=models.FAILED, error=models.interrupted(row.alias)))
 
     def drain(self) -> None:
         """Ends what is under way: watchers are told to call again."""
         for making in self._makings.values():
-            if making.task is not None:
+            if making.task is not None and not making.task.cancelling():
                 making.task.cancel()
 
     async def stop(self) -> None:
@@ -139,29 +154,31 @@ class Catalogue:
 
     async def bring(self, path: pathlib.Path, alias: str) -> Making:
         """The import of a folder: found ready, joined, or begun. Decides by names before a byte is copied."""
-        resolved, files = await asyncio.to_thread(self._look, f"models/{alias}", path)
+        source, files = await asyncio.to_thread(self._look, f"models/{alias}", path)
         today = time.strftime("%Y-%m-%d", time.gmtime())
         work = shelf_pb2.ModelWork(template_date=today, name=f"models/{alias}", files=files)
-        return await self._obtain(Source(f"import:{resolved}"), alias, shelf_pb2.ShelfOrder(model=work))
+        return await self._obtain(source, alias, shelf_pb2.ShelfOrder(model=work))
 
-    def _look(self, name: str, path: pathlib.Path) -> tuple[pathlib.Path, list[shelf_pb2.ModelFile]]:
+    def _look(self, name: str, path: pathlib.Path) -> tuple[Source, list[shelf_pb2.ModelFile]]:
+        """What the folder holds now; another content is another source."""
         try:
             resolved = path.resolve(strict=True)
             self._allowed(resolved)
             if not resolved.is_dir():
                 raise not_found(str(path))
-            files = []
+            files, stamps = [], []
             for taken in folder.choose(name, os.listdir(resolved)):
                 real = (resolved / taken).resolve(strict=True)
                 self._allowed(real)
                 if not real.is_file():
                     raise rejected(name, f"{taken} is not a file")
                 files.append(shelf_pb2.ModelFile(name=taken, source=str(real)))
+                stamps.append((taken, real.stat().st_size, real.stat().st_mtime_ns))
         except FileNotFoundError:
             raise not_found(str(path)) from None
         except (PermissionError, RuntimeError, NotADirectoryError) as e:
             raise self._denied(path, str(e)) from None
-        return resolved, files
+        return models.import_source(resolved, stamps), files
 
     def _allowed(self, path: pathlib.Path) -> None:
         if not any(path.is_relative_to(root.resolve()) for root in self._roots):
@@ -172,9 +189,10 @@ class Catalogue:
         return Fault(errors_pb2.REASON_PERMISSION_DENIED, f"{path}: {why}; accepted: readable folders below {accepted}")
 
     async def _obtain(self, source: Source, alias: str, order: shelf_pb2.ShelfOrder) -> Making:
-        ready = await asyncio.to_thread(self._ready, source, alias)
-        if ready is not None:
-            return Making(Row(alias, source.text, models.READY, "", 0.0), outcome=ready)
+        if alias not in self._makings:
+            ready = await asyncio.to_thread(self._ready, source, alias)
+            if ready is not None:
+                return Making(Row(alias, source.text, models.READY, "", 0.0), outcome=ready)
         making = self._makings.get(alias)
         if making is not None:
             if making.row.source != source.text:
@@ -195,63 +213,52 @@ class Catalogue:
 
     async def _make(self, making: Making, source: Source, order: shelf_pb2.ShelfOrder) -> None:
         alias = making.row.alias
+        outcome: registry_pb2.Model | Exception
         try:
             await self._save(making.row)
             async with self._one_at_a_time:
-                begun = time.monotonic()
                 sealed = await self._make_aside(making, source, order)
-                if source.size:
-                    self._starters.seconds.labels(source.size).observe(time.monotonic() - begun)
-            await self._forget(alias)
-            making.outcome = models.describe(sealed.manifest, alias)
+            outcome = models.describe(sealed.manifest, alias)
             log.info("models/%s is ready: %s", alias, sealed.digest)
         except asyncio.CancelledError:
-            why = models.interrupted(alias)
-            await self._save(replace(making.row, state=models.FAILED, error=why))
-            making.outcome = Fault(errors_pb2.REASON_SHUTTING_DOWN, why, retry_seconds=2.0)
-        except Fault as fault:
-            log.warning("models/%s failed: %s", alias, fault.message)
-            await self._save(replace(making.row, state=models.FAILED, error=models.refused(fault)))
-            making.outcome = fault
+            outcome = Fault(errors_pb2.REASON_SHUTTING_DOWN, models.interrupted(alias), retry_seconds=2.0)
         except Exception as error:
-            log.exception("models/%s failed", alias)
-            await self._save(replace(making.row, state=models.FAILED, error="internal error; see the daemon's log"))
-            making.outcome = error
+            outcome = error
+        try:
+            if isinstance(outcome, Exception):
+                why = models.why_failed(outcome)
+                log.warning(
+                    "models/%s failed: %s", alias, why, exc_info=None if isinstance(outcome, Fault) else outcome
+                )
+                await self._save(replace(making.row, state=models.FAILED, error=why))
+            else:
+                await self._forget(alias)
         finally:
-            self._makings.pop(alias, None)
-            making.tell()
+            del self._makings[alias]
+            making.end(outcome)
 
     async def _make_aside(self, making: Making, source: Source, order: shelf_pb2.ShelfOrder) -> Sealed:
         """Staged, worked on, sealed, named; nothing is left behind on failure."""
-        alias = making.row.alias
-        staged = await asyncio.to_thread(self._shelf.stage)
-        try:
+        alias, begun = making.row.alias, time.monotonic()
+
+        def progress(told: shelf_pb2.ShelfProgress) -> None:
+            if told.HasField("loss"):
+                self._starters.loss.labels(source.size).set(told.loss)
+            making.move(told)
+
+        async with self._staging.aside() as staged:
             getattr(order, order.WhichOneof("work") or "").folder = str(staged.payload)
-            states: asyncio.Queue[Row] = asyncio.Queue()
-
-            def progress(told: shelf_pb2.ShelfProgress) -> None:
-                making.progress = told
-                if told.HasField("loss"):
-                    self._starters.loss.labels(source.size).set(told.loss)
-                state = models.state_of(told.stage)
-                if state != making.row.state:
-                    making.row = replace(making.row, state=state)
-                    states.put_nowait(making.row)
-                making.tell()
-
             done = await self._workers.run(order, f"models/{alias}", progress)
             progress(shelf_pb2.ShelfProgress(stage="seal", total=1))
-            while not states.empty():
-                await self._save(states.get_nowait())
             facts = json_format.MessageToDict(done.facts)
             story = models.story_of(source, json_format.MessageToDict(done.story))
             sealed = await asyncio.to_thread(
                 self._shelf.seal, staged, artifacts_pb2.ARTIFACT_KIND_MODEL, facts, None, (source.maker, story)
             )
             await asyncio.to_thread(self._name, alias, sealed)
-            return sealed
-        finally:
-            await asyncio.to_thread(self._shelf.drop, staged)
+        if source.size:
+            self._starters.seconds.labels(source.size).observe(time.monotonic() - begun)
+        return sealed
 
     def _name(self, alias: str, sealed: Sealed) -> None:
         pointed = self._shelf.alias("models", alias)

@@ -88,6 +88,12 @@ def check_import(request: registry_pb2.ImportModelRequest) -> tuple[pathlib.Path
     return pathlib.Path(path), request.model_id
 
 
+def import_source(folder: pathlib.Path, stamps: Iterable[tuple[str, int, int]]) -> Source:
+    """The source of an import; `stamps` are name, size and time of each file, so that a changed folder is another."""
+    seen = hashlib.sha256(repr(sorted(stamps)).encode()).hexdigest()[:12]
+    return Source(f"import:{folder}@{seen}")
+
+
 def state_of(stage: str) -> registry_pb2.ModelState.ValueType:
     """The state that a worker's stage means."""
     return PULLING if stage in _PULLING_STAGES else VERIFYING
@@ -138,6 +144,6 @@ def interrupted(alias: str) -> str:
     return f"the daemon ended while models/{alias} was being made; call again"
 
 
-def refused(fault: Fault) -> str:
+def why_failed(error: Exception) -> str:
     """Why a model FAILED, for those who ask later."""
-    return fault.message
+    return error.message if isinstance(error, Fault) else "internal error; see the daemon's log"

@@ -132,7 +132,7 @@ def spoiled(home: pathlib.Path, how: str) -> dict[str, bytes]:
     """An adapter with one thing wrong."""
     files = adapter_files(home)
     config, tensors = json.loads(files[CONFIG]), dict(load(files[WEIGHTS]))
-    first = next(iter(tensors))
+    first = min(k for k in tensors if "lora_A" in k)
     match how:
         case "foreign":
             tensors["base_model.model.model.layers.0.self_attn.x_proj.lora_A.weight"] = tensors[first]
@@ -285,3 +285,10 @@ def test_damage_on_the_shelf_is_told_and_not_sent(home: pathlib.Path, house_fact
     path.write_bytes(data)
     code, reason, message = refusal(lambda: download(doors, "adapters/x"))
     assert (code, reason) == ("DATA_LOSS", "CORRUPT") and WEIGHTS in message
+
+
+def test_larger_adapters_than_allowed_are_cut_off(home: pathlib.Path, house_factory) -> None:
+    doors = open_doors(house_factory(home), "--max-adapter-bytes", "5000")
+    code, reason, message = refusal(lambda: doors.take(adapter_files(home), "x"))
+    assert (code, reason) == ("RESOURCE_EXHAUSTED", "TOO_LARGE") and "5000" in message
+    assert not list((home / "store" / "staging").iterdir())

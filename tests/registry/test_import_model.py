@@ -47,6 +47,8 @@ def test_a_good_folder_is_copied_and_sealed(doors: Doors, tmp_path: pathlib.Path
     assert sealed.payload.joinpath("model.safetensors").stat().st_ino != (tmp_path / "blob").stat().st_ino
     assert doors.bring(folder, "good", "again") == model
     assert refusal(lambda: doors.bring(tmp_path, "good", "elsewhere"))[1] == "REJECTED"
+    (folder / "generation_config.json").write_text("{}")
+    assert refusal(lambda: doors.bring(folder, "good", "changed"))[1] == "ALREADY_EXISTS"
     other = model_folder(doors.home, tmp_path / "other")
     assert refusal(lambda: doors.bring(other, "good", "third"))[:2] == ("ALREADY_EXISTS", "ALREADY_EXISTS")
 
