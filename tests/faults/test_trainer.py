@@ -16,7 +16,7 @@ from qlorad.v1 import trainer_pb2, trainer_pb2_grpc
 from services.common import devices
 from services.common.shelf import Shelf
 from tests.house import House, clone_store, eventually, house
-from tests.trainer.kit import create, get, seal_dataset, small, stub_of
+from tests.trainer.kit import create, get, seal_dataset, small, stub_of, worker_of
 
 STEPS, EVERY = 240, 4
 
@@ -140,20 +140,6 @@ class Follower:
     def join(self) -> None:
         self._thread.join(170)
         assert not self._thread.is_alive()
-
-
-def worker_of(home: pathlib.Path, name: str) -> int:
-    """Pid of the process that runs the newest attempt of a job."""
-    folder = home / "state" / "jobs" / name.removeprefix("jobs/") / "attempts"
-    newest = folder / str(max(int(p.name) for p in folder.iterdir()))
-    for entry in pathlib.Path("/proc").glob("[0-9]*"):
-        try:
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if str(newest).encode() in words:
-            return int(entry.name)
-    raise AssertionError("no worker runs")
 
 
 def run_undisturbed(home: pathlib.Path, spec: trainer_pb2.JobSpec) -> trainer_pb2.Job:

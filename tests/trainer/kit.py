@@ -110,3 +110,17 @@ def adapter_config(home: pathlib.Path, digest: str) -> dict[str, object]:
     """adapter_config.json of an adapter."""
     told: dict[str, object] = json.loads(adapter_files(home, digest)["adapter_config.json"])
     return told
+
+
+def worker_of(home: pathlib.Path, name: str) -> int:
+    """Pid of the process that runs the newest attempt of a job."""
+    folder = home / "state" / "jobs" / name.removeprefix("jobs/") / "attempts"
+    newest = folder / str(max(int(p.name) for p in folder.iterdir()))
+    for entry in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(newest).encode() in words:
+            return int(entry.name)
+    raise AssertionError("no worker runs")

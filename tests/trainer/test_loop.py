@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
+import pytest
+
 from qlorad.v1 import trainer_pb2
 from tests.house import House
-from tests.trainer.kit import adapter_config, create, facts, get, small, stub_of, watch
+from tests.trainer.kit import adapter_config, create, facts, get, small, stub_of, watch, worker_of
 
 
 def test_a_job_trains_and_seals_its_adapter(trainer: House) -> None:
@@ -26,3 +31,50 @@ def test_a_job_trains_and_seals_its_adapter(trainer: House) -> None:
     assert done.result.adapter == "adapters/made" and done.result.eval_loss_after < done.result.eval_loss_before
     assert done.result.steps == 4 and done.result.tokens == sum(e.step.tokens for e in events)
     assert adapter_config(trainer.home, done.result.adapter_digest)["target_modules"] == ["q_proj", "v_proj"]
+
+
+def test_rows_that_are_too_long_fail_the_job_by_name(trainer: House) -> None:
+    stub = stub_of(trainer)
+    job = create(stub, small(data__max_length_tokens=16), "long")
+    events = list(watch(stub, job.name))
+    done = get(stub, job.name)
+    assert done.state == trainer_pb2.JOB_STATE_FAILED and done.error.reason == "BAD_DATA"
+    assert "made.jsonl:" in done.error.message and "at most 16 tokens" in done.error.message
+    assert [f for f in facts(events) if f.isupper()] == ["QUEUED", "PREPARING", "FAILED"]
+
+
+def test_a_worker_lost_too_often_fails_the_job(trainer: House) -> None:
+    stub = stub_of(trainer)
+    job = create(stub, small(steps=100_000, limits__max_attempts=1, evaluation__max_rows=1), "lost")
+    for event in watch(stub, job.name):
+        if event.HasField("step") and event.step.step == 2:
+            os.kill(worker_of(trainer.home, job.name), signal.SIGKILL)
+    done = get(stub, job.name)
+    assert done.state == trainer_pb2.JOB_STATE_FAILED and done.error.reason == "WORKER_LOST"
+    assert "SIGKILL" in done.error.message
+
+
+@pytest.mark.slow
+def test_a_time_limit_ends_a_job_well(trainer: House) -> None:
+    stub = stub_of(trainer)
+    job = create(stub, small(steps=1_000_000, limits__max_seconds=30, checkpoints__every_steps=0), "limit")
+    events = list(watch(stub, job.name))
+    done = get(stub, job.name)
+    assert done.state == trainer_pb2.JOB_STATE_SUCCEEDED and done.end == trainer_pb2.END_REASON_TIME_LIMIT
+    assert done.result.adapter_digest and done.result.steps == max(e.step.step for e in events)
+
+
+def test_padding_and_lora_without_quantisation_train_too(trainer: House) -> None:
+    stub = stub_of(trainer)
+    spec = small(
+        data__packing=False,
+        data__accumulation=2,
+        quantization__method=trainer_pb2.QUANTIZATION_METHOD_NONE,
+        quantization__compute_type=trainer_pb2.COMPUTE_TYPE_FP32,
+        schedule__max_steps=0,
+        schedule__epochs=1.5,
+    )
+    events = list(watch(stub, create(stub, spec, "padded").name))
+    last = [e.step for e in events if e.HasField("step")][-1]
+    assert facts(events)[-1] == "SUCCEEDED"
+    assert last.step == last.total_steps and 1 < last.epoch <= 2

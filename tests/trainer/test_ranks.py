@@ -28,6 +28,20 @@ def test_two_ranks_train_one_adapter(trainer: House) -> None:
     assert [e.step.step for e in events if e.HasField("step")] == [1, 2, 3], "only rank 0 tells"
     assert "fallback" in facts(events)
     assert done.result.eval_loss_after < done.result.eval_loss_before
+    alone = trainer_pb2.TrainSpec()
+    alone.CopyFrom(train)
+    alone.data.accumulation = 2
+    solo = [
+        e.step for e in watch(stub, create(stub, trainer_pb2.JobSpec(train=alone), "solo").name) if e.HasField("step")
+    ]
+    for one, two in zip(solo, (e.step for e in events if e.HasField("step")), strict=True):
+        assert (one.tokens, one.trained_tokens, one.learning_rate) == (
+            two.tokens,
+            two.trained_tokens,
+            two.learning_rate,
+        )
+        assert two.loss == pytest.approx(one.loss, rel=0.02), "one process over both micro-batches says the same"
+        assert two.grad_norm == pytest.approx(one.grad_norm, rel=0.1)
     config = adapter_config(trainer.home, done.result.adapter_digest)
     assert config["r"] == 4 and config["target_modules"] == ["q_proj", "v_proj"]
     payload = Shelf(trainer.home / "store").open("adapters", done.result.adapter_digest, verify=True).payload

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlorad.v1 import trainer_pb2
+from services.common import errors
 from services.common.shelf import Shelf
 from services.trainer.worker.batches import Plan, pack, pad, rate
 from tests.trainer.kit import MODEL
@@ -137,6 +138,41 @@ def test_an_evaluation_changes_no_later_gradient(starter_home: pathlib.Path, tmp
     second = gradients(it, [batch], 50)
     assert it.model.training and it.torch.equal(random, it.torch.get_rng_state())
     assert all(it.torch.equal(first[n], second[n]) for n in first)
+
+
+def test_a_loss_that_is_no_number_stops_the_job_naming_the_step(
+    starter_home: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    from services.trainer.worker.batches import Step
+    from services.trainer.worker.facts import Teller
+    from services.trainer.worker.train import error_of
+
+    it = peft_model(starter_home, "none", "fp32")
+    with it.torch.no_grad():
+        next(iter(it.engine.parameters.values())).fill_(float("nan"))
+    step = Step(7, 0, 0, 1, ((0, 1),))
+    with pytest.raises(it.recipe.NotFinite) as caught:
+        it.recipe.one_step(it.engine, it.model, made_rows(2, 1), step, 9, it.spec, "cpu", Teller(tmp_path))
+    error = error_of(caught.value)
+    assert error.reason == "NOT_FINITE" and "step 7" in error.message
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError(), "OUT_OF_MEMORY"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "OUT_OF_MEMORY"),
+        (OSError(28, "No space left on device"), "DISK_FULL"),
+        (errors.rejected("x", "y"), "REJECTED"),
+        (errors.invalid_field("made.jsonl:3", 99, "at most 8"), "BAD_DATA"),
+        (ZeroDivisionError("token=qlt_verysecretthing"), "INTERNAL"),
+    ],
+)
+def test_every_error_of_a_worker_has_its_word(error: Exception, reason: str) -> None:
+    from services.trainer.worker.train import error_of
+
+    told = error_of(error)
+    assert told.reason == reason and "verysecret" not in told.message
 
 
 LENGTHS = st.lists(st.integers(1, 64), min_size=1, max_size=60)
