@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import logging
 import sqlite3
 from collections.abc import AsyncGenerator, Iterator
 
@@ -22,6 +23,8 @@ from services.common.shards import ShardReader, splits_in
 from services.common.shelf import Sealed, Shelf
 from services.common.store import Store
 from services.datasets.forms import NAMES, CannotCarry, write
+
+log = logging.getLogger("qlorad.datasets")
 
 DATASETS = "datasets"
 MIGRATION = """
@@ -87,7 +90,7 @@ class Catalog:
             page = rest[:size]
             more = len(rest) > size
             token = names.page_token(f"{page[-1][0][0]}:{page[-1][0][1]}") if more else ""
-            return [proto(sealed, name) for (_, name), sealed in page], token
+            return [_entry(sealed, name) for (_, name), sealed in page], token
 
         return await asyncio.to_thread(look)
 
@@ -202,6 +205,17 @@ def _piece(lines: Iterator[bytes]) -> bytes:
         if len(piece) >= _PIECE_BYTES:
             break
     return bytes(piece)
+
+
+def _entry(sealed: Sealed, name: str) -> datasets_pb2.Dataset:
+    """A dataset in a list: one that does not tell its facts is listed with what is known of it."""
+    try:
+        return proto(sealed, name)
+    except Fault as e:
+        log.warning("%s: %s", name, e.message)
+        return datasets_pb2.Dataset(
+            name=name, digest=sealed.digest, size_bytes=sealed.size_bytes, create_time=sealed.manifest.create_time
+        )
 
 
 def proto(sealed: Sealed, name: str) -> datasets_pb2.Dataset:
