@@ -48,12 +48,16 @@ class Watch:
         eventually(lambda: stage in self.stages or self.error is not None, what=stage)
         assert self.error is None, self.error
 
-    def end(self) -> tuple[str, str, str]:
-        """How it was refused."""
+    def ended(self) -> grpc.RpcError:
+        """The error that it ended with."""
         self._thread.join(60)
         assert not self._thread.is_alive()
-        error = self.error
-        assert error is not None, self.model
+        assert self.error is not None, self.model
+        return self.error
+
+    def refused(self) -> tuple[str, str, str]:
+        """How it was refused."""
+        error = self.ended()
 
         def again() -> None:
             raise error
@@ -90,7 +94,7 @@ def test_a_lost_worker_fails_the_model_and_calling_again_starts_anew(home: pathl
     assert told[1] == "WRONG_STATE" and "READY, FAILED" in told[2]
     os.kill(worker.pid, signal.SIGKILL)
     for call in (watch, other):
-        code, reason, message = call.end()
+        code, reason, message = call.refused()
         assert (code, reason) == ("UNAVAILABLE", "WORKER_LOST") and "SIGKILL" in message
     failed = doors.get("models/mine")
     assert failed.state == registry_pb2.MODEL_STATE_FAILED and "SIGKILL" in failed.error
@@ -102,7 +106,7 @@ def test_a_lost_worker_fails_the_model_and_calling_again_starts_anew(home: pathl
     assert eventually(lambda: workers_of(doors))[0].pid != worker.pid
     # SIGTERM while it is made: those who watch are told, the worker ends, the daemon ends well.
     assert doors.house.daemons["registry"].stop() == 0
-    assert again.end()[:2] == ("UNAVAILABLE", "SHUTTING_DOWN")
+    assert again.refused()[:2] == ("UNAVAILABLE", "SHUTTING_DOWN")
     doors = open_doors(doors.house)
     failed = doors.get("models/mine")
     assert failed.state == registry_pb2.MODEL_STATE_FAILED and "call again" in failed.error
@@ -120,7 +124,7 @@ def test_a_killed_daemon_leaves_no_worker_and_no_half_model(
     watch.reached("load")
     worker = eventually(lambda: workers_of(doors))[0]
     doors.house.daemons["registry"].kill()
-    watch.end()
+    assert watch.ended().code() == grpc.StatusCode.UNAVAILABLE  # type: ignore[attr-defined]
     eventually(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, what="the worker's end")
     doors = open_doors(doors.house)
     assert doors.get("models/mine").state == registry_pb2.MODEL_STATE_FAILED
