@@ -132,10 +132,11 @@ def test_a_killed_daemon_leaves_no_worker_and_no_half_model(
     assert not list((home / "store" / "staging").iterdir())
     # The alias is free again, for the same request or for another source.
     folder = model_folder(home, tmp_path / "m")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
     assert doors.bring(folder, "mine").state == registry_pb2.MODEL_STATE_READY
     assert refusal(lambda: doors.make("w1", "mine"))[1] == "ALREADY_EXISTS"
     assert metric(doors, 'qlorad_models{state="FAILED"}') == 0
-    assert metric(doors, 'qlorad_models{state="READY"}') == 1
+    assert metric(doors, 'qlorad_models{state="READY"}') == 2
 
 
 def test_many_callers_of_one_request_get_one_model(home: pathlib.Path, tmp_path: pathlib.Path, house_factory) -> None:
