@@ -57,7 +57,8 @@ class TrainerServiceStub:
     """Follows a job: first a snapshot, then every event after after_sequence, in
     order, once; heartbeats when quiet. Ends OK when the job has ended and all
     was sent. Watching costs the job nothing.
-    Errors: NOT_FOUND; OUT_OF_RANGE HISTORY_GONE (start at metadata
+    Errors: NOT_FOUND; INVALID_ARGUMENT (after_sequence is beyond the newest
+    event); OUT_OF_RANGE HISTORY_GONE (start at metadata
     oldest_sequence); ABORTED SLOW_READER (call again from metadata
     resume_after_sequence); UNAVAILABLE (call again from the last number seen).
     """
@@ -105,7 +106,8 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     """Follows a job: first a snapshot, then every event after after_sequence, in
     order, once; heartbeats when quiet. Ends OK when the job has ended and all
     was sent. Watching costs the job nothing.
-    Errors: NOT_FOUND; OUT_OF_RANGE HISTORY_GONE (start at metadata
+    Errors: NOT_FOUND; INVALID_ARGUMENT (after_sequence is beyond the newest
+    event); OUT_OF_RANGE HISTORY_GONE (start at metadata
     oldest_sequence); ABORTED SLOW_READER (call again from metadata
     resume_after_sequence); UNAVAILABLE (call again from the last number seen).
     """
@@ -174,7 +176,8 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         """Follows a job: first a snapshot, then every event after after_sequence, in
         order, once; heartbeats when quiet. Ends OK when the job has ended and all
         was sent. Watching costs the job nothing.
-        Errors: NOT_FOUND; OUT_OF_RANGE HISTORY_GONE (start at metadata
+        Errors: NOT_FOUND; INVALID_ARGUMENT (after_sequence is beyond the newest
+        event); OUT_OF_RANGE HISTORY_GONE (start at metadata
         oldest_sequence); ABORTED SLOW_READER (call again from metadata
         resume_after_sequence); UNAVAILABLE (call again from the last number seen).
         """
