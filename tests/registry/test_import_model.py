@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pathlib
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from qlorad.v1 import registry_pb2
+from services.common.prompt.tokens import Tokenizer
 from services.common.shelf import Shelf
 from tests.registry.doors import Doors, evil, model_folder, open_doors, refusal
 
@@ -163,6 +165,25 @@ def test_a_template_that_renders_otherwise_each_time_is_refused(doors: Doors, tm
     gone = doors.models.DeleteModel(registry_pb2.DeleteModelRequest(request_id="del-template", name=failed.name))
     assert gone.freed_bytes == 0
     assert refusal(lambda: doors.get("models/template"))[1] == "NOT_FOUND"
+
+
+def test_where_transformers_reads_a_tokenizer_otherwise_its_own_is_sealed(doors: Doors, tmp_path: pathlib.Path) -> None:
+    folder = model_folder(doors.home, tmp_path / "m")
+    # This class puts a normalizer of its own before whatever tokenizer.json says.
+    change(folder / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer", backend=...)
+    model = doors.bring(folder, "qwen-like")
+    came, starter = (folder / "tokenizer.json").read_bytes(), doors.get("models/starter-test")
+    assert model.tokenizer_digest not in (starter.tokenizer_digest, "sha256:" + hashlib.sha256(came).hexdigest())
+    payload = Shelf(doors.home / "store").open("models", "qwen-like", verify=True).payload
+    assert Tokenizer.open(payload).encode("e\u0301").ids == Tokenizer.open(payload).encode("\u00e9").ids
+    assert Tokenizer.open(folder).encode("e\u0301").ids != Tokenizer.open(folder).encode("\u00e9").ids
+
+
+def test_a_tokenizer_that_transformers_cannot_use_is_refused(doors: Doors, tmp_path: pathlib.Path) -> None:
+    folder = model_folder(doors.home, tmp_path / "m")
+    change(folder / "tokenizer_config.json", tokenizer_class="GemmaTokenizer", backend=...)
+    _, reason, message = refusal(lambda: doors.bring(folder, "gemma-like"))
+    assert reason == "REJECTED" and "text probe 1" in message and "<unk>" in message
 
 
 @pytest.mark.slow

@@ -28,7 +28,10 @@ def settle(folder: pathlib.Path, name: str, date: str) -> None:
     theirs = _theirs(folder, name)
     if not difference(folder, theirs, date):
         return
-    theirs.save_pretrained(folder)
+    try:
+        theirs.save_pretrained(folder)
+    except Exception as e:  # as above
+        raise rejected(name, f"transformers cannot save its tokenizer: {_told(e)}") from None
     left = difference(folder, theirs, date) or difference(folder, _theirs(folder, name), date)
     if left:
         raise rejected(name, left)
@@ -38,7 +41,10 @@ def difference(folder: pathlib.Path, theirs, date: str) -> str:
     """The first probe over which our reading of a folder differs from a tokenizer of transformers; empty if none."""
     ours, renderer = Tokenizer.open(folder), Renderer.open(folder, date)
     for number, text in enumerate(probes.TEXTS, start=1):
-        expected = theirs(text, add_special_tokens=False)["input_ids"]
+        try:
+            expected = theirs(text, add_special_tokens=False)["input_ids"]
+        except Exception as e:  # a tokenizer that cannot read a text is no match for ours, which can
+            return f"text probe {number} ({show(text, 40)}) fails in transformers' AutoTokenizer: {_told(e)}"
         found = list(ours.encode(text).ids)
         if found != expected:
             at = _parting(expected, found)
@@ -76,6 +82,10 @@ def _theirs(folder: pathlib.Path, name: str):
         raise rejected(
             name, f"transformers cannot read its tokenizer: {type(e).__name__}: {show(str(e), 200)}"
         ) from None
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {show(str(error), 200)}"
 
 
 def _render(renderer: Renderer, probe: probes.ConversationProbe) -> str | None:
