@@ -36,7 +36,7 @@ class Config:
     max_upload_bytes: int = setting(64 << 30, "largest file taken", lambda v: 1 <= v <= 1 << 44, "1 to 17592186044416")
     max_workers: int = setting(2, "workers that run at once; more wait", lambda v: 1 <= v <= 64, "1 to 64")
     worker_memory_bytes: int = setting(
-        2 << 30, "address space of a worker", lambda v: 256 << 20 <= v <= 1 << 40, "268435456 to 1099511627776"
+        2 << 30, "address space of a worker", lambda v: 128 << 20 <= v <= 1 << 40, "134217728 to 1099511627776"
     )
     worker_cpu_seconds: int = setting(4 * 3600, "CPU time of a worker", lambda v: 1 <= v <= 30 * 86400, "1 to 2592000")
 

@@ -137,7 +137,7 @@ class Ingest:
             if missing:
                 hint = f"columns of the file: {', '.join(clip(k) for k in keys)}"
                 told = f"there is no column {', '.join(map(clip, missing))}"
-                raise Unreadable(Problem("unknown_column", told, hint, clip(missing[0])))
+                raise Unreadable(Problem("unknown_column", told, hint, missing[0]))
         how = "as asked" if self._request.format else "as its fields say"
         if not self._form and keys is None and len(first) == _PEEK:
             raise self._refusal([r.problem.at(name, r.line) for r in first[:SHOWN] if r.problem is not None])
