@@ -55,7 +55,8 @@ class ModelServicer(registry_pb2_grpc.ModelServiceServicer):
     ) -> AsyncIterator[tuple[datasets_pb2.StageProgress | None, registry_pb2.Model | None]]:
         async for news in making.follow():
             if isinstance(news, shelf_pb2.ShelfProgress):
-                yield datasets_pb2.StageProgress(stage=news.stage, done=news.done, total=news.total), None
+                loss = news.loss if news.HasField("loss") else None
+                yield datasets_pb2.StageProgress(stage=news.stage, done=news.done, total=news.total, loss=loss), None
             else:
                 await self._requests.finish(method, request_id, news)
                 yield None, news

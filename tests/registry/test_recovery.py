@@ -163,6 +163,8 @@ def test_a_starter_tells_its_progress_and_its_metrics(tmp_path: pathlib.Path, ho
     training = [u.progress for u in told if u.progress.stage == "train"]
     assert [p.done for p in training] == sorted({p.done for p in training})
     assert training[-1].done == training[-1].total == 300 and len(training) > 10
+    assert all(4 < p.loss < 9 for p in training)
+    assert not any(u.progress.HasField("loss") for u in told if u.progress.stage != "train")
     stages = list(dict.fromkeys(u.progress.stage for u in told[:-1]))
     assert stages == ["wait", "load", "corpus", "tokenizer", "train", "write", "inspect", "seal"]
     assert metric(doors, 'qlorad_starter_seconds_count{size="test"}') == 1
