@@ -110,3 +110,18 @@ def test_each_call_has_a_request_and_an_answer_of_its_own(files: list[descriptor
                     assert short in (f"{method.name}{suffix}", f"{service.name}{method.name}{suffix}")
                     used.append(kind)
     assert len(used) == len(set(used)) >= 60
+
+
+def test_every_reason_is_documented_with_its_code() -> None:
+    rows = re.findall(r"^\| ([A-Z_]+) \| ([A-Z_]+) \|", (ROOT / "docs" / "errors.md").read_text(), re.MULTILINE)
+    told = {f"REASON_{reason}": code for reason, code in rows}
+    sent = {errors_pb2.Reason.Name(r): code_pb2.Code.Name(c) for r, c in errors._CODES.items()}
+    assert told == sent and len(rows) == len(sent)
+
+
+def test_the_tests_that_promises_name_are_there() -> None:
+    named = re.findall(r"`(tests/[a-z_/]+\.py)(?:::(\w+))?`", (ROOT / "docs" / "promises.md").read_text())
+    assert len(named) >= 12
+    for path, test in named:
+        text = (ROOT / path).read_text()
+        assert not test or re.search(rf"^(async )?def {test}\(", text, re.MULTILINE), f"{path}::{test}"

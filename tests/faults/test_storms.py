@@ -1,0 +1,45 @@
+"""The long forms of A's promises: the short ones again and again (`make test-storm FILTER=faults`)."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+
+from tests.common.test_security import (
+    Secured,
+    secured,  # noqa: F401  # a fixture
+    test_certificates_change_under_load_without_a_dropped_call,
+)
+from tests.faults.test_trainer import (
+    held,  # noqa: F401  # a fixture
+    small_home,  # noqa: F401  # a fixture
+    test_p1_an_acknowledged_job_survives_kill_9,
+    test_p7_fifty_creates_with_one_request_id_are_one_job,
+)
+
+p1 = test_p1_an_acknowledged_job_survives_kill_9
+p7 = test_p7_fifty_creates_with_one_request_id_are_one_job
+p22 = test_certificates_change_under_load_without_a_dropped_call
+del test_p1_an_acknowledged_job_survives_kill_9
+del test_p7_fifty_creates_with_one_request_id_are_one_job
+del test_certificates_change_under_load_without_a_dropped_call
+
+pytestmark = pytest.mark.storm
+
+
+@pytest.mark.usefixtures("held")
+@pytest.mark.parametrize("number", range(20))
+def test_p1_storm(small_home: pathlib.Path, number: int) -> None:  # noqa: F811
+    p1(small_home)
+
+
+@pytest.mark.usefixtures("held")
+@pytest.mark.parametrize("number", range(20))
+def test_p7_storm(small_home: pathlib.Path, number: int) -> None:  # noqa: F811
+    p7(small_home)
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_p22_storm(secured: Secured, number: int) -> None:  # noqa: F811
+    p22(secured)
