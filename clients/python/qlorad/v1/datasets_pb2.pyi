@@ -136,7 +136,9 @@ Global___OverLength: _TypeAlias = OverLength  # noqa: Y015
 
 @_typing.final
 class Upload(_message.Message):
-    """A file on its way in. Uploads are named "uploads/{id}"."""
+    """A file on its way in. Uploads are named "uploads/{id}"; one that nobody wrote to
+    for seven days may be swept away.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -119,7 +119,8 @@ class DatasetServiceServicer:
     def WriteUpload(self, request_iterator, context):
         """Appends bytes. The first message names the upload and the offset; the offset
         must be the upload's committed_bytes. What was received counts even if the
-        stream breaks. When all bytes are there the sha256 is checked.
+        stream breaks. When all bytes are there the sha256 is checked; where a cut came
+        just before that, an empty write at the end asks for it again.
         Errors: NOT_FOUND; ABORTED WRONG_OFFSET (go on from metadata
         committed_bytes); DATA_LOSS CORRUPT (the digest differs: the upload is
         emptied, start at 0); INVALID_ARGUMENT (more bytes than announced);
@@ -145,8 +146,9 @@ class DatasetServiceServicer:
         on_row_error. Nothing is visible unless all went well.
         Errors: INVALID_ARGUMENT (a field, or rows: the first findings are listed with
         file and line); NOT_FOUND (upload); FAILED_PRECONDITION WRONG_STATE (upload
-        incomplete); ALREADY_EXISTS; RESOURCE_EXHAUSTED TOO_LARGE or DISK_FULL;
-        UNAVAILABLE WORKER_LOST (call again).
+        incomplete); ALREADY_EXISTS; RESOURCE_EXHAUSTED TOO_LARGE (a bound of the
+        worker), DISK_FULL or QUEUE_FULL (call again later); UNAVAILABLE WORKER_LOST
+        (call again).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -200,7 +202,8 @@ class DatasetServiceServicer:
         Errors: NOT_FOUND (dataset, model); INVALID_ARGUMENT (length; or rows longer
         than max_length_tokens under OVER_LENGTH_ERROR: names them);
         FAILED_PRECONDITION REJECTED (a template whose mask cannot be found: names the
-        turn); UNAVAILABLE WORKER_LOST (call again); RESOURCE_EXHAUSTED DISK_FULL.
+        turn); UNAVAILABLE WORKER_LOST (call again); RESOURCE_EXHAUSTED DISK_FULL,
+        TOO_LARGE (a bound of the worker) or QUEUE_FULL (call again later).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

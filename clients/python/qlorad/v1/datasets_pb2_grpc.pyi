@@ -48,7 +48,8 @@ class DatasetServiceStub:
     WriteUpload: _grpc.StreamUnaryMultiCallable[_datasets_pb2.WriteUploadRequest, _datasets_pb2.WriteUploadResponse]
     """Appends bytes. The first message names the upload and the offset; the offset
     must be the upload's committed_bytes. What was received counts even if the
-    stream breaks. When all bytes are there the sha256 is checked.
+    stream breaks. When all bytes are there the sha256 is checked; where a cut came
+    just before that, an empty write at the end asks for it again.
     Errors: NOT_FOUND; ABORTED WRONG_OFFSET (go on from metadata
     committed_bytes); DATA_LOSS CORRUPT (the digest differs: the upload is
     emptied, start at 0); INVALID_ARGUMENT (more bytes than announced);
@@ -66,8 +67,9 @@ class DatasetServiceStub:
     on_row_error. Nothing is visible unless all went well.
     Errors: INVALID_ARGUMENT (a field, or rows: the first findings are listed with
     file and line); NOT_FOUND (upload); FAILED_PRECONDITION WRONG_STATE (upload
-    incomplete); ALREADY_EXISTS; RESOURCE_EXHAUSTED TOO_LARGE or DISK_FULL;
-    UNAVAILABLE WORKER_LOST (call again).
+    incomplete); ALREADY_EXISTS; RESOURCE_EXHAUSTED TOO_LARGE (a bound of the
+    worker), DISK_FULL or QUEUE_FULL (call again later); UNAVAILABLE WORKER_LOST
+    (call again).
     """
     GetDataset: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.GetDatasetRequest, _datasets_pb2.GetDatasetResponse]
     """Reads one dataset by alias or digest.
@@ -97,7 +99,8 @@ class DatasetServiceStub:
     Errors: NOT_FOUND (dataset, model); INVALID_ARGUMENT (length; or rows longer
     than max_length_tokens under OVER_LENGTH_ERROR: names them);
     FAILED_PRECONDITION REJECTED (a template whose mask cannot be found: names the
-    turn); UNAVAILABLE WORKER_LOST (call again); RESOURCE_EXHAUSTED DISK_FULL.
+    turn); UNAVAILABLE WORKER_LOST (call again); RESOURCE_EXHAUSTED DISK_FULL,
+    TOO_LARGE (a bound of the worker) or QUEUE_FULL (call again later).
     """
     ReadLedger: _grpc.UnaryStreamMultiCallable[_datasets_pb2.ReadLedgerRequest, _datasets_pb2.ReadLedgerResponse]
     """Streams ledger rows: text, ids, mask and cuts of each.
@@ -124,7 +127,8 @@ class DatasetServiceAsyncStub(DatasetServiceStub):
     WriteUpload: _aio.StreamUnaryMultiCallable[_datasets_pb2.WriteUploadRequest, _datasets_pb2.WriteUploadResponse]  # type: ignore[assignment]
     """Appends bytes. The first message names the upload and the offset; the offset
     must be the upload's committed_bytes. What was received counts even if the
-    stream breaks. When all bytes are there the sha256 is checked.
+    stream breaks. When all bytes are there the sha256 is checked; where a cut came
+    just before that, an empty write at the end asks for it again.
     Errors: NOT_FOUND; ABORTED WRONG_OFFSET (go on from metadata
     committed_bytes); DATA_LOSS CORRUPT (the digest differs: the upload is
     emptied, start at 0); INVALID_ARGUMENT (more bytes than announced);
@@ -142,8 +146,9 @@ class DatasetServiceAsyncStub(DatasetServiceStub):
     on_row_error. Nothing is visible unless all went well.
     Errors: INVALID_ARGUMENT (a field, or rows: the first findings are listed with
     file and line); NOT_FOUND (upload); FAILED_PRECONDITION WRONG_STATE (upload
-    incomplete); ALREADY_EXISTS; RESOURCE_EXHAUSTED TOO_LARGE or DISK_FULL;
-    UNAVAILABLE WORKER_LOST (call again).
+    incomplete); ALREADY_EXISTS; RESOURCE_EXHAUSTED TOO_LARGE (a bound of the
+    worker), DISK_FULL or QUEUE_FULL (call again later); UNAVAILABLE WORKER_LOST
+    (call again).
     """
     GetDataset: _aio.UnaryUnaryMultiCallable[_datasets_pb2.GetDatasetRequest, _datasets_pb2.GetDatasetResponse]  # type: ignore[assignment]
     """Reads one dataset by alias or digest.
@@ -173,7 +178,8 @@ class DatasetServiceAsyncStub(DatasetServiceStub):
     Errors: NOT_FOUND (dataset, model); INVALID_ARGUMENT (length; or rows longer
     than max_length_tokens under OVER_LENGTH_ERROR: names them);
     FAILED_PRECONDITION REJECTED (a template whose mask cannot be found: names the
-    turn); UNAVAILABLE WORKER_LOST (call again); RESOURCE_EXHAUSTED DISK_FULL.
+    turn); UNAVAILABLE WORKER_LOST (call again); RESOURCE_EXHAUSTED DISK_FULL,
+    TOO_LARGE (a bound of the worker) or QUEUE_FULL (call again later).
     """
     ReadLedger: _aio.UnaryStreamMultiCallable[_datasets_pb2.ReadLedgerRequest, _datasets_pb2.ReadLedgerResponse]  # type: ignore[assignment]
     """Streams ledger rows: text, ids, mask and cuts of each.
@@ -209,7 +215,8 @@ class DatasetServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_datasets_pb2.WriteUploadResponse, _abc.Awaitable[_datasets_pb2.WriteUploadResponse]]:
         """Appends bytes. The first message names the upload and the offset; the offset
         must be the upload's committed_bytes. What was received counts even if the
-        stream breaks. When all bytes are there the sha256 is checked.
+        stream breaks. When all bytes are there the sha256 is checked; where a cut came
+        just before that, an empty write at the end asks for it again.
         Errors: NOT_FOUND; ABORTED WRONG_OFFSET (go on from metadata
         committed_bytes); DATA_LOSS CORRUPT (the digest differs: the upload is
         emptied, start at 0); INVALID_ARGUMENT (more bytes than announced);
@@ -239,8 +246,9 @@ class DatasetServiceServicer(metaclass=_abc_1.ABCMeta):
         on_row_error. Nothing is visible unless all went well.
         Errors: INVALID_ARGUMENT (a field, or rows: the first findings are listed with
         file and line); NOT_FOUND (upload); FAILED_PRECONDITION WRONG_STATE (upload
-        incomplete); ALREADY_EXISTS; RESOURCE_EXHAUSTED TOO_LARGE or DISK_FULL;
-        UNAVAILABLE WORKER_LOST (call again).
+        incomplete); ALREADY_EXISTS; RESOURCE_EXHAUSTED TOO_LARGE (a bound of the
+        worker), DISK_FULL or QUEUE_FULL (call again later); UNAVAILABLE WORKER_LOST
+        (call again).
         """
 
     @_abc_1.abstractmethod
@@ -306,7 +314,8 @@ class DatasetServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors: NOT_FOUND (dataset, model); INVALID_ARGUMENT (length; or rows longer
         than max_length_tokens under OVER_LENGTH_ERROR: names them);
         FAILED_PRECONDITION REJECTED (a template whose mask cannot be found: names the
-        turn); UNAVAILABLE WORKER_LOST (call again); RESOURCE_EXHAUSTED DISK_FULL.
+        turn); UNAVAILABLE WORKER_LOST (call again); RESOURCE_EXHAUSTED DISK_FULL,
+        TOO_LARGE (a bound of the worker) or QUEUE_FULL (call again later).
         """
 
     @_abc_1.abstractmethod
