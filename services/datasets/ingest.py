@@ -99,7 +99,12 @@ class Ingests:
         try:
             await self._store.run(lambda db: _intend(db, request.request_id, body, staged.folder.name))
             await asyncio.to_thread(_scratch(staged).mkdir)
-            done = await self._parse(request, sources, staged, tell)
+            try:
+                done = await self._parse(request, sources, staged, tell)
+            except Fault:
+                # Nothing of it was published, so nothing is left to finish.
+                await self._store.run(lambda db: _forget(db, request.request_id))
+                raise
             # From here on it goes to its end, whoever is leaving.
             return await asyncio.shield(
                 asyncio.ensure_future(self._publish(request, body, sources, staged, done, tell))
@@ -190,7 +195,7 @@ class Ingests:
         dataset = await asyncio.to_thread(publish)
 
         def note(db: sqlite3.Connection) -> None:
-            db.execute("DELETE FROM ingests WHERE request_id = ?", (request.request_id,))
+            _forget(db, request.request_id)
             idempotency.note(db, _METHOD, request.request_id, body, dataset.SerializeToString())
 
         await self._store.run(note)
@@ -216,6 +221,10 @@ def _scratch(staged: Staged) -> pathlib.Path:
 
 def _intend(db: sqlite3.Connection, request_id: str, body: bytes, staged: str) -> None:
     db.execute("INSERT OR REPLACE INTO ingests (request_id, body, staged) VALUES (?, ?, ?)", (request_id, body, staged))
+
+
+def _forget(db: sqlite3.Connection, request_id: str) -> None:
+    db.execute("DELETE FROM ingests WHERE request_id = ?", (request_id,))
 
 
 def _taken(request: datasets_pb2.CreateDatasetRequest) -> Fault:

@@ -50,7 +50,7 @@ class Workers:
             code = await talk.close()
             raise self._story(work, code)
         except GeneratorExit:
-            outcome = "heard"
+            outcome = "done"
             raise
         finally:
             self.metrics.workers.labels(work).dec()
