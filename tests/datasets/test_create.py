@@ -308,6 +308,7 @@ def test_a_drain_stops_the_run_and_leaves_nothing(own_door: Callable[..., Door])
     assert door.updates(request)[-1].dataset.name == "datasets/drained"
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(own_door: Callable[..., Door]) -> None:
     door = own_door("--worker-memory-bytes", str(160 << 20))
     rows = [{"text": f"{i} " + "x" * 1_000_000} for i in range(165)]
