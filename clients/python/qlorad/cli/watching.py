@@ -130,7 +130,8 @@ def queue(place: pb.QueuePlace) -> str:
     """A place in the queue in words."""
     reason = out.word(pb.QueueReason, "QUEUE_REASON_", place.reason)
     held = f" by {place.owner} ({out.size(place.owner_bytes)})" if place.owner else ""
-    return f"position {place.position}, {reason}{held}"
+    hint = "; `qlorad model unload` frees what serving holds" if place.reason == pb.QUEUE_REASON_DEVICE_BUSY else ""
+    return f"position {place.position}, {reason}{held}{hint}"
 
 
 @contextlib.contextmanager
