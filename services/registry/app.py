@@ -38,8 +38,10 @@ class Config:
     import_roots: tuple[pathlib.Path, ...] = setting(
         (pathlib.Path("/"),), "folders that ImportModel may read below, separated by commas"
     )
+    # One by default: the matrices are so small that a second thread gains little on a quiet machine and loses
+    # most of the time on a busy one, where threads wait for each other.
     starter_threads: int = setting(
-        2, "threads that starters are computed with; part of what fixes their bytes",
+        1, "threads that starters are computed with; part of what fixes their bytes",
         lambda v: 1 <= v <= 64, "1 to 64",
     )  # fmt: skip
     max_adapter_bytes: int = setting(

@@ -156,10 +156,10 @@ def test_many_callers_of_one_request_get_one_model(home: pathlib.Path, tmp_path:
 @pytest.mark.slow
 def test_a_starter_tells_its_progress_and_its_metrics(tmp_path: pathlib.Path, house_factory) -> None:
     """Costs a whole starter: the one test that watches one being made from begin to end."""
-    doors = open_doors(house_factory(tmp_path / "home"), "--starter-threads", "1")
+    doors = open_doors(house_factory(tmp_path / "home"), "--starter-threads", "2")
     told = doors.make("r")
     shelf = Shelf(doors.home / "store")
-    assert shelf.provenance(shelf.open("models", "starter-test"))["starter.test"]["threads"] == 1
+    assert shelf.provenance(shelf.open("models", "starter-test"))["starter.test"]["threads"] == 2
     training = [u.progress for u in told if u.progress.stage == "train"]
     assert [p.done for p in training] == sorted({p.done for p in training})
     assert training[-1].done == training[-1].total == 300 and len(training) > 10
