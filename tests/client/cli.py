@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
+import pty
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,6 +69,23 @@ class Cli:
             text=True,
             cwd=ROOT,
         )
+
+    def on_terminal(self, *words: str) -> str:
+        """What a person at a terminal of 100 columns sees of a command that ends well."""
+        ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+        environ = {**self.environment, "TERM": "xterm-256color"}
+        process = subprocess.Popen(
+            self.command(*words), env=environ, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT
+        )
+        os.close(theirs)
+        seen = b""
+        with contextlib.suppress(OSError):  # EIO is how a terminal ends
+            while piece := os.read(ours, 65536):
+                seen += piece
+        os.close(ours)
+        assert process.wait(60) == 0, seen.decode()
+        return seen.decode()
 
     def daemon(self, service: str) -> dict[str, Any]:
         """What `status` says of a daemon."""

@@ -118,6 +118,10 @@ def test_answers_stream_and_what_is_needed_is_loaded_first(cli: Cli) -> None:
     plain = cli.run("compare", "--adapter", "sample", "--max-tokens", "8", "x").stdout
     assert plain.index("=== base") < plain.index("=== sample")
 
+    beside = cli.on_terminal("compare", "--adapter", "sample", "--max-tokens", "8", "x")
+    assert any("base" in line and "sample" in line for line in beside.splitlines()), "side by side"
+    assert "tok/s" in beside
+
     switched = cli.json("adapter", "switch", "sample")
     assert switched["digest"] == told["started"]["adapter_digest"] and switched["previous_digest"] == ""
     assert [a["is_default"] for a in cli.json("adapter", "loaded")["adapters"]] == [True]
@@ -158,7 +162,10 @@ def test_a_job_is_started_followed_and_pictured(cli: Cli) -> None:
     assert late == events[5:]
     assert [e["sequence"] for e in cli.lines("job", "logs", "followed")] == [e["sequence"] for e in events]
     assert "loading the base" in cli.run("job", "logs", "followed").stdout
+    shown = cli.on_terminal("job", "watch", "followed")
+    assert "step 8/8" in shown and "QUEUED -> PREPARING" in shown and "└──" in shown
     assert "followed" in cli.run("job", "list", "--state", "succeeded").stdout
+    assert "SUCCEEDED" in cli.on_terminal("job", "list")
     assert cli.json("job", "list", "--state", "failed")["jobs"] == []
     assert "standard" in {t["name"] for t in cli.json("job", "templates")["templates"]}
     cli.json("job", "delete", "followed")

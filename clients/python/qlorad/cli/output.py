@@ -110,8 +110,8 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]], empty: str = "")
         from rich.text import Text
 
         shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for title in titles:
-            shown.add_column(title, overflow="fold")
+        for number, title in enumerate(titles):
+            shown.add_column(title, overflow="fold", no_wrap=number == 0)
         for row in rows:
             shown.add_row(*(Text(cell) for cell in row))
         Console().print(shown)
