@@ -24,8 +24,8 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples" / "datasets" / "python-functions.jsonl"
-LEARNING_RATE = {"test": "5e-3", "demo": "4e-3"}
-STEPS = {"test": "100", "demo": "120"}
+LEARNING_RATE = {"test": "1e-2", "demo": "4e-3"}
+STEPS = {"test": "150", "demo": "150"}
 LEAST_DROP = 0.30
 
 

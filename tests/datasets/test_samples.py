@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import doctest
 import json
 
 import pytest
@@ -24,20 +25,24 @@ def test_there_are_enough_rows_and_each_is_whole() -> None:
         assert list(row) == ["instruction", "input", "output", "example", "expected"]
         assert row["instruction"].startswith("Write a ") and row["instruction"].endswith(".")
         assert row["input"] == ""
-        assert row["output"].startswith("def ") and row["output"] == row["output"].strip()
-        assert len(row["output"].splitlines()) <= 12 and len(row["output"]) <= 500
+        assert row["output"].startswith("from __future__ import annotations\n\n")
+        assert row["output"] == row["output"].strip()
+        assert len(row["output"].splitlines()) <= 20 and len(row["output"]) <= 700
     assert len({row["instruction"] for row in found}) == len(found)
 
 
-@pytest.mark.parametrize("row", rows(), ids=lambda row: ast.parse(row["output"]).body[0].name)
+@pytest.mark.parametrize("row", rows(), ids=lambda row: ast.parse(row["output"]).body[-1].name)
 def test_the_function_does_what_its_example_says(row: dict[str, str]) -> None:
     tree = ast.parse(row["output"])
-    assert len(tree.body) == 1 and isinstance(tree.body[0], ast.FunctionDef)
-    assert ast.get_docstring(tree.body[0])
+    *imports, function = tree.body
+    assert isinstance(function, ast.FunctionDef) and all(isinstance(n, ast.ImportFrom | ast.Import) for n in imports)
     space: dict[str, object] = {}
     exec(compile(tree, "row", "exec"), space)
     assert repr(eval(row["example"], space)) == row["expected"]
-    assert tree.body[0].name in row["example"]
+    assert function.name in row["example"]
+    (shown,) = doctest.DocTestFinder().find(space[function.name], function.name, globs=space)
+    assert [e.source.strip() for e in shown.examples] == [row["example"]]
+    assert doctest.DocTestRunner(verbose=False).run(shown) == (0, 1)
 
 
 class _Renamed(ast.NodeTransformer):

@@ -49,6 +49,9 @@ class Recipe:
     """What the weights are stored as. All are computed in fp32, which every processor is good at."""
     vocabulary: int = 2048
     seed: int = 20260101
+    gain: float = 4.0
+    """Where the last norm's weight begins. At 1 the tied embeddings keep the logits so flat that neither these few
+    steps nor an adapter get far: the validation loss ends at 5.6 instead of 5.0, and a LoRA learns a third as much."""
 
 
 TEST = Recipe(
@@ -103,6 +106,8 @@ def make(recipe: Recipe, folder: pathlib.Path, threads: int, progress: Progress)
         pad_token_id=end_of_text,
     )
     model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(recipe.gain)
     pieces = [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
     data = torch.tensor([i for ids in pieces for i in (*ids, end_of_text)])
     held_out, data = data[: 64 * recipe.length], data[64 * recipe.length :]
