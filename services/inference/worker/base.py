@@ -33,6 +33,9 @@ _HOW = {
 }
 _DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
+_SMALL = 8_000_000
+"""Parameters below which threads wait for one another longer than they compute."""
+
 Report = engine_pb2.EngineReport
 
 
@@ -42,6 +45,8 @@ class Base:
     def __init__(self, load: engine_pb2.EngineLoad) -> None:
         payload = pathlib.Path(load.payload)
         told = facts.from_manifest(facts.ModelFacts, load.manifest)
+        if told.parameters < _SMALL:
+            torch.set_num_threads(1)
         self.name = load.name
         self.precision = precision.choose(load.precision, told, _free_bytes(load.device))
         method, compute = _HOW[self.precision]
