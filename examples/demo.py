@@ -1,4 +1,4 @@
-"""`make demo`: from a file of examples to a tuned model's answer, with the public command line alone.
+"""`make demo`: from a file of examples to a tuned model's answer, with the public command line and client alone.
 
     python examples/demo.py [--size test|demo]
 
@@ -17,10 +17,13 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from types import FrameType
 from typing import Any
+
+import qlorad
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples" / "datasets" / "python-functions.jsonl"
@@ -42,6 +45,7 @@ class Demo:
         self.job = f"demo-{size}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.environ = {**os.environ, "QLORAD_HOME": str(home)}
         self.up = False
+        self.over = threading.Event()
 
     def qlorad(self, *words: str, show: bool = True) -> None:
         """Runs a command before the reader's eyes."""
@@ -71,16 +75,21 @@ class Demo:
             "--seed", "7", "--move",
         )  # fmt: skip
         question = self.check_leaks()
+        aside = threading.Thread(target=self.scrape_in_training, daemon=True)
+        aside.start()
         self.qlorad(
             "job", "start", "--model", model, "--dataset", "demo", "--template", "all-linear",
             "--set", f"schedule.max_steps={STEPS[self.size]}",
             "--set", f"optimizer.learning_rate={LEARNING_RATE[self.size]}",
             "--name", "demo", "--job-id", self.job,
         )  # fmt: skip
+        self.over.set()
+        aside.join(30)
         result = self.check_result()
         self.qlorad("compare", question, "--adapter", "demo", "--model", model, "--max-tokens", "96")
-        self.scrape()
-        print(f"\nadapter {result['adapter_digest']}")
+        self.scrape("end")
+        print(f"\nmetrics of all four, in training and at the end, are in {self.home / 'metrics'}")
+        print(f"adapter {result['adapter_digest']}")
 
     def start_daemons(self) -> None:
         """The four daemons, on free ports, in the demo's own home."""
@@ -138,14 +147,27 @@ class Demo:
             raise Failed(f"the hold-out loss dropped by {drop:.0%}; at least {LEAST_DROP:.0%} was hoped for")
         return result
 
-    def scrape(self) -> None:
+    def scrape_in_training(self) -> None:
+        """Keeps what the daemons tell Prometheus while the job trains, by a client beside the one that shows it."""
+        with qlorad.connect(home=self.home) as client:
+            while True:
+                try:
+                    for event in client.jobs.watch(self.job):
+                        if event.step.step >= 2:
+                            self.scrape("training")
+                            return
+                    return
+                except qlorad.errors.NotFound:
+                    if self.over.wait(0.3):
+                        return
+
+    def scrape(self, moment: str) -> None:
         """What each daemon tells Prometheus, kept in the home."""
-        folder = self.home / "metrics"
+        folder = self.home / "metrics" / moment
         folder.mkdir(parents=True, exist_ok=True)
         for daemon in self.ask_status()["daemons"]:
             with urllib.request.urlopen(f"http://{daemon['metrics']}/metrics", timeout=10) as answer:
                 (folder / f"{daemon['service']}.prom").write_bytes(answer.read())
-        print(f"\nmetrics of all four are in {folder}")
 
     def end(self) -> None:
         """Stops a job that is under way, then the daemons. Not to be interrupted."""
