@@ -28,7 +28,7 @@ import qlorad
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples" / "datasets" / "python-functions.jsonl"
 LEARNING_RATE = {"test": "1e-2", "demo": "4e-3"}
-STEPS = {"test": "150", "demo": "150"}
+STEPS = {"test": "200", "demo": "150"}
 LEAST_DROP = 0.30
 
 
