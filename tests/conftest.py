@@ -20,9 +20,10 @@ for _name in [n for n in os.environ if n.startswith("QLORAD_")]:
 import psutil
 import pytest
 
-from qlorad.v1 import registry_pb2, registry_pb2_grpc
+from qlorad.v1 import datasets_pb2, datasets_pb2_grpc, registry_pb2, registry_pb2_grpc, trainer_pb2, trainer_pb2_grpc
 from tests import house as houses
 from tests.house import House, clone_store, eventually
+from tests.samples import sample_rows, upload
 
 MARK = "QLORAD_TEST_SESSION"
 
@@ -63,6 +64,51 @@ def starter_home(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         request = registry_pb2.MakeStarterModelRequest(request_id="starter", size=registry_pb2.STARTER_SIZE_TEST)
         last = list(stub.MakeStarterModel(request, timeout=170))[-1]
         assert last.model.state == registry_pb2.MODEL_STATE_READY
+    return home
+
+
+@pytest.fixture(scope="session")
+def sample_home(tmp_path_factory: pytest.TempPathFactory, starter_home: pathlib.Path) -> pathlib.Path:
+    """A home with models/starter-test and datasets/sample (48 rows, 8 of them for validation)."""
+    home = tmp_path_factory.mktemp("sample") / "home"
+    clone_store(starter_home, home)
+    with houses.house(home) as house:
+        house.start("datasets")
+        stub = datasets_pb2_grpc.DatasetServiceStub(house.channel("datasets"))
+        request = datasets_pb2.CreateDatasetRequest(
+            request_id="sample",
+            dataset_id="sample",
+            uploads=[upload(stub, "sample.jsonl", sample_rows(48))],
+            split=datasets_pb2.Split(validation_fraction=0.17, seed=7),
+        )
+        last = list(stub.CreateDataset(request, timeout=60))[-1]
+        assert last.dataset.name == "datasets/sample"
+    return home
+
+
+@pytest.fixture(scope="session")
+def trained_home(tmp_path_factory: pytest.TempPathFactory, sample_home: pathlib.Path) -> pathlib.Path:
+    """A home that also has adapters/sample, trained by the real trainer."""
+    home = tmp_path_factory.mktemp("trained") / "home"
+    clone_store(sample_home, home)
+    with houses.house(home) as house:
+        house.start("trainer")
+        stub = trainer_pb2_grpc.TrainerServiceStub(house.channel("trainer"))
+        train = trainer_pb2.TrainSpec(
+            model="models/starter-test", dataset="datasets/sample", adapter="adapters/sample", seed=1
+        )
+        train.schedule.max_steps = 30
+        train.optimizer.learning_rate = 5e-3
+        train.data.max_length_tokens = 256
+        made = stub.CreateJob(
+            trainer_pb2.CreateJobRequest(request_id="trained", spec=trainer_pb2.JobSpec(train=train)), timeout=30
+        )
+        job = made.job
+        for message in stub.WatchJob(trainer_pb2.WatchJobRequest(name=job.name), timeout=170):
+            if message.HasField("snapshot"):
+                job = message.snapshot
+        job = stub.GetJob(trainer_pb2.GetJobRequest(name=job.name), timeout=10).job
+        assert job.state == trainer_pb2.JOB_STATE_SUCCEEDED, job
     return home
 
 
