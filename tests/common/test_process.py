@@ -43,7 +43,7 @@ async def test_secrets_are_not_inherited(tmp_path: pathlib.Path, monkeypatch: py
     talk = await process.start_talk(ECHO, tmp_path / "log", environ={"GIVEN": "too"})
     told = await ask(talk, "environ") or ""
     assert "canary-4711" not in told and "HARMLESS=stays" in told and "GIVEN=too" in told
-    assert "HF_HUB_OFFLINE=1" in told
+    assert "HF_HUB_OFFLINE=1" in told and "OMP_WAIT_POLICY=PASSIVE" in told
     await talk.close()
 
 
