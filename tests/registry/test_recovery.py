@@ -163,12 +163,12 @@ def test_a_starter_tells_its_progress_and_its_metrics(tmp_path: pathlib.Path, ho
     training = [u.progress for u in told if u.progress.stage == "train"]
     assert [p.done for p in training] == sorted({p.done for p in training})
     assert training[-1].done == training[-1].total == 300 and len(training) > 10
-    assert all(4 < p.loss < 9 for p in training)
+    assert all(3 < p.loss < 20 for p in training) and training[-1].loss < training[0].loss
     assert not any(u.progress.HasField("loss") for u in told if u.progress.stage != "train")
     stages = list(dict.fromkeys(u.progress.stage for u in told[:-1]))
     assert stages == ["wait", "load", "corpus", "tokenizer", "train", "write", "inspect", "seal"]
     assert metric(doors, 'qlorad_starter_seconds_count{size="test"}') == 1
     assert metric(doors, 'qlorad_starter_seconds_sum{size="test"}') < 120
-    assert 4 < metric(doors, 'qlorad_starter_loss{size="test"}') < 7
+    assert 3 < metric(doors, 'qlorad_starter_loss{size="test"}') < 7
     assert metric(doors, 'qlorad_shelf_bytes{collection="models"}') == told[-1].model.size_bytes
     assert metric(doors, "qlorad_adapters") == 0
