@@ -20,6 +20,8 @@ from qlorad.v1 import (
     datasets_pb2_grpc,
     inference_pb2,
     inference_pb2_grpc,
+    registry_pb2,
+    registry_pb2_grpc,
     trainer_pb2,
     trainer_pb2_grpc,
 )
@@ -68,11 +70,18 @@ def loop(tmp_path_factory: pytest.TempPathFactory, starter_home: pathlib.Path) -
         for service in reference.SERVICES:
             made.start(service, "--tokens-file", str(tokens))
         loop = Loop(made, home)
+        _models(loop)
         _dataset(loop)
         _job(loop)
         _answers(loop)
         yield loop
         assert [d.stop() for d in made.daemons.values()] == [0, 0, 0, 0]
+
+
+def _models(loop: Loop) -> None:
+    stub = registry_pb2_grpc.ModelServiceStub(loop.channel("registry"))
+    answer = stub.ListModels(registry_pb2.ListModelsRequest(), timeout=10)
+    assert [m.name for m in answer.models] == ["models/starter-test"]
 
 
 def _dataset(loop: Loop) -> None:
@@ -186,8 +195,9 @@ def test_metrics_told_of_the_running_job(loop: Loop) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
         ends = [line for line in text.splitlines() if line.startswith("grpc_server_handled_total")]
         assert ends and not [e for e in ends if 'grpc_code="INTERNAL"' in e or 'grpc_code="UNKNOWN"' in e]
-    assert "qlorad_inference_generated_tokens_total{" in told["inference"]
-    assert "qlorad_inference_first_token_seconds_count" in told["inference"]
+    for name in ("qlorad_inference_generated_tokens_total", "qlorad_inference_first_token_seconds_count"):
+        lines = [line for line in told["inference"].splitlines() if line.startswith(name)]
+        assert lines and sum(float(line.rsplit(" ", 1)[1]) for line in lines) > 0
 
 
 def test_no_secret_lies_about(loop: Loop) -> None:
