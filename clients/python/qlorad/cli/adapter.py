@@ -57,11 +57,18 @@ def import_(
 
 
 @app.command("download")
-def download(name: Name, to: Annotated[pathlib.Path, typer.Option(help="The folder to write.")]) -> None:
+def download(
+    name: Name,
+    to: Annotated[pathlib.Path, typer.Option(help="The folder to write.")],
+    output: Output = Format.table,
+) -> None:
     """Writes an adapter into a folder that plain peft loads."""
     with connected() as client:
         client.adapters.download(name, to)
-    out.say(f"{name} is in {to}")
+    if output is not Format.table:
+        out.emit_json({"folder": str(to)})
+    else:
+        print(f"{name} is in {to}")
 
 
 @app.command("alias")

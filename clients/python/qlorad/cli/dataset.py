@@ -128,8 +128,9 @@ def export(
     split: Annotated[str, typer.Option(help="train, validation or test; else all in this order.")] = "",
     format: Annotated[str, typer.Option(help="instruction, chat, completion or text; else canonical.")] = "",
     rows: Annotated[int, typer.Option(min=0, help="At most so many; 0 = all.")] = 0,
+    output: Output = Format.table,
 ) -> None:
-    """Writes the rows as JSONL."""
+    """Writes the rows as JSONL; `-o` is the form of what is said about it, where a file is written."""
     with connected() as client:
         lines = client.datasets.export(name, split=split, format=format, max_rows=rows)
         if to is None:
@@ -144,7 +145,10 @@ def export(
                 f.write(line + b"\n")
                 count += 1
         part.replace(to)
-    out.say(f"{count} rows in {to}")
+    if output is not Format.table:
+        out.emit_json({"file": str(to), "rows": count})
+    else:
+        print(f"{count} rows in {to}")
 
 
 @app.command("delete")

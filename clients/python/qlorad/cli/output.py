@@ -38,7 +38,7 @@ Column = tuple[str, Callable[[Any], str]]
 
 def asked_for(argv: Sequence[str]) -> Format:
     """The format that the words of a command line ask for, also where they are wrong otherwise."""
-    for here, following in zip(argv, [*argv[1:], ""], strict=True):
+    for here, following in zip(argv, [*argv, ""][1:], strict=True):
         for flag in ("-o", "--output"):
             value = following if here == flag else here.removeprefix(flag).removeprefix("=")
             if here.startswith(flag) and value in Format.__members__:
