@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import pathlib
@@ -15,7 +16,9 @@ import termios
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
+from qlorad.cli import daemons, main
 from tests.house import ROOT
 
 
@@ -49,15 +52,24 @@ class Cli:
         assert done.returncode == code, f"{words} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
+    def inside(self, *words: str, code: int = 0) -> str:
+        """What a command prints, run in this very process: a third of a second less each time."""
+        told, said = io.StringIO(), io.StringIO()
+        with mock.patch.dict(os.environ, self.environment, clear=True):
+            with contextlib.redirect_stdout(told), contextlib.redirect_stderr(said):
+                ended = main.run(list(words))
+        assert ended == code, f"{words} ended with {ended}\n{told.getvalue()}\n{said.getvalue()}"
+        return told.getvalue()
+
     def json(self, *words: str, code: int = 0) -> Any:
         """The one JSON document that a command prints."""
-        done = self.run(*words, "-o", "json", code=code)
-        assert len(done.stdout.splitlines()) == 1, done.stdout
-        return json.loads(done.stdout)
+        told = self.inside(*words, "-o", "json", code=code)
+        assert len(told.splitlines()) == 1, told
+        return json.loads(told)
 
     def lines(self, *words: str, code: int = 0) -> list[Any]:
         """The JSON lines that a command prints."""
-        return [json.loads(line) for line in self.run(*words, "-o", "jsonl", code=code).stdout.splitlines()]
+        return [json.loads(line) for line in self.inside(*words, "-o", "jsonl", code=code).splitlines()]
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         """A command that goes on; end it yourself."""
@@ -89,10 +101,9 @@ class Cli:
 
     def daemon(self, service: str) -> dict[str, Any]:
         """What `status` says of a daemon."""
-        done = subprocess.run(
-            self.command("status", "-o", "jsonl"), env=self.environment, capture_output=True, text=True
-        )
-        told: dict[str, Any] = next(t for t in map(json.loads, done.stdout.splitlines()) if t["service"] == service)
+        with mock.patch.dict(os.environ, self.environment, clear=True):
+            seen = daemons.look(self.home)
+        told: dict[str, Any] = next(one.as_dict() for one in seen if one.service == service)
         return told
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import select
 import signal
 import subprocess
 import time
@@ -25,8 +26,7 @@ def end(home: pathlib.Path, seconds: float) -> list[str]:
     ended = []
     pid = supervisor.holder(home)
     if pid:
-        _signal(pid, lambda: supervisor.holder(home) == pid)
-        _wait(lambda: supervisor.holder(home) != pid, seconds, f"the supervisor (pid {pid})")
+        _end(pid, lambda: supervisor.holder(home) == pid, seconds, f"the supervisor (pid {pid})")
         ended.append("supervisor")
     for service in daemons.NAMES:
         if not daemons.lives(home, service):
@@ -39,40 +39,42 @@ def end(home: pathlib.Path, seconds: float) -> list[str]:
                 "or end it by hand",
                 reason="WRONG_STATE",
             )
-        _signal(pid, partial(daemons.lives, home, service))
-        _wait(partial(_gone, home, service), seconds, f"qlorad-{service} (pid {pid})")
+        _end(pid, partial(daemons.lives, home, service), seconds, f"qlorad-{service} (pid {pid})")
         ended.append(service)
     return ended
 
 
-def _gone(home: pathlib.Path, service: str) -> bool:
-    return not daemons.lives(home, service)
+def _end(pid: int, still_ours: Callable[[], bool], seconds: float, what: str) -> None:
+    """SIGTERM, then waits until the process is gone.
 
-
-def _signal(pid: int, still_ours: Callable[[], bool]) -> None:
-    """SIGTERM, by a handle that cannot come to mean another process where the system has one."""
-    if hasattr(os, "pidfd_open"):
-        try:
-            handle = os.pidfd_open(pid)
-        except ProcessLookupError:
-            return
-        try:
-            if still_ours():
-                with contextlib.suppress(ProcessLookupError):
+    By a handle that cannot come to mean another process, where the system has one;
+    elsewhere a process counts as gone when its lock is free.
+    """
+    until = time.monotonic() + seconds
+    handle = _handle(pid)
+    try:
+        if still_ours():
+            with contextlib.suppress(ProcessLookupError):
+                if handle is None:
+                    os.kill(pid, signal.SIGTERM)
+                else:
                     signal.pidfd_send_signal(handle, signal.SIGTERM)
-        finally:
+        while still_ours() or (handle is not None and not select.select([handle], [], [], 0)[0]):
+            if time.monotonic() > until:
+                raise errors.DeadlineExceeded(f"{what} has not ended within {seconds:.0f} s")
+            time.sleep(0.05)
+    finally:
+        if handle is not None:
             os.close(handle)
-    elif still_ours():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
 
 
-def _wait(gone: Callable[[], bool], seconds: float, what: str) -> None:
-    end = time.monotonic() + seconds
-    while not gone():
-        if time.monotonic() > end:
-            raise errors.DeadlineExceeded(f"{what} has not ended within {seconds:.0f} s")
-        time.sleep(0.05)
+def _handle(pid: int) -> int | None:
+    """A pidfd; None where there are none, or the process is gone."""
+    if not hasattr(os, "pidfd_open"):
+        return None
+    with contextlib.suppress(ProcessLookupError):
+        return os.pidfd_open(pid)
+    return None
 
 
 def _is(pid: int, module: str) -> bool:
