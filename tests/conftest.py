@@ -17,6 +17,10 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 for _name in [n for n in os.environ if n.startswith("QLORAD_")]:
     del os.environ[_name]
 
+# A runner in the background hands down an ignored Ctrl-C; the commands that tests start must hear theirs.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 import psutil
 import pytest
 
