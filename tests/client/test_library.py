@@ -10,7 +10,7 @@ import pytest
 
 import qlorad
 from qlorad import aio, errors
-from qlorad.v1 import trainer_pb2
+from qlorad.v1 import datasets_pb2, trainer_pb2
 from tests.client.cli import Cli
 from tests.common.certificates import Authority
 from tests.house import House
@@ -34,8 +34,9 @@ class Cut:
         self.seen: list[int] = []
         self.after: list[int] = []
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if self.after or done < total // 2:
+    def __call__(self, progress: datasets_pb2.StageProgress) -> None:
+        done = progress.done
+        if self.after or done < progress.total // 2:
             (self.after or self.seen).append(done)
             return
         self.seen.append(done)

@@ -121,7 +121,7 @@ class Wire:
                     if update.WhichOneof("update") != "progress":
                         return message
                     patience.renew()
-                    progress(update.progress.stage, update.progress.done, update.progress.total)
+                    progress(update.progress)
                 raise errors.Unavailable(f"{self.target} ended the stream without a result")
             except errors.QloradError as e:
                 if not worth_repeating(e):

@@ -11,17 +11,22 @@ from pathlib import PurePath
 from typing import Any
 
 from qlorad import errors
-from qlorad.v1 import trainer_pb2
+from qlorad.v1 import datasets_pb2, trainer_pb2
 
 CHUNK_BYTES = 512 << 10
 DEFAULT_PATIENCE_SECONDS = 300.0
 
-Progress = Callable[[str, int, int], None]
-"""Told (stage, done, total); total 0 = not known."""
+Progress = Callable[[datasets_pb2.StageProgress], None]
+"""Told how far work is: stage, done, total (0 = not known), and the loss while a starter is trained."""
 
 
-def silent(stage: str, done: int, total: int) -> None:
+def silent(progress: datasets_pb2.StageProgress) -> None:
     """A progress callback that says nothing."""
+
+
+def stage(name: str, done: int, total: int) -> datasets_pb2.StageProgress:
+    """How far work of our own is, in the daemons' words."""
+    return datasets_pb2.StageProgress(stage=name, done=done, total=total)
 
 
 @dataclass(slots=True)

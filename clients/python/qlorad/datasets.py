@@ -24,6 +24,7 @@ from qlorad._wire_core import (
     filename_of,
     full_name,
     silent,
+    stage,
     worth_repeating,
 )
 from qlorad.v1 import datasets_pb2 as pb
@@ -66,13 +67,13 @@ class Datasets:
             try:
                 upload = (self._wire.call(self._stub.StartUpload, request)).upload
                 patience.renew()
-                progress("upload", upload.committed_bytes, size)
+                progress(stage("upload", upload.committed_bytes, size))
                 if upload.complete:
                     return upload
                 pieces = _pieces(file, upload.name, upload.committed_bytes, size, progress)
                 upload = (self._wire.send(self._stub.WriteUpload, pieces)).upload
                 if upload.complete:
-                    progress("upload", size, size)
+                    progress(stage("upload", size, size))
                     return upload
                 raise errors.Unavailable("the upload ended early")
             except errors.QloradError as e:
@@ -222,4 +223,4 @@ def _pieces(
     for data in read_file(file, offset):
         yield pb.WriteUploadRequest(data=data)
         sent += len(data)
-        progress("upload", sent, size)
+        progress(stage("upload", sent, size))

@@ -19,6 +19,7 @@ from qlorad._wire_core import (
     filename_of,
     full_name,
     silent,
+    stage,
     worth_repeating,
 )
 from qlorad.aio._wire import Wire, in_thread, read_file, sleep
@@ -65,13 +66,13 @@ class Datasets:
             try:
                 upload = (await self._wire.call(self._stub.StartUpload, request)).upload
                 patience.renew()
-                progress("upload", upload.committed_bytes, size)
+                progress(stage("upload", upload.committed_bytes, size))
                 if upload.complete:
                     return upload
                 pieces = _pieces(file, upload.name, upload.committed_bytes, size, progress)
                 upload = (await self._wire.send(self._stub.WriteUpload, pieces)).upload
                 if upload.complete:
-                    progress("upload", size, size)
+                    progress(stage("upload", size, size))
                     return upload
                 raise errors.Unavailable("the upload ended early")
             except errors.QloradError as e:
@@ -223,4 +224,4 @@ async def _pieces(
     async for data in read_file(file, offset):
         yield pb.WriteUploadRequest(data=data)
         sent += len(data)
-        progress("upload", sent, size)
+        progress(stage("upload", sent, size))

@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from qlorad._wire_core import Progress
 from qlorad.cli.output import say, terminal
+
+if TYPE_CHECKING:
+    from qlorad.v1 import datasets_pb2
 
 
 @contextlib.contextmanager
@@ -24,8 +28,9 @@ def shown(what: str) -> Iterator[Progress]:
     with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task(what, total=None)
 
-        def tell(stage: str, done: int, total: int) -> None:
-            bars.update(task, description=f"{what}: {stage}", completed=done, total=total or None)
+        def tell(progress: datasets_pb2.StageProgress) -> None:
+            described = f"{what}: {progress.stage}{_loss(progress)}"
+            bars.update(task, description=described, completed=progress.done, total=progress.total or None)
 
         yield tell
 
@@ -38,10 +43,15 @@ class Lines:
         self._stage = ""
         self._quarter = -1
 
-    def tell(self, stage: str, done: int, total: int) -> None:
+    def tell(self, progress: datasets_pb2.StageProgress) -> None:
         """Prints a line where something changed that is worth one."""
-        quarter = 4 * done // total if total else 0
-        if (stage, quarter) == (self._stage, self._quarter):
+        quarter = 4 * progress.done // progress.total if progress.total else 0
+        if (progress.stage, quarter) == (self._stage, self._quarter):
             return
-        self._stage, self._quarter = stage, quarter
-        say(f"{self._what}: {stage}" + (f" {done}/{total}" if total else ""))
+        self._stage, self._quarter = progress.stage, quarter
+        far = f" {progress.done}/{progress.total}" if progress.total else ""
+        say(f"{self._what}: {progress.stage}{far}{_loss(progress)}")
+
+
+def _loss(progress: datasets_pb2.StageProgress) -> str:
+    return f", loss {progress.loss:.3f}" if progress.HasField("loss") else ""
