@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, start_http_server
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 _context: contextvars.ContextVar[tuple[tuple[str, str], ...]] = contextvars.ContextVar("log_context", default=())
@@ -73,28 +73,33 @@ def log_id() -> str:
     return secrets.token_hex(6)
 
 
-class Live(Collector):
-    """Gauges that are read when someone asks: name -> (help, labels, read).
+Family = CounterMetricFamily | GaugeMetricFamily
+Read = Callable[[], list[tuple[tuple[str, ...], float]]]
+"""Pairs of label values and a number."""
 
-    `read` returns pairs of label values and a number, so a series lives only as
-    long as its thing.
-    """
+
+class Live(Collector):
+    """Series that are read when someone asks, so that one lives only as long as its thing."""
 
     def __init__(self) -> None:
-        self._gauges: dict[str, tuple[str, tuple[str, ...], Callable[[], list[tuple[tuple[str, ...], float]]]]] = {}
+        self._series: dict[
+            str, tuple[type[CounterMetricFamily] | type[GaugeMetricFamily], str, tuple[str, ...], Read]
+        ] = {}
 
-    def add(
-        self, name: str, help: str, labels: tuple[str, ...], read: Callable[[], list[tuple[tuple[str, ...], float]]]
-    ) -> None:
+    def add(self, name: str, help: str, labels: tuple[str, ...], read: Read) -> None:
         """Adds a gauge."""
-        self._gauges[name] = (help, labels, read)
+        self._series[name] = (GaugeMetricFamily, help, labels, read)
 
-    def describe(self) -> list[GaugeMetricFamily]:
-        return [GaugeMetricFamily(n, h, labels=labels) for n, (h, labels, _) in self._gauges.items()]
+    def add_counter(self, name: str, help: str, labels: tuple[str, ...], read: Read) -> None:
+        """Adds what only grows while the process lives; shown as NAME_total."""
+        self._series[name] = (CounterMetricFamily, help, labels, read)
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        for name, (help, labels, read) in self._gauges.items():
-            family = GaugeMetricFamily(name, help, labels=labels)
+    def describe(self) -> list[Family]:
+        return [kind(n, h, labels=labels) for n, (kind, h, labels, _) in self._series.items()]
+
+    def collect(self) -> Iterator[Family]:
+        for name, (kind, help, labels, read) in self._series.items():
+            family = kind(name, help, labels=labels)
             for values, number in read():
                 family.add_metric(values, number)
             yield family

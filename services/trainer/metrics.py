@@ -51,8 +51,10 @@ def add_metrics(registry: CollectorRegistry, hub: Hub, runner: Runner) -> None:
             if r.job.state == trainer_pb2.JOB_STATE_RUNNING
         ],
     )
-    live.add("qlorad_job_attempts_begun", "Attempts begun by this process.", (), lambda: [((), runner.attempts_begun)])
-    live.add("qlorad_job_attempts_lost", "Attempts that lost their worker.", (), lambda: [((), runner.attempts_lost)])
-    live.add("qlorad_job_events_written", "Events written by this process.", (), lambda: [((), hub.events_written)])
+    live.add_counter("qlorad_job_attempts_begun", "Attempts begun.", (), lambda: [((), runner.attempts_begun)])
+    live.add_counter(
+        "qlorad_job_attempts_lost", "Attempts that lost their worker.", (), lambda: [((), runner.attempts_lost)]
+    )
+    live.add_counter("qlorad_job_events_written", "Events written.", (), lambda: [((), hub.events_written)])
     live.add("qlorad_job_watchers", "Open watches.", (), lambda: [((), hub.watchers)])
     registry.register(live)
