@@ -48,6 +48,7 @@ _CODES: Mapping[int, int] = {
     errors_pb2.REASON_CANCELLED: code_pb2.CANCELLED,
     errors_pb2.REASON_INTERNAL: code_pb2.INTERNAL,
     errors_pb2.REASON_UNIMPLEMENTED: code_pb2.UNIMPLEMENTED,
+    errors_pb2.REASON_UPSTREAM: code_pb2.UNAVAILABLE,
 }
 
 

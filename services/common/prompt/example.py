@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
 from google.protobuf import json_format
 
 from qlorad.v1 import datasets_pb2, messages_pb2
@@ -48,16 +49,32 @@ def dumps(example: datasets_pb2.Example) -> bytes:
     """
     try:
         plain = json_format.MessageToDict(example, preserving_proto_field_name=True)
-        return _compact(plain).encode()
-    except (json_format.Error, ValueError) as e:
+        if "metadata" in plain:
+            plain["metadata"] = whole(plain["metadata"])
+        return line_of(plain)
+    except (json_format.Error, TypeError, ValueError) as e:
         raise ExampleError("metadata", f"{e}; accepted: finite numbers") from None
+
+
+def line_of(plain: dict[str, Any]) -> bytes:
+    """A canonical example in plain form (its JSON, as data) as one line, without a newline."""
+    return orjson.dumps(plain, option=orjson.OPT_SORT_KEYS)
+
+
+def whole(value: Any) -> Any:
+    """Whole numbers as such: a Struct holds every number as a double."""
+    if isinstance(value, dict):
+        return {k: whole(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [whole(v) for v in value]
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) <= 1 << 53 else value
 
 
 def loads(line: bytes) -> datasets_pb2.Example:
     """The example of a line; ExampleError if it is none."""
     example = datasets_pb2.Example()
     try:
-        plain = json.loads(line)
+        plain = orjson.loads(line)
         if not isinstance(plain, dict):
             raise json_format.ParseError(f"a JSON {type(plain).__name__}")
         json_format.ParseDict(plain, example)
@@ -129,7 +146,3 @@ def _json_object(where: str, turn: int, text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ExampleError(where, f"a JSON {type(value).__name__}; accepted: a JSON object", turn)
     return value
-
-
-def _compact(plain: dict[str, Any]) -> str:
-    return json.dumps(plain, ensure_ascii=False, separators=(",", ":"), sort_keys=True, allow_nan=False)

@@ -65,7 +65,7 @@ def test_a_line_is_compact_canonical_json() -> None:
     made.metadata.update({"b": 1, "a": "x"})
     assert example.dumps(made).decode() == (
         '{"chat":{"messages":[{"parts":[{"text":"தமிழ்\\n"}],"role":"ROLE_USER"}]},'
-        '"metadata":{"a":"x","b":1.0},"origin":{"file":"rows.jsonl","line":"3"}}'
+        '"metadata":{"a":"x","b":1},"origin":{"file":"rows.jsonl","line":"3"}}'
     )
 
 

@@ -38,6 +38,14 @@ class _RowFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RowFormat.V
     """{"prompt", "completion"}."""
     ROW_FORMAT_TEXT: _RowFormat.ValueType  # 4
     """{"text"}: plain text, every token trained."""
+    ROW_FORMAT_SHAREGPT: _RowFormat.ValueType  # 5
+    """{"conversations": [{"from", "value"}], "system", "tools"} (ShareGPT)."""
+    ROW_FORMAT_PREFERENCE: _RowFormat.ValueType  # 6
+    """{"prompt", "chosen", "rejected"}: two answers to one prompt, texts or messages."""
+    ROW_FORMAT_INFILL: _RowFormat.ValueType  # 7
+    """{"prefix", "middle", "suffix"}: code to be filled in; the middle is trained."""
+    ROW_FORMAT_CANONICAL: _RowFormat.ValueType  # 8
+    """qlorad.v1.Example as JSON, as ExportDataset writes it; loses nothing."""
 
 class RowFormat(_RowFormat, metaclass=_RowFormatEnumTypeWrapper):
     """The form of rows in a file."""
@@ -52,6 +60,14 @@ ROW_FORMAT_COMPLETION: RowFormat.ValueType  # 3
 """{"prompt", "completion"}."""
 ROW_FORMAT_TEXT: RowFormat.ValueType  # 4
 """{"text"}: plain text, every token trained."""
+ROW_FORMAT_SHAREGPT: RowFormat.ValueType  # 5
+"""{"conversations": [{"from", "value"}], "system", "tools"} (ShareGPT)."""
+ROW_FORMAT_PREFERENCE: RowFormat.ValueType  # 6
+"""{"prompt", "chosen", "rejected"}: two answers to one prompt, texts or messages."""
+ROW_FORMAT_INFILL: RowFormat.ValueType  # 7
+"""{"prefix", "middle", "suffix"}: code to be filled in; the middle is trained."""
+ROW_FORMAT_CANONICAL: RowFormat.ValueType  # 8
+"""qlorad.v1.Example as JSON, as ExportDataset writes it; loses nothing."""
 Global___RowFormat: _TypeAlias = RowFormat  # noqa: Y015
 
 class _OnRowError:
@@ -77,6 +93,34 @@ ON_ROW_ERROR_REFUSE: OnRowError.ValueType  # 1
 ON_ROW_ERROR_SKIP: OnRowError.ValueType  # 2
 """Leave the row out, keep the finding, count it."""
 Global___OnRowError: _TypeAlias = OnRowError  # noqa: Y015
+
+class _NearDuplicates:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _NearDuplicatesEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NearDuplicates.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    NEAR_DUPLICATES_UNSPECIFIED: _NearDuplicates.ValueType  # 0
+    """TOGETHER where a split is asked for, else IGNORE."""
+    NEAR_DUPLICATES_IGNORE: _NearDuplicates.ValueType  # 1
+    """Do not look for them."""
+    NEAR_DUPLICATES_TOGETHER: _NearDuplicates.ValueType  # 2
+    """Find them, report them, keep each group on one side of the split."""
+    NEAR_DUPLICATES_DROP: _NearDuplicates.ValueType  # 3
+    """Find them, keep the first of each group, count the others."""
+
+class NearDuplicates(_NearDuplicates, metaclass=_NearDuplicatesEnumTypeWrapper):
+    """What to do about rows that are almost equal."""
+
+NEAR_DUPLICATES_UNSPECIFIED: NearDuplicates.ValueType  # 0
+"""TOGETHER where a split is asked for, else IGNORE."""
+NEAR_DUPLICATES_IGNORE: NearDuplicates.ValueType  # 1
+"""Do not look for them."""
+NEAR_DUPLICATES_TOGETHER: NearDuplicates.ValueType  # 2
+"""Find them, report them, keep each group on one side of the split."""
+NEAR_DUPLICATES_DROP: NearDuplicates.ValueType  # 3
+"""Find them, keep the first of each group, count the others."""
+Global___NearDuplicates: _TypeAlias = NearDuplicates  # noqa: Y015
 
 class _Severity:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -106,6 +150,34 @@ SEVERITY_ERROR: Severity.ValueType  # 3
 """The row cannot be used."""
 Global___Severity: _TypeAlias = Severity  # noqa: Y015
 
+class _OnLoss:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _OnLossEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OnLoss.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ON_LOSS_UNSPECIFIED: _OnLoss.ValueType  # 0
+    """Same as REFUSE."""
+    ON_LOSS_REFUSE: _OnLoss.ValueType  # 1
+    """End with REJECTED, naming row and field."""
+    ON_LOSS_DROP_FIELDS: _OnLoss.ValueType  # 2
+    """Write what can be carried; the summary counts what was lost, by field."""
+    ON_LOSS_SKIP_ROW: _OnLoss.ValueType  # 3
+    """Leave the row out; counted."""
+
+class OnLoss(_OnLoss, metaclass=_OnLossEnumTypeWrapper):
+    """What an export does about a row that a format cannot carry whole."""
+
+ON_LOSS_UNSPECIFIED: OnLoss.ValueType  # 0
+"""Same as REFUSE."""
+ON_LOSS_REFUSE: OnLoss.ValueType  # 1
+"""End with REJECTED, naming row and field."""
+ON_LOSS_DROP_FIELDS: OnLoss.ValueType  # 2
+"""Write what can be carried; the summary counts what was lost, by field."""
+ON_LOSS_SKIP_ROW: OnLoss.ValueType  # 3
+"""Leave the row out; counted."""
+Global___OnLoss: _TypeAlias = OnLoss  # noqa: Y015
+
 class _OverLength:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -120,6 +192,11 @@ class _OverLengthEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OverLength
     """Cut the end; every cut token is in the ledger."""
     OVER_LENGTH_DROP: _OverLength.ValueType  # 3
     """Leave the row out; counted."""
+    OVER_LENGTH_SPLIT: _OverLength.ValueType  # 4
+    """Make several rows of it, each at most max_length_tokens; neighbours share one
+    token, trained in the first only, so every trained token is trained once.
+    Pieces without a trained token are left out and counted as cut.
+    """
 
 class OverLength(_OverLength, metaclass=_OverLengthEnumTypeWrapper):
     """What to do with a row longer than max_length_tokens."""
@@ -132,6 +209,11 @@ OVER_LENGTH_TRUNCATE: OverLength.ValueType  # 2
 """Cut the end; every cut token is in the ledger."""
 OVER_LENGTH_DROP: OverLength.ValueType  # 3
 """Leave the row out; counted."""
+OVER_LENGTH_SPLIT: OverLength.ValueType  # 4
+"""Make several rows of it, each at most max_length_tokens; neighbours share one
+token, trained in the first only, so every trained token is trained once.
+Pieces without a trained token are left out and counted as cut.
+"""
 Global___OverLength: _TypeAlias = OverLength  # noqa: Y015
 
 @_typing.final
@@ -338,33 +420,228 @@ Global___GetUploadResponse: _TypeAlias = GetUploadResponse  # noqa: Y015
 
 @_typing.final
 class Split(_message.Message):
-    """How to set rows aside. Exact duplicates never lie on both sides."""
+    """How to set rows aside. Exact and near duplicates never lie on both sides."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     VALIDATION_FRACTION_FIELD_NUMBER: _builtins.int
     TEST_FRACTION_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    STRATIFY_BY_FIELD_NUMBER: _builtins.int
+    KEEP_SOURCE_FIELD_NUMBER: _builtins.int
     validation_fraction: _builtins.float
     """Share of groups for validation, from 0 to below 1."""
     test_fraction: _builtins.float
     """Share of groups for test, from 0 to below 1; both together below 1."""
     seed: _builtins.int
-    """Same seed and rows, same split."""
+    """Same seed and rows, same split, whatever the order of rows."""
+    stratify_by: _builtins.str
+    """Give each kind of row its share: "form", "language", "source" (the file), or
+    "metadata.KEY". Empty = all rows alike.
+    """
+    keep_source: _builtins.bool
+    """Keep the splits that the source has (a hub's train and test files, a parent's
+    splits); fractions must be 0 then.
+    """
     def __init__(
         self,
         *,
         validation_fraction: _builtins.float = ...,
         test_fraction: _builtins.float = ...,
         seed: _builtins.int = ...,
+        stratify_by: _builtins.str = ...,
+        keep_source: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["seed", b"seed", "test_fraction", b"test_fraction", "validation_fraction", b"validation_fraction"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keep_source", b"keep_source", "seed", b"seed", "stratify_by", b"stratify_by", "test_fraction", b"test_fraction", "validation_fraction", b"validation_fraction"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Split: _TypeAlias = Split  # noqa: Y015
+
+@_typing.final
+class Step(_message.Message):
+    """One step of a pipeline."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name, as ListSteps tells it."""
+    @_builtins.property
+    def parameters(self) -> _struct_pb2.Struct:
+        """Its parameters, by the schema that ListSteps tells; absent ones take their default."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        parameters: _struct_pb2.Struct | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["parameters", b"parameters"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "parameters", b"parameters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Step: _TypeAlias = Step  # noqa: Y015
+
+@_typing.final
+class StepKind(_message.Message):
+    """A kind of step."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    PACKAGE_FIELD_NUMBER: _builtins.int
+    PARAMETERS_SCHEMA_JSON_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name."""
+    description: _builtins.str
+    """What it does, for people."""
+    package: _builtins.str
+    """The package that brings it, with its version, as in "qlorad-services 0.1"."""
+    parameters_schema_json: _builtins.str
+    """A JSON Schema object of its parameters."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        description: _builtins.str = ...,
+        package: _builtins.str = ...,
+        parameters_schema_json: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "name", b"name", "package", b"package", "parameters_schema_json", b"parameters_schema_json"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepKind: _TypeAlias = StepKind  # noqa: Y015
+
+@_typing.final
+class ListStepsRequest(_message.Message):
+    """Asks for the steps there are."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListStepsRequest: _TypeAlias = ListStepsRequest  # noqa: Y015
+
+@_typing.final
+class ListStepsResponse(_message.Message):
+    """The steps there are."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEPS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepKind]:
+        """By name."""
+
+    def __init__(
+        self,
+        *,
+        steps: _abc.Iterable[Global___StepKind] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListStepsResponse: _TypeAlias = ListStepsResponse  # noqa: Y015
+
+@_typing.final
+class HubSource(_message.Message):
+    """A dataset on a hub."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPO_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    CONFIG_FIELD_NUMBER: _builtins.int
+    SPLITS_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    repo: _builtins.str
+    """"owner/name", or "name"."""
+    revision: _builtins.str
+    """Branch, tag or commit; empty = "main". The commit that was read stands in the lineage."""
+    config: _builtins.str
+    """The configuration that the repository's card names; empty = "default", or the only one."""
+    @_builtins.property
+    def splits(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Which of its splits, as in "train"; empty = all."""
+
+    @_builtins.property
+    def files(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Patterns of files to take instead, as in "data/*.jsonl"."""
+
+    def __init__(
+        self,
+        *,
+        repo: _builtins.str = ...,
+        revision: _builtins.str = ...,
+        config: _builtins.str = ...,
+        splits: _abc.Iterable[_builtins.str] | None = ...,
+        files: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "files", b"files", "repo", b"repo", "revision", b"revision", "splits", b"splits"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HubSource: _TypeAlias = HubSource  # noqa: Y015
+
+@_typing.final
+class FolderSource(_message.Message):
+    """A folder on the daemon's host, laid out as a hub's repository is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    CONFIG_FIELD_NUMBER: _builtins.int
+    SPLITS_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """Absolute path, under one of the daemon's import roots."""
+    config: _builtins.str
+    """As HubSource.config."""
+    @_builtins.property
+    def splits(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As HubSource.splits."""
+
+    @_builtins.property
+    def files(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As HubSource.files."""
+
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        config: _builtins.str = ...,
+        splits: _abc.Iterable[_builtins.str] | None = ...,
+        files: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "files", b"files", "path", b"path", "splits", b"splits"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FolderSource: _TypeAlias = FolderSource  # noqa: Y015
 
 @_typing.final
 class Example(_message.Message):
@@ -374,6 +651,8 @@ class Example(_message.Message):
 
     CHAT_FIELD_NUMBER: _builtins.int
     COMPLETION_FIELD_NUMBER: _builtins.int
+    PREFERENCE_FIELD_NUMBER: _builtins.int
+    INFILL_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
     ORIGIN_FIELD_NUMBER: _builtins.int
     @_builtins.property
@@ -383,6 +662,14 @@ class Example(_message.Message):
     @_builtins.property
     def completion(self) -> Global___Completion:
         """Prompt and completion; the completion is trained. An empty prompt is plain text."""
+
+    @_builtins.property
+    def preference(self) -> Global___Preference:
+        """Two answers to one prompt."""
+
+    @_builtins.property
+    def infill(self) -> Global___Infill:
+        """A gap to be filled; the middle is trained."""
 
     @_builtins.property
     def metadata(self) -> _struct_pb2.Struct:
@@ -397,14 +684,16 @@ class Example(_message.Message):
         *,
         chat: _messages_pb2.Conversation | None = ...,
         completion: Global___Completion | None = ...,
+        preference: Global___Preference | None = ...,
+        infill: Global___Infill | None = ...,
         metadata: _struct_pb2.Struct | None = ...,
         origin: Global___Origin | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "chat", b"chat", "completion", b"completion", "metadata", b"metadata", "origin", b"origin"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "chat", b"chat", "completion", b"completion", "infill", b"infill", "metadata", b"metadata", "origin", b"origin", "preference", b"preference"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "chat", b"chat", "completion", b"completion", "metadata", b"metadata", "origin", b"origin"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "chat", b"chat", "completion", b"completion", "infill", b"infill", "metadata", b"metadata", "origin", b"origin", "preference", b"preference"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["chat", "completion"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["chat", "completion", "preference", "infill"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -437,6 +726,76 @@ class Completion(_message.Message):
 Global___Completion: _TypeAlias = Completion  # noqa: Y015
 
 @_typing.final
+class Preference(_message.Message):
+    """Two answers to one prompt, one better than the other."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_FIELD_NUMBER: _builtins.int
+    CHOSEN_FIELD_NUMBER: _builtins.int
+    REJECTED_FIELD_NUMBER: _builtins.int
+    PLAIN_FIELD_NUMBER: _builtins.int
+    plain: _builtins.bool
+    """The prompt and the answers were plain texts without roles."""
+    @_builtins.property
+    def prompt(self) -> _messages_pb2.Conversation:
+        """What came before the answers, with the tools on offer."""
+
+    @_builtins.property
+    def chosen(self) -> _containers.RepeatedCompositeFieldContainer[_messages_pb2.Message]:
+        """The better answer: one assistant turn, or several turns that end with one."""
+
+    @_builtins.property
+    def rejected(self) -> _containers.RepeatedCompositeFieldContainer[_messages_pb2.Message]:
+        """The worse one."""
+
+    def __init__(
+        self,
+        *,
+        prompt: _messages_pb2.Conversation | None = ...,
+        chosen: _abc.Iterable[_messages_pb2.Message] | None = ...,
+        rejected: _abc.Iterable[_messages_pb2.Message] | None = ...,
+        plain: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chosen", b"chosen", "plain", b"plain", "prompt", b"prompt", "rejected", b"rejected"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Preference: _TypeAlias = Preference  # noqa: Y015
+
+@_typing.final
+class Infill(_message.Message):
+    """Code, or text, with a gap."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREFIX_FIELD_NUMBER: _builtins.int
+    MIDDLE_FIELD_NUMBER: _builtins.int
+    SUFFIX_FIELD_NUMBER: _builtins.int
+    prefix: _builtins.str
+    """What stands before the gap."""
+    middle: _builtins.str
+    """What belongs into it."""
+    suffix: _builtins.str
+    """What stands after it."""
+    def __init__(
+        self,
+        *,
+        prefix: _builtins.str = ...,
+        middle: _builtins.str = ...,
+        suffix: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["middle", b"middle", "prefix", b"prefix", "suffix", b"suffix"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Infill: _TypeAlias = Infill  # noqa: Y015
+
+@_typing.final
 class Origin(_message.Message):
     """Where a row came from."""
 
@@ -445,9 +804,9 @@ class Origin(_message.Message):
     FILE_FIELD_NUMBER: _builtins.int
     LINE_FIELD_NUMBER: _builtins.int
     file: _builtins.str
-    """The upload's file name."""
+    """The file's name: an upload's, or the path inside a repository or folder."""
     line: _builtins.int
-    """One-based line (JSONL, CSV) or element (JSON array)."""
+    """One-based line (JSONL, CSV), element (JSON array) or row (Parquet)."""
     def __init__(
         self,
         *,
@@ -475,6 +834,7 @@ class Finding(_message.Message):
     SEVERITY_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     HINT_FIELD_NUMBER: _builtins.int
+    ROW_FIELD_NUMBER: _builtins.int
     file: _builtins.str
     """The upload's file name."""
     line: _builtins.int
@@ -489,6 +849,8 @@ class Finding(_message.Message):
     """What was found."""
     hint: _builtins.str
     """What to do."""
+    row: _builtins.int
+    """One-based number of the row in its file; 0 = the file or the dataset as a whole."""
     def __init__(
         self,
         *,
@@ -499,14 +861,109 @@ class Finding(_message.Message):
         severity: Global___Severity.ValueType = ...,
         message: _builtins.str = ...,
         hint: _builtins.str = ...,
+        row: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["field", b"field", "file", b"file", "hint", b"hint", "line", b"line", "message", b"message", "rule", b"rule", "severity", b"severity"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["field", b"field", "file", b"file", "hint", b"hint", "line", b"line", "message", b"message", "row", b"row", "rule", b"rule", "severity", b"severity"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Finding: _TypeAlias = Finding  # noqa: Y015
+
+@_typing.final
+class Histogram(_message.Message):
+    """A histogram: counts[i] is how many values are at most bounds[i] (and above the
+    bound before); the last count is of values above all bounds.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BOUNDS_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def bounds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Rising upper bounds."""
+
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """One more than there are bounds."""
+
+    def __init__(
+        self,
+        *,
+        bounds: _abc.Iterable[_builtins.int] | None = ...,
+        counts: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bounds", b"bounds", "counts", b"counts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Histogram: _TypeAlias = Histogram  # noqa: Y015
+
+@_typing.final
+class Quality(_message.Message):
+    """A score between 0 and 100, and how it was made."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCORE_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
+    score: _builtins.float
+    """The weighted mean of the parts."""
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___QualityPart]:
+        """All of them."""
+
+    def __init__(
+        self,
+        *,
+        score: _builtins.float = ...,
+        parts: _abc.Iterable[Global___QualityPart] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parts", b"parts", "score", b"score"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Quality: _TypeAlias = Quality  # noqa: Y015
+
+@_typing.final
+class QualityPart(_message.Message):
+    """One part of a score."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    TOLD_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name, as in "valid_rows"."""
+    score: _builtins.float
+    """0 to 100."""
+    weight: _builtins.float
+    """Its weight; all weights together are 1."""
+    told: _builtins.str
+    """The figures behind it, for people."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        score: _builtins.float = ...,
+        weight: _builtins.float = ...,
+        told: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "score", b"score", "told", b"told", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QualityPart: _TypeAlias = QualityPart  # noqa: Y015
 
 @_typing.final
 class DatasetStats(_message.Message):
@@ -554,17 +1011,133 @@ class DatasetStats(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class FormsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class LanguagesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class RepairedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class DroppedByStepEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class ChangedByStepEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     ROWS_FIELD_NUMBER: _builtins.int
     SKIPPED_ROWS_FIELD_NUMBER: _builtins.int
     DUPLICATE_ROWS_FIELD_NUMBER: _builtins.int
     FINDINGS_FIELD_NUMBER: _builtins.int
     CHARACTERS_FIELD_NUMBER: _builtins.int
+    FORMS_FIELD_NUMBER: _builtins.int
+    LANGUAGES_FIELD_NUMBER: _builtins.int
+    ROW_CHARACTERS_FIELD_NUMBER: _builtins.int
+    NEAR_DUPLICATE_ROWS_FIELD_NUMBER: _builtins.int
+    NEAR_DROPPED_ROWS_FIELD_NUMBER: _builtins.int
+    REPAIRED_FIELD_NUMBER: _builtins.int
+    DROPPED_BY_STEP_FIELD_NUMBER: _builtins.int
+    CHANGED_BY_STEP_FIELD_NUMBER: _builtins.int
+    QUALITY_FIELD_NUMBER: _builtins.int
+    OUTPUT_WORDS_FIELD_NUMBER: _builtins.int
     skipped_rows: _builtins.int
     """Rows left out by on_row_error."""
     duplicate_rows: _builtins.int
     """Exact duplicates that were dropped."""
     characters: _builtins.int
     """Characters over all rows."""
+    near_duplicate_rows: _builtins.int
+    """Rows that are nearly equal to another; those that were dropped are counted too."""
+    near_dropped_rows: _builtins.int
+    """Near duplicates that were dropped."""
+    output_words: _builtins.int
+    """Words of what is learnt, over all rows."""
     @_builtins.property
     def rows(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Rows by split: "train", "validation", "test"."""
@@ -572,6 +1145,34 @@ class DatasetStats(_message.Message):
     @_builtins.property
     def findings(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Findings by rule."""
+
+    @_builtins.property
+    def forms(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Rows by form, as in "chat"."""
+
+    @_builtins.property
+    def languages(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Rows by language (ISO 639-1), estimated on a sample where there are many; "und" = cannot be told."""
+
+    @_builtins.property
+    def row_characters(self) -> Global___Histogram:
+        """Characters of a row."""
+
+    @_builtins.property
+    def repaired(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Rows by the repair that was applied to them."""
+
+    @_builtins.property
+    def dropped_by_step(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Rows by the step that left them out."""
+
+    @_builtins.property
+    def changed_by_step(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Rows by the step that changed them."""
+
+    @_builtins.property
+    def quality(self) -> Global___Quality:
+        """The score of the rows as they came."""
 
     def __init__(
         self,
@@ -581,14 +1182,166 @@ class DatasetStats(_message.Message):
         duplicate_rows: _builtins.int = ...,
         findings: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         characters: _builtins.int = ...,
+        forms: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        languages: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        row_characters: Global___Histogram | None = ...,
+        near_duplicate_rows: _builtins.int = ...,
+        near_dropped_rows: _builtins.int = ...,
+        repaired: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        dropped_by_step: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        changed_by_step: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        quality: Global___Quality | None = ...,
+        output_words: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["quality", b"quality", "row_characters", b"row_characters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["characters", b"characters", "duplicate_rows", b"duplicate_rows", "findings", b"findings", "rows", b"rows", "skipped_rows", b"skipped_rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed_by_step", b"changed_by_step", "characters", b"characters", "dropped_by_step", b"dropped_by_step", "duplicate_rows", b"duplicate_rows", "findings", b"findings", "forms", b"forms", "languages", b"languages", "near_dropped_rows", b"near_dropped_rows", "near_duplicate_rows", b"near_duplicate_rows", "output_words", b"output_words", "quality", b"quality", "repaired", b"repaired", "row_characters", b"row_characters", "rows", b"rows", "skipped_rows", b"skipped_rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DatasetStats: _TypeAlias = DatasetStats  # noqa: Y015
+
+@_typing.final
+class DatasetLineage(_message.Message):
+    """How a dataset came to be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENTS_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    REPAIRS_FIELD_NUMBER: _builtins.int
+    MADE_BY_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    """Where from: the repository with its commit, or the folder. Empty for uploads."""
+    made_by: _builtins.str
+    """What made it, as in "qlorad-services 0.1"."""
+    @_builtins.property
+    def parents(self) -> _containers.RepeatedCompositeFieldContainer[Global___DatasetParent]:
+        """Datasets it was made of."""
+
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___SourceFile]:
+        """Files it was made of."""
+
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___AppliedStep]:
+        """Steps in order, with the parameters as they were applied."""
+
+    @_builtins.property
+    def repairs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Repairs that were applied."""
+
+    def __init__(
+        self,
+        *,
+        parents: _abc.Iterable[Global___DatasetParent] | None = ...,
+        files: _abc.Iterable[Global___SourceFile] | None = ...,
+        source: _builtins.str = ...,
+        steps: _abc.Iterable[Global___AppliedStep] | None = ...,
+        repairs: _abc.Iterable[_builtins.str] | None = ...,
+        made_by: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "made_by", b"made_by", "parents", b"parents", "repairs", b"repairs", "source", b"source", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DatasetLineage: _TypeAlias = DatasetLineage  # noqa: Y015
+
+@_typing.final
+class DatasetParent(_message.Message):
+    """A dataset that another was made of."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The name it was asked by."""
+    digest: _builtins.str
+    """Its digest."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DatasetParent: _TypeAlias = DatasetParent  # noqa: Y015
+
+@_typing.final
+class SourceFile(_message.Message):
+    """A file that a dataset was made of."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILE_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    CONTAINER_FIELD_NUMBER: _builtins.int
+    file: _builtins.str
+    """Its name."""
+    sha256: _builtins.str
+    """Lower-case hex sha256."""
+    size_bytes: _builtins.int
+    """Size."""
+    format: Global___RowFormat.ValueType
+    """Its rows' form."""
+    container: _builtins.str
+    """How rows lie in it, as in "jsonl", "csv" or "parquet"; with ".gz" or ".zst" where it was packed."""
+    def __init__(
+        self,
+        *,
+        file: _builtins.str = ...,
+        sha256: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        format: Global___RowFormat.ValueType = ...,
+        container: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["container", b"container", "file", b"file", "format", b"format", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SourceFile: _TypeAlias = SourceFile  # noqa: Y015
+
+@_typing.final
+class AppliedStep(_message.Message):
+    """A step as it was applied."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    PACKAGE_FIELD_NUMBER: _builtins.int
+    package: _builtins.str
+    """The package that brought it, with its version."""
+    @_builtins.property
+    def step(self) -> Global___Step:
+        """Name and all parameters, defaults too."""
+
+    def __init__(
+        self,
+        *,
+        step: Global___Step | None = ...,
+        package: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["package", b"package", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AppliedStep: _TypeAlias = AppliedStep  # noqa: Y015
 
 @_typing.final
 class Dataset(_message.Message):
@@ -604,6 +1357,7 @@ class Dataset(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     SPLIT_FIELD_NUMBER: _builtins.int
     SOURCE_SHA256_FIELD_NUMBER: _builtins.int
+    LINEAGE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"datasets/{alias}", or by digest where it has no alias."""
     digest: _builtins.str
@@ -626,7 +1380,11 @@ class Dataset(_message.Message):
 
     @_builtins.property
     def source_sha256(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """sha256 of the uploads it was made of."""
+        """sha256 of the files it was made of."""
+
+    @_builtins.property
+    def lineage(self) -> Global___DatasetLineage:
+        """How it came to be."""
 
     def __init__(
         self,
@@ -639,10 +1397,11 @@ class Dataset(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         split: Global___Split | None = ...,
         source_sha256: _abc.Iterable[_builtins.str] | None = ...,
+        lineage: Global___DatasetLineage | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "split", b"split", "stats", b"stats"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "lineage", b"lineage", "split", b"split", "stats", b"stats"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "digest", b"digest", "format", b"format", "name", b"name", "size_bytes", b"size_bytes", "source_sha256", b"source_sha256", "split", b"split", "stats", b"stats"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "digest", b"digest", "format", b"format", "lineage", b"lineage", "name", b"name", "size_bytes", b"size_bytes", "source_sha256", b"source_sha256", "split", b"split", "stats", b"stats"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -683,6 +1442,13 @@ class CreateDatasetRequest(_message.Message):
     COLUMNS_FIELD_NUMBER: _builtins.int
     MOVE_ALIAS_FIELD_NUMBER: _builtins.int
     KEEP_DUPLICATES_FIELD_NUMBER: _builtins.int
+    HUB_FIELD_NUMBER: _builtins.int
+    FOLDER_FIELD_NUMBER: _builtins.int
+    PARENTS_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    NEAR_DUPLICATES_FIELD_NUMBER: _builtins.int
+    NEAR_DUPLICATE_SIMILARITY_FIELD_NUMBER: _builtins.int
+    REPAIRS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Same id and body, same answer."""
     dataset_id: _builtins.str
@@ -695,9 +1461,15 @@ class CreateDatasetRequest(_message.Message):
     """If the alias exists: move it to the new digest instead of ALREADY_EXISTS."""
     keep_duplicates: _builtins.bool
     """Keep exact duplicates (they are dropped and counted otherwise)."""
+    near_duplicates: Global___NearDuplicates.ValueType
+    """What to do about rows that are almost equal."""
+    near_duplicate_similarity: _builtins.float
+    """How similar (Jaccard, 0.5 to 1) rows are that count as near duplicates; absent = 0.8."""
     @_builtins.property
     def uploads(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Complete uploads, "uploads/{id}", in order."""
+        """Complete uploads, "uploads/{id}", in order. Exactly one of uploads, hub,
+        folder and parents says where rows come from.
+        """
 
     @_builtins.property
     def split(self) -> Global___Split:
@@ -708,6 +1480,26 @@ class CreateDatasetRequest(_message.Message):
         """CSV/TSV and renamed JSON fields: canonical field -> column name, as in
         {"instruction": "question", "output": "answer"}.
         """
+
+    @_builtins.property
+    def hub(self) -> Global___HubSource:
+        """Rows from a hub."""
+
+    @_builtins.property
+    def folder(self) -> Global___FolderSource:
+        """Rows from a folder of the daemon's host."""
+
+    @_builtins.property
+    def parents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Rows of other datasets, "datasets/{id}", in order."""
+
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___Step]:
+        """Steps, applied to every row in this order."""
+
+    @_builtins.property
+    def repairs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Repairs to apply, by the names that findings' hints tell; "all" = every one."""
 
     def __init__(
         self,
@@ -721,14 +1513,175 @@ class CreateDatasetRequest(_message.Message):
         columns: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         move_alias: _builtins.bool = ...,
         keep_duplicates: _builtins.bool = ...,
+        hub: Global___HubSource | None = ...,
+        folder: Global___FolderSource | None = ...,
+        parents: _abc.Iterable[_builtins.str] | None = ...,
+        steps: _abc.Iterable[Global___Step] | None = ...,
+        near_duplicates: Global___NearDuplicates.ValueType = ...,
+        near_duplicate_similarity: _builtins.float | None = ...,
+        repairs: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["split", b"split"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_near_duplicate_similarity", b"_near_duplicate_similarity", "folder", b"folder", "hub", b"hub", "near_duplicate_similarity", b"near_duplicate_similarity", "split", b"split"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "dataset_id", b"dataset_id", "format", b"format", "keep_duplicates", b"keep_duplicates", "move_alias", b"move_alias", "on_row_error", b"on_row_error", "request_id", b"request_id", "split", b"split", "uploads", b"uploads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_near_duplicate_similarity", b"_near_duplicate_similarity", "columns", b"columns", "dataset_id", b"dataset_id", "folder", b"folder", "format", b"format", "hub", b"hub", "keep_duplicates", b"keep_duplicates", "move_alias", b"move_alias", "near_duplicate_similarity", b"near_duplicate_similarity", "near_duplicates", b"near_duplicates", "on_row_error", b"on_row_error", "parents", b"parents", "repairs", b"repairs", "request_id", b"request_id", "split", b"split", "steps", b"steps", "uploads", b"uploads"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__near_duplicate_similarity: _TypeAlias = _typing.Literal["near_duplicate_similarity"]  # noqa: Y015
+    _WhichOneofArgType__near_duplicate_similarity: _TypeAlias = _typing.Literal["_near_duplicate_similarity", b"_near_duplicate_similarity"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__near_duplicate_similarity) -> _WhichOneofReturnType__near_duplicate_similarity | None: ...
+
+Global___CreateDatasetRequest: _TypeAlias = CreateDatasetRequest  # noqa: Y015
+
+@_typing.final
+class ValidateDatasetRequest(_message.Message):
+    """Asks what CreateDataset would find."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLAN_FIELD_NUMBER: _builtins.int
+    MIN_SEVERITY_FIELD_NUMBER: _builtins.int
+    min_severity: Global___Severity.ValueType
+    """Only findings of this severity or worse are sent."""
+    @_builtins.property
+    def plan(self) -> Global___CreateDatasetRequest:
+        """The request as CreateDataset would get it; request_id, dataset_id and
+        on_row_error do not count and may be empty.
+        """
+
+    def __init__(
+        self,
+        *,
+        plan: Global___CreateDatasetRequest | None = ...,
+        min_severity: Global___Severity.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["min_severity", b"min_severity", "plan", b"plan"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___CreateDatasetRequest: _TypeAlias = CreateDatasetRequest  # noqa: Y015
+Global___ValidateDatasetRequest: _TypeAlias = ValidateDatasetRequest  # noqa: Y015
+
+@_typing.final
+class ValidateDatasetResponse(_message.Message):
+    """One message of a validation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    FINDINGS_FIELD_NUMBER: _builtins.int
+    REPORT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> Global___StageProgress:
+        """Where it stands."""
+
+    @_builtins.property
+    def findings(self) -> Global___Findings:
+        """Some findings."""
+
+    @_builtins.property
+    def report(self) -> Global___ValidationReport:
+        """The last message."""
+
+    def __init__(
+        self,
+        *,
+        progress: Global___StageProgress | None = ...,
+        findings: Global___Findings | None = ...,
+        report: Global___ValidationReport | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["findings", b"findings", "progress", b"progress", "report", b"report", "update", b"update"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["findings", b"findings", "progress", b"progress", "report", b"report", "update", b"update"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_update: _TypeAlias = _typing.Literal["progress", "findings", "report"]  # noqa: Y015
+    _WhichOneofArgType_update: _TypeAlias = _typing.Literal["update", b"update"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_update) -> _WhichOneofReturnType_update | None: ...
+
+Global___ValidateDatasetResponse: _TypeAlias = ValidateDatasetResponse  # noqa: Y015
+
+@_typing.final
+class Findings(_message.Message):
+    """Some findings."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FINDINGS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def findings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Finding]:
+        """In order of file and line."""
+
+    def __init__(
+        self,
+        *,
+        findings: _abc.Iterable[Global___Finding] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["findings", b"findings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Findings: _TypeAlias = Findings  # noqa: Y015
+
+@_typing.final
+class ValidationReport(_message.Message):
+    """What a validation found."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class SeveritiesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    PASSES_FIELD_NUMBER: _builtins.int
+    STATS_FIELD_NUMBER: _builtins.int
+    LINEAGE_FIELD_NUMBER: _builtins.int
+    SEVERITIES_FIELD_NUMBER: _builtins.int
+    passes: _builtins.bool
+    """CreateDataset with ON_ROW_ERROR_REFUSE would make a dataset of it."""
+    @_builtins.property
+    def stats(self) -> Global___DatasetStats:
+        """Counts and the score."""
+
+    @_builtins.property
+    def lineage(self) -> Global___DatasetLineage:
+        """Files, forms and steps."""
+
+    @_builtins.property
+    def severities(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Findings by severity, as in "error"."""
+
+    def __init__(
+        self,
+        *,
+        passes: _builtins.bool = ...,
+        stats: Global___DatasetStats | None = ...,
+        lineage: Global___DatasetLineage | None = ...,
+        severities: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lineage", b"lineage", "stats", b"stats"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lineage", b"lineage", "passes", b"passes", "severities", b"severities", "stats", b"stats"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ValidationReport: _TypeAlias = ValidationReport  # noqa: Y015
 
 @_typing.final
 class StageProgress(_message.Message):
@@ -956,6 +1909,7 @@ class ExportDatasetRequest(_message.Message):
     SPLIT_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
     MAX_ROWS_FIELD_NUMBER: _builtins.int
+    ON_LOSS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The dataset."""
     split: _builtins.str
@@ -964,6 +1918,8 @@ class ExportDatasetRequest(_message.Message):
     """The form; unspecified = canonical (qlorad.v1.Example as JSON)."""
     max_rows: _builtins.int
     """At most so many rows; 0 = all."""
+    on_loss: Global___OnLoss.ValueType
+    """What to do about rows that the format cannot carry whole."""
     def __init__(
         self,
         *,
@@ -971,10 +1927,11 @@ class ExportDatasetRequest(_message.Message):
         split: _builtins.str = ...,
         format: Global___RowFormat.ValueType = ...,
         max_rows: _builtins.int = ...,
+        on_loss: Global___OnLoss.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "max_rows", b"max_rows", "name", b"name", "split", b"split"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "max_rows", b"max_rows", "name", b"name", "on_loss", b"on_loss", "split", b"split"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -987,20 +1944,78 @@ class ExportDatasetResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DATA_FIELD_NUMBER: _builtins.int
+    SUMMARY_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
     """JSONL text, cut anywhere."""
+    @_builtins.property
+    def summary(self) -> Global___ExportSummary:
+        """In the last message."""
+
     def __init__(
         self,
         *,
         data: _builtins.bytes = ...,
+        summary: Global___ExportSummary | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "summary", b"summary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExportDatasetResponse: _TypeAlias = ExportDatasetResponse  # noqa: Y015
+
+@_typing.final
+class ExportSummary(_message.Message):
+    """What an export wrote and lost."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LostFieldsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    SKIPPED_ROWS_FIELD_NUMBER: _builtins.int
+    LOST_FIELDS_FIELD_NUMBER: _builtins.int
+    rows: _builtins.int
+    """Rows written."""
+    skipped_rows: _builtins.int
+    """Rows left out because the format cannot carry them."""
+    @_builtins.property
+    def lost_fields(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Rows that lost something, by field, as in "tools"."""
+
+    def __init__(
+        self,
+        *,
+        rows: _builtins.int = ...,
+        skipped_rows: _builtins.int = ...,
+        lost_fields: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lost_fields", b"lost_fields", "rows", b"rows", "skipped_rows", b"skipped_rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportSummary: _TypeAlias = ExportSummary  # noqa: Y015
 
 @_typing.final
 class ListFindingsRequest(_message.Message):
@@ -1062,6 +2077,7 @@ class BuildLedgerRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     MAX_LENGTH_TOKENS_FIELD_NUMBER: _builtins.int
     OVER_LENGTH_FIELD_NUMBER: _builtins.int
+    PROMPT_FORMAT_FIELD_NUMBER: _builtins.int
     dataset: _builtins.str
     """The dataset."""
     model: _builtins.str
@@ -1070,6 +2086,8 @@ class BuildLedgerRequest(_message.Message):
     """Longest row."""
     over_length: Global___OverLength.ValueType
     """What becomes of longer ones."""
+    prompt_format: _messages_pb2.PromptFormat.ValueType
+    """How conversations become text."""
     def __init__(
         self,
         *,
@@ -1077,10 +2095,11 @@ class BuildLedgerRequest(_message.Message):
         model: _builtins.str = ...,
         max_length_tokens: _builtins.int = ...,
         over_length: Global___OverLength.ValueType = ...,
+        prompt_format: _messages_pb2.PromptFormat.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "max_length_tokens", b"max_length_tokens", "model", b"model", "over_length", b"over_length"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "max_length_tokens", b"max_length_tokens", "model", b"model", "over_length", b"over_length", "prompt_format", b"prompt_format"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1100,6 +2119,9 @@ class LedgerSplit(_message.Message):
     CUT_TOKENS_FIELD_NUMBER: _builtins.int
     DROPPED_ROWS_FIELD_NUMBER: _builtins.int
     LONGEST_TOKENS_FIELD_NUMBER: _builtins.int
+    SPLIT_ROWS_FIELD_NUMBER: _builtins.int
+    PACKED_SEQUENCES_FIELD_NUMBER: _builtins.int
+    PACKING_FILL_FIELD_NUMBER: _builtins.int
     split: _builtins.str
     """"train", "validation" or "test"."""
     rows: _builtins.int
@@ -1116,6 +2138,12 @@ class LedgerSplit(_message.Message):
     """Rows left out whole."""
     longest_tokens: _builtins.int
     """The longest row, before any cut."""
+    split_rows: _builtins.int
+    """Source rows that became several."""
+    packed_sequences: _builtins.int
+    """Sequences of max_length_tokens that best-fit packing makes of the rows."""
+    packing_fill: _builtins.float
+    """Share of those sequences that holds tokens, 0 to 1."""
     def __init__(
         self,
         *,
@@ -1127,10 +2155,13 @@ class LedgerSplit(_message.Message):
         cut_tokens: _builtins.int = ...,
         dropped_rows: _builtins.int = ...,
         longest_tokens: _builtins.int = ...,
+        split_rows: _builtins.int = ...,
+        packed_sequences: _builtins.int = ...,
+        packing_fill: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cut_tokens", b"cut_tokens", "dropped_rows", b"dropped_rows", "longest_tokens", b"longest_tokens", "rows", b"rows", "split", b"split", "tokens", b"tokens", "trained_tokens", b"trained_tokens", "truncated_rows", b"truncated_rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cut_tokens", b"cut_tokens", "dropped_rows", b"dropped_rows", "longest_tokens", b"longest_tokens", "packed_sequences", b"packed_sequences", "packing_fill", b"packing_fill", "rows", b"rows", "split", b"split", "split_rows", b"split_rows", "tokens", b"tokens", "trained_tokens", b"trained_tokens", "truncated_rows", b"truncated_rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1149,6 +2180,7 @@ class Ledger(_message.Message):
     MAX_LENGTH_TOKENS_FIELD_NUMBER: _builtins.int
     OVER_LENGTH_FIELD_NUMBER: _builtins.int
     SPLITS_FIELD_NUMBER: _builtins.int
+    PROMPT_FORMAT_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     """Its digest."""
     dataset_digest: _builtins.str
@@ -1161,6 +2193,8 @@ class Ledger(_message.Message):
     """Longest row allowed."""
     over_length: Global___OverLength.ValueType
     """What became of longer ones."""
+    prompt_format: _messages_pb2.PromptFormat.ValueType
+    """How conversations became text."""
     @_builtins.property
     def splits(self) -> _containers.RepeatedCompositeFieldContainer[Global___LedgerSplit]:
         """Counts."""
@@ -1175,10 +2209,11 @@ class Ledger(_message.Message):
         max_length_tokens: _builtins.int = ...,
         over_length: Global___OverLength.ValueType = ...,
         splits: _abc.Iterable[Global___LedgerSplit] | None = ...,
+        prompt_format: _messages_pb2.PromptFormat.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset_digest", b"dataset_digest", "digest", b"digest", "max_length_tokens", b"max_length_tokens", "over_length", b"over_length", "splits", b"splits", "template_digest", b"template_digest", "tokenizer_digest", b"tokenizer_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset_digest", b"dataset_digest", "digest", b"digest", "max_length_tokens", b"max_length_tokens", "over_length", b"over_length", "prompt_format", b"prompt_format", "splits", b"splits", "template_digest", b"template_digest", "tokenizer_digest", b"tokenizer_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1262,10 +2297,17 @@ class LedgerRow(_message.Message):
     TRAINED_FIELD_NUMBER: _builtins.int
     CUT_IDS_FIELD_NUMBER: _builtins.int
     PIECES_FIELD_NUMBER: _builtins.int
+    ORIGIN_FIELD_NUMBER: _builtins.int
+    SOURCE_ROW_FIELD_NUMBER: _builtins.int
+    PIECE_FIELD_NUMBER: _builtins.int
     row: _builtins.int
     """Its number in the split."""
     text: _builtins.str
     """The rendered text, cut part included."""
+    source_row: _builtins.int
+    """Number of the row in its dataset's split, from 0."""
+    piece: _builtins.int
+    """Which piece of it, from 0, where it was split."""
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Token ids that are kept."""
@@ -1282,6 +2324,10 @@ class LedgerRow(_message.Message):
     def pieces(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Each kept id as text."""
 
+    @_builtins.property
+    def origin(self) -> Global___Origin:
+        """Where the row came from."""
+
     def __init__(
         self,
         *,
@@ -1291,10 +2337,13 @@ class LedgerRow(_message.Message):
         trained: _abc.Iterable[_builtins.bool] | None = ...,
         cut_ids: _abc.Iterable[_builtins.int] | None = ...,
         pieces: _abc.Iterable[_builtins.str] | None = ...,
+        origin: Global___Origin | None = ...,
+        source_row: _builtins.int = ...,
+        piece: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["origin", b"origin"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cut_ids", b"cut_ids", "ids", b"ids", "pieces", b"pieces", "row", b"row", "text", b"text", "trained", b"trained"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cut_ids", b"cut_ids", "ids", b"ids", "origin", b"origin", "piece", b"piece", "pieces", b"pieces", "row", b"row", "source_row", b"source_row", "text", b"text", "trained", b"trained"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1323,3 +2372,221 @@ class ReadLedgerResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReadLedgerResponse: _TypeAlias = ReadLedgerResponse  # noqa: Y015
+
+@_typing.final
+class MeasureDatasetRequest(_message.Message):
+    """Asks for a measure."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATASET_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    PROMPT_FORMAT_FIELD_NUMBER: _builtins.int
+    MAX_LENGTH_TOKENS_FIELD_NUMBER: _builtins.int
+    dataset: _builtins.str
+    """The dataset."""
+    model: _builtins.str
+    """The model whose tokenizer and template count, "models/{id}"."""
+    prompt_format: _messages_pb2.PromptFormat.ValueType
+    """How conversations become text."""
+    @_builtins.property
+    def max_length_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Lengths to forecast for; empty = powers of two up to the model's context."""
+
+    def __init__(
+        self,
+        *,
+        dataset: _builtins.str = ...,
+        model: _builtins.str = ...,
+        prompt_format: _messages_pb2.PromptFormat.ValueType = ...,
+        max_length_tokens: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "max_length_tokens", b"max_length_tokens", "model", b"model", "prompt_format", b"prompt_format"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasureDatasetRequest: _TypeAlias = MeasureDatasetRequest  # noqa: Y015
+
+@_typing.final
+class MeasureDatasetResponse(_message.Message):
+    """One message of a measure."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    MEASURE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> Global___StageProgress:
+        """Where it stands."""
+
+    @_builtins.property
+    def measure(self) -> Global___DatasetMeasure:
+        """The last message."""
+
+    def __init__(
+        self,
+        *,
+        progress: Global___StageProgress | None = ...,
+        measure: Global___DatasetMeasure | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["measure", b"measure", "progress", b"progress", "update", b"update"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["measure", b"measure", "progress", b"progress", "update", b"update"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_update: _TypeAlias = _typing.Literal["progress", "measure"]  # noqa: Y015
+    _WhichOneofArgType_update: _TypeAlias = _typing.Literal["update", b"update"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_update) -> _WhichOneofReturnType_update | None: ...
+
+Global___MeasureDatasetResponse: _TypeAlias = MeasureDatasetResponse  # noqa: Y015
+
+@_typing.final
+class DatasetMeasure(_message.Message):
+    """A dataset in tokens of one model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class UnusableRowsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    DATASET_DIGEST_FIELD_NUMBER: _builtins.int
+    MODEL_DIGEST_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    TRAINED_TOKENS_FIELD_NUMBER: _builtins.int
+    ROW_TOKENS_FIELD_NUMBER: _builtins.int
+    QUANTILES_FIELD_NUMBER: _builtins.int
+    FORECASTS_FIELD_NUMBER: _builtins.int
+    UNUSABLE_ROWS_FIELD_NUMBER: _builtins.int
+    dataset_digest: _builtins.str
+    """The dataset."""
+    model_digest: _builtins.str
+    """The model."""
+    rows: _builtins.int
+    """Rows measured."""
+    tokens: _builtins.int
+    """Tokens of all of them."""
+    trained_tokens: _builtins.int
+    """Tokens that carry loss."""
+    @_builtins.property
+    def row_tokens(self) -> Global___Histogram:
+        """Tokens of a row."""
+
+    @_builtins.property
+    def quantiles(self) -> _containers.RepeatedCompositeFieldContainer[Global___LengthQuantile]:
+        """Lengths that 50, 90, 95, 99 and 100 percent of rows do not exceed."""
+
+    @_builtins.property
+    def forecasts(self) -> _containers.RepeatedCompositeFieldContainer[Global___LengthForecast]:
+        """What each maximal length would do, rising."""
+
+    @_builtins.property
+    def unusable_rows(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Rows that cannot be rendered or teach nothing, by rule."""
+
+    def __init__(
+        self,
+        *,
+        dataset_digest: _builtins.str = ...,
+        model_digest: _builtins.str = ...,
+        rows: _builtins.int = ...,
+        tokens: _builtins.int = ...,
+        trained_tokens: _builtins.int = ...,
+        row_tokens: Global___Histogram | None = ...,
+        quantiles: _abc.Iterable[Global___LengthQuantile] | None = ...,
+        forecasts: _abc.Iterable[Global___LengthForecast] | None = ...,
+        unusable_rows: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["row_tokens", b"row_tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset_digest", b"dataset_digest", "forecasts", b"forecasts", "model_digest", b"model_digest", "quantiles", b"quantiles", "row_tokens", b"row_tokens", "rows", b"rows", "tokens", b"tokens", "trained_tokens", b"trained_tokens", "unusable_rows", b"unusable_rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DatasetMeasure: _TypeAlias = DatasetMeasure  # noqa: Y015
+
+@_typing.final
+class LengthQuantile(_message.Message):
+    """A quantile of row lengths."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARE_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    share: _builtins.float
+    """Between 0 and 1."""
+    tokens: _builtins.int
+    """That many tokens."""
+    def __init__(
+        self,
+        *,
+        share: _builtins.float = ...,
+        tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["share", b"share", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LengthQuantile: _TypeAlias = LengthQuantile  # noqa: Y015
+
+@_typing.final
+class LengthForecast(_message.Message):
+    """What a maximal length would do."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_LENGTH_TOKENS_FIELD_NUMBER: _builtins.int
+    LONGER_ROWS_FIELD_NUMBER: _builtins.int
+    CUT_TOKENS_FIELD_NUMBER: _builtins.int
+    CUT_TRAINED_TOKENS_FIELD_NUMBER: _builtins.int
+    PACKED_SEQUENCES_FIELD_NUMBER: _builtins.int
+    PACKING_FILL_FIELD_NUMBER: _builtins.int
+    max_length_tokens: _builtins.int
+    """The length."""
+    longer_rows: _builtins.int
+    """Rows above it."""
+    cut_tokens: _builtins.int
+    """Tokens that truncation would cut."""
+    cut_trained_tokens: _builtins.int
+    """Trained tokens among them."""
+    packed_sequences: _builtins.int
+    """Sequences that best-fit packing makes of the rows, longer ones truncated."""
+    packing_fill: _builtins.float
+    """Share of those sequences that holds tokens, 0 to 1."""
+    def __init__(
+        self,
+        *,
+        max_length_tokens: _builtins.int = ...,
+        longer_rows: _builtins.int = ...,
+        cut_tokens: _builtins.int = ...,
+        cut_trained_tokens: _builtins.int = ...,
+        packed_sequences: _builtins.int = ...,
+        packing_fill: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cut_tokens", b"cut_tokens", "cut_trained_tokens", b"cut_trained_tokens", "longer_rows", b"longer_rows", "max_length_tokens", b"max_length_tokens", "packed_sequences", b"packed_sequences", "packing_fill", b"packing_fill"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LengthForecast: _TypeAlias = LengthForecast  # noqa: Y015

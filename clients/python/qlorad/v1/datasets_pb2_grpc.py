@@ -29,7 +29,9 @@ class DatasetServiceStub:
     """Takes files, makes datasets of them, and says of every token what becomes of it.
 
     Flow: StartUpload, WriteUpload (again from committed_bytes after a cut),
-    CreateDataset, then BuildLedger for a model. Every call may also answer
+    CreateDataset, then BuildLedger for a model. A dataset may also come from a
+    hub, from a folder of the daemon's host, or from other datasets (to clean,
+    split or join them). Every call may also answer
     UNAUTHENTICATED, UNAVAILABLE (draining; retry), DEADLINE_EXCEEDED, CANCELLED
     and INTERNAL (with a log id).
     """
@@ -59,6 +61,16 @@ class DatasetServiceStub:
                 '/qlorad.v1.DatasetService/CreateDataset',
                 request_serializer=qlorad_dot_v1_dot_datasets__pb2.CreateDatasetRequest.SerializeToString,
                 response_deserializer=qlorad_dot_v1_dot_datasets__pb2.CreateDatasetResponse.FromString,
+                _registered_method=True)
+        self.ValidateDataset = channel.unary_stream(
+                '/qlorad.v1.DatasetService/ValidateDataset',
+                request_serializer=qlorad_dot_v1_dot_datasets__pb2.ValidateDatasetRequest.SerializeToString,
+                response_deserializer=qlorad_dot_v1_dot_datasets__pb2.ValidateDatasetResponse.FromString,
+                _registered_method=True)
+        self.ListSteps = channel.unary_unary(
+                '/qlorad.v1.DatasetService/ListSteps',
+                request_serializer=qlorad_dot_v1_dot_datasets__pb2.ListStepsRequest.SerializeToString,
+                response_deserializer=qlorad_dot_v1_dot_datasets__pb2.ListStepsResponse.FromString,
                 _registered_method=True)
         self.GetDataset = channel.unary_unary(
                 '/qlorad.v1.DatasetService/GetDataset',
@@ -90,6 +102,11 @@ class DatasetServiceStub:
                 request_serializer=qlorad_dot_v1_dot_datasets__pb2.BuildLedgerRequest.SerializeToString,
                 response_deserializer=qlorad_dot_v1_dot_datasets__pb2.BuildLedgerResponse.FromString,
                 _registered_method=True)
+        self.MeasureDataset = channel.unary_stream(
+                '/qlorad.v1.DatasetService/MeasureDataset',
+                request_serializer=qlorad_dot_v1_dot_datasets__pb2.MeasureDatasetRequest.SerializeToString,
+                response_deserializer=qlorad_dot_v1_dot_datasets__pb2.MeasureDatasetResponse.FromString,
+                _registered_method=True)
         self.ReadLedger = channel.unary_stream(
                 '/qlorad.v1.DatasetService/ReadLedger',
                 request_serializer=qlorad_dot_v1_dot_datasets__pb2.ReadLedgerRequest.SerializeToString,
@@ -101,7 +118,9 @@ class DatasetServiceServicer:
     """Takes files, makes datasets of them, and says of every token what becomes of it.
 
     Flow: StartUpload, WriteUpload (again from committed_bytes after a cut),
-    CreateDataset, then BuildLedger for a model. Every call may also answer
+    CreateDataset, then BuildLedger for a model. A dataset may also come from a
+    hub, from a folder of the daemon's host, or from other datasets (to clean,
+    split or join them). Every call may also answer
     UNAUTHENTICATED, UNAVAILABLE (draining; retry), DEADLINE_EXCEEDED, CANCELLED
     and INTERNAL (with a log id).
     """
@@ -139,16 +158,39 @@ class DatasetServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CreateDataset(self, request, context):
-        """Makes a dataset of complete uploads: parses, validates row by row, splits
-        with a seed, seals. Streams progress; ends with the dataset. Calling again
-        with the same request_id attaches, or gives the same answer.
+        """Makes a dataset of its sources: fetches, parses, repairs, runs the steps,
+        validates row by row, finds duplicates, splits with a seed, seals. Streams
+        progress; ends with the dataset. Calling again with the same request_id
+        attaches, or gives the same answer.
         A broken row is a finding of severity ERROR; what becomes of it is said by
         on_row_error. Nothing is visible unless all went well.
         Errors: INVALID_ARGUMENT (a field, or rows: the first findings are listed with
-        file and line); NOT_FOUND (upload); FAILED_PRECONDITION WRONG_STATE (upload
-        incomplete); ALREADY_EXISTS; RESOURCE_EXHAUSTED TOO_LARGE (a bound of the
-        worker), DISK_FULL or QUEUE_FULL (call again later); UNAVAILABLE WORKER_LOST
-        (call again).
+        file and line); NOT_FOUND (upload, parent, folder, or what the hub does not
+        have); PERMISSION_DENIED (the hub wants a token, or the folder lies outside
+        of the roots); FAILED_PRECONDITION WRONG_STATE (upload incomplete);
+        ALREADY_EXISTS; RESOURCE_EXHAUSTED TOO_LARGE (a bound of the worker),
+        DISK_FULL or QUEUE_FULL (call again later); DATA_LOSS CORRUPT (the hub sent
+        other bytes than it announced, or a parent is damaged); UNAVAILABLE
+        WORKER_LOST or UPSTREAM (the hub does not answer; call again: what was
+        fetched is kept).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ValidateDataset(self, request, context):
+        """Does all of CreateDataset but sealing: streams progress, every finding in
+        order of file and line, and at the end the report. A row with an ERROR is a
+        finding here and never ends the call.
+        Errors: as CreateDataset, but for those of rows and of the alias.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListSteps(self, request, context):
+        """Lists the steps that a pipeline may use, those of plug-ins too.
+        Errors: UNAVAILABLE WORKER_LOST (a plug-in could not be loaded; names it).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -179,9 +221,11 @@ class DatasetServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ExportDataset(self, request, context):
-        """Streams a dataset's rows out in a chosen format, as JSONL text.
-        Errors: NOT_FOUND; INVALID_ARGUMENT (split, format); FAILED_PRECONDITION
-        REJECTED (a row that the format cannot carry; names row and field).
+        """Streams a dataset's rows out in a chosen format, as JSONL text; ends with a
+        summary of what was written and what was lost.
+        Errors: NOT_FOUND; INVALID_ARGUMENT (split, format, on_loss);
+        FAILED_PRECONDITION REJECTED (a row that the format cannot carry, unless
+        on_loss allows it; names row and field).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -204,6 +248,16 @@ class DatasetServiceServicer:
         FAILED_PRECONDITION REJECTED (a template whose mask cannot be found: names the
         turn); UNAVAILABLE WORKER_LOST (call again); RESOURCE_EXHAUSTED DISK_FULL,
         TOO_LARGE (a bound of the worker) or QUEUE_FULL (call again later).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MeasureDataset(self, request, context):
+        """Counts a dataset's tokens for one model without sealing anything: a histogram
+        of row lengths, and what each maximal length would cut and pack. Streams
+        progress, ends with the measure.
+        Errors: as BuildLedger; rows that a template refuses are counted, not errors.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -240,6 +294,16 @@ def add_DatasetServiceServicer_to_server(servicer, server):
                     request_deserializer=qlorad_dot_v1_dot_datasets__pb2.CreateDatasetRequest.FromString,
                     response_serializer=qlorad_dot_v1_dot_datasets__pb2.CreateDatasetResponse.SerializeToString,
             ),
+            'ValidateDataset': grpc.unary_stream_rpc_method_handler(
+                    servicer.ValidateDataset,
+                    request_deserializer=qlorad_dot_v1_dot_datasets__pb2.ValidateDatasetRequest.FromString,
+                    response_serializer=qlorad_dot_v1_dot_datasets__pb2.ValidateDatasetResponse.SerializeToString,
+            ),
+            'ListSteps': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSteps,
+                    request_deserializer=qlorad_dot_v1_dot_datasets__pb2.ListStepsRequest.FromString,
+                    response_serializer=qlorad_dot_v1_dot_datasets__pb2.ListStepsResponse.SerializeToString,
+            ),
             'GetDataset': grpc.unary_unary_rpc_method_handler(
                     servicer.GetDataset,
                     request_deserializer=qlorad_dot_v1_dot_datasets__pb2.GetDatasetRequest.FromString,
@@ -270,6 +334,11 @@ def add_DatasetServiceServicer_to_server(servicer, server):
                     request_deserializer=qlorad_dot_v1_dot_datasets__pb2.BuildLedgerRequest.FromString,
                     response_serializer=qlorad_dot_v1_dot_datasets__pb2.BuildLedgerResponse.SerializeToString,
             ),
+            'MeasureDataset': grpc.unary_stream_rpc_method_handler(
+                    servicer.MeasureDataset,
+                    request_deserializer=qlorad_dot_v1_dot_datasets__pb2.MeasureDatasetRequest.FromString,
+                    response_serializer=qlorad_dot_v1_dot_datasets__pb2.MeasureDatasetResponse.SerializeToString,
+            ),
             'ReadLedger': grpc.unary_stream_rpc_method_handler(
                     servicer.ReadLedger,
                     request_deserializer=qlorad_dot_v1_dot_datasets__pb2.ReadLedgerRequest.FromString,
@@ -287,7 +356,9 @@ class DatasetService:
     """Takes files, makes datasets of them, and says of every token what becomes of it.
 
     Flow: StartUpload, WriteUpload (again from committed_bytes after a cut),
-    CreateDataset, then BuildLedger for a model. Every call may also answer
+    CreateDataset, then BuildLedger for a model. A dataset may also come from a
+    hub, from a folder of the daemon's host, or from other datasets (to clean,
+    split or join them). Every call may also answer
     UNAUTHENTICATED, UNAVAILABLE (draining; retry), DEADLINE_EXCEEDED, CANCELLED
     and INTERNAL (with a log id).
     """
@@ -390,6 +461,60 @@ class DatasetService:
             '/qlorad.v1.DatasetService/CreateDataset',
             qlorad_dot_v1_dot_datasets__pb2.CreateDatasetRequest.SerializeToString,
             qlorad_dot_v1_dot_datasets__pb2.CreateDatasetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ValidateDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/qlorad.v1.DatasetService/ValidateDataset',
+            qlorad_dot_v1_dot_datasets__pb2.ValidateDatasetRequest.SerializeToString,
+            qlorad_dot_v1_dot_datasets__pb2.ValidateDatasetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSteps(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/qlorad.v1.DatasetService/ListSteps',
+            qlorad_dot_v1_dot_datasets__pb2.ListStepsRequest.SerializeToString,
+            qlorad_dot_v1_dot_datasets__pb2.ListStepsResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -552,6 +677,33 @@ class DatasetService:
             '/qlorad.v1.DatasetService/BuildLedger',
             qlorad_dot_v1_dot_datasets__pb2.BuildLedgerRequest.SerializeToString,
             qlorad_dot_v1_dot_datasets__pb2.BuildLedgerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MeasureDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/qlorad.v1.DatasetService/MeasureDataset',
+            qlorad_dot_v1_dot_datasets__pb2.MeasureDatasetRequest.SerializeToString,
+            qlorad_dot_v1_dot_datasets__pb2.MeasureDatasetResponse.FromString,
             options,
             channel_credentials,
             insecure,

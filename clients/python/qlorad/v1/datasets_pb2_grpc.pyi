@@ -30,7 +30,9 @@ class DatasetServiceStub:
     """Takes files, makes datasets of them, and says of every token what becomes of it.
 
     Flow: StartUpload, WriteUpload (again from committed_bytes after a cut),
-    CreateDataset, then BuildLedger for a model. Every call may also answer
+    CreateDataset, then BuildLedger for a model. A dataset may also come from a
+    hub, from a folder of the daemon's host, or from other datasets (to clean,
+    split or join them). Every call may also answer
     UNAUTHENTICATED, UNAVAILABLE (draining; retry), DEADLINE_EXCEEDED, CANCELLED
     and INTERNAL (with a log id).
     """
@@ -60,16 +62,31 @@ class DatasetServiceStub:
     Errors: NOT_FOUND.
     """
     CreateDataset: _grpc.UnaryStreamMultiCallable[_datasets_pb2.CreateDatasetRequest, _datasets_pb2.CreateDatasetResponse]
-    """Makes a dataset of complete uploads: parses, validates row by row, splits
-    with a seed, seals. Streams progress; ends with the dataset. Calling again
-    with the same request_id attaches, or gives the same answer.
+    """Makes a dataset of its sources: fetches, parses, repairs, runs the steps,
+    validates row by row, finds duplicates, splits with a seed, seals. Streams
+    progress; ends with the dataset. Calling again with the same request_id
+    attaches, or gives the same answer.
     A broken row is a finding of severity ERROR; what becomes of it is said by
     on_row_error. Nothing is visible unless all went well.
     Errors: INVALID_ARGUMENT (a field, or rows: the first findings are listed with
-    file and line); NOT_FOUND (upload); FAILED_PRECONDITION WRONG_STATE (upload
-    incomplete); ALREADY_EXISTS; RESOURCE_EXHAUSTED TOO_LARGE (a bound of the
-    worker), DISK_FULL or QUEUE_FULL (call again later); UNAVAILABLE WORKER_LOST
-    (call again).
+    file and line); NOT_FOUND (upload, parent, folder, or what the hub does not
+    have); PERMISSION_DENIED (the hub wants a token, or the folder lies outside
+    of the roots); FAILED_PRECONDITION WRONG_STATE (upload incomplete);
+    ALREADY_EXISTS; RESOURCE_EXHAUSTED TOO_LARGE (a bound of the worker),
+    DISK_FULL or QUEUE_FULL (call again later); DATA_LOSS CORRUPT (the hub sent
+    other bytes than it announced, or a parent is damaged); UNAVAILABLE
+    WORKER_LOST or UPSTREAM (the hub does not answer; call again: what was
+    fetched is kept).
+    """
+    ValidateDataset: _grpc.UnaryStreamMultiCallable[_datasets_pb2.ValidateDatasetRequest, _datasets_pb2.ValidateDatasetResponse]
+    """Does all of CreateDataset but sealing: streams progress, every finding in
+    order of file and line, and at the end the report. A row with an ERROR is a
+    finding here and never ends the call.
+    Errors: as CreateDataset, but for those of rows and of the alias.
+    """
+    ListSteps: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.ListStepsRequest, _datasets_pb2.ListStepsResponse]
+    """Lists the steps that a pipeline may use, those of plug-ins too.
+    Errors: UNAVAILABLE WORKER_LOST (a plug-in could not be loaded; names it).
     """
     GetDataset: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.GetDatasetRequest, _datasets_pb2.GetDatasetResponse]
     """Reads one dataset by alias or digest.
@@ -84,9 +101,11 @@ class DatasetServiceStub:
     Errors: NOT_FOUND; FAILED_PRECONDITION IN_USE (names the holders; stop them first).
     """
     ExportDataset: _grpc.UnaryStreamMultiCallable[_datasets_pb2.ExportDatasetRequest, _datasets_pb2.ExportDatasetResponse]
-    """Streams a dataset's rows out in a chosen format, as JSONL text.
-    Errors: NOT_FOUND; INVALID_ARGUMENT (split, format); FAILED_PRECONDITION
-    REJECTED (a row that the format cannot carry; names row and field).
+    """Streams a dataset's rows out in a chosen format, as JSONL text; ends with a
+    summary of what was written and what was lost.
+    Errors: NOT_FOUND; INVALID_ARGUMENT (split, format, on_loss);
+    FAILED_PRECONDITION REJECTED (a row that the format cannot carry, unless
+    on_loss allows it; names row and field).
     """
     ListFindings: _grpc.UnaryStreamMultiCallable[_datasets_pb2.ListFindingsRequest, _datasets_pb2.ListFindingsResponse]
     """Streams what validation found, in order of file and line.
@@ -102,6 +121,12 @@ class DatasetServiceStub:
     turn); UNAVAILABLE WORKER_LOST (call again); RESOURCE_EXHAUSTED DISK_FULL,
     TOO_LARGE (a bound of the worker) or QUEUE_FULL (call again later).
     """
+    MeasureDataset: _grpc.UnaryStreamMultiCallable[_datasets_pb2.MeasureDatasetRequest, _datasets_pb2.MeasureDatasetResponse]
+    """Counts a dataset's tokens for one model without sealing anything: a histogram
+    of row lengths, and what each maximal length would cut and pack. Streams
+    progress, ends with the measure.
+    Errors: as BuildLedger; rows that a template refuses are counted, not errors.
+    """
     ReadLedger: _grpc.UnaryStreamMultiCallable[_datasets_pb2.ReadLedgerRequest, _datasets_pb2.ReadLedgerResponse]
     """Streams ledger rows: text, ids, mask and cuts of each.
     Errors: NOT_FOUND; INVALID_ARGUMENT (split, row range).
@@ -112,7 +137,9 @@ class DatasetServiceAsyncStub(DatasetServiceStub):
     """Takes files, makes datasets of them, and says of every token what becomes of it.
 
     Flow: StartUpload, WriteUpload (again from committed_bytes after a cut),
-    CreateDataset, then BuildLedger for a model. Every call may also answer
+    CreateDataset, then BuildLedger for a model. A dataset may also come from a
+    hub, from a folder of the daemon's host, or from other datasets (to clean,
+    split or join them). Every call may also answer
     UNAUTHENTICATED, UNAVAILABLE (draining; retry), DEADLINE_EXCEEDED, CANCELLED
     and INTERNAL (with a log id).
     """
@@ -139,16 +166,31 @@ class DatasetServiceAsyncStub(DatasetServiceStub):
     Errors: NOT_FOUND.
     """
     CreateDataset: _aio.UnaryStreamMultiCallable[_datasets_pb2.CreateDatasetRequest, _datasets_pb2.CreateDatasetResponse]  # type: ignore[assignment]
-    """Makes a dataset of complete uploads: parses, validates row by row, splits
-    with a seed, seals. Streams progress; ends with the dataset. Calling again
-    with the same request_id attaches, or gives the same answer.
+    """Makes a dataset of its sources: fetches, parses, repairs, runs the steps,
+    validates row by row, finds duplicates, splits with a seed, seals. Streams
+    progress; ends with the dataset. Calling again with the same request_id
+    attaches, or gives the same answer.
     A broken row is a finding of severity ERROR; what becomes of it is said by
     on_row_error. Nothing is visible unless all went well.
     Errors: INVALID_ARGUMENT (a field, or rows: the first findings are listed with
-    file and line); NOT_FOUND (upload); FAILED_PRECONDITION WRONG_STATE (upload
-    incomplete); ALREADY_EXISTS; RESOURCE_EXHAUSTED TOO_LARGE (a bound of the
-    worker), DISK_FULL or QUEUE_FULL (call again later); UNAVAILABLE WORKER_LOST
-    (call again).
+    file and line); NOT_FOUND (upload, parent, folder, or what the hub does not
+    have); PERMISSION_DENIED (the hub wants a token, or the folder lies outside
+    of the roots); FAILED_PRECONDITION WRONG_STATE (upload incomplete);
+    ALREADY_EXISTS; RESOURCE_EXHAUSTED TOO_LARGE (a bound of the worker),
+    DISK_FULL or QUEUE_FULL (call again later); DATA_LOSS CORRUPT (the hub sent
+    other bytes than it announced, or a parent is damaged); UNAVAILABLE
+    WORKER_LOST or UPSTREAM (the hub does not answer; call again: what was
+    fetched is kept).
+    """
+    ValidateDataset: _aio.UnaryStreamMultiCallable[_datasets_pb2.ValidateDatasetRequest, _datasets_pb2.ValidateDatasetResponse]  # type: ignore[assignment]
+    """Does all of CreateDataset but sealing: streams progress, every finding in
+    order of file and line, and at the end the report. A row with an ERROR is a
+    finding here and never ends the call.
+    Errors: as CreateDataset, but for those of rows and of the alias.
+    """
+    ListSteps: _aio.UnaryUnaryMultiCallable[_datasets_pb2.ListStepsRequest, _datasets_pb2.ListStepsResponse]  # type: ignore[assignment]
+    """Lists the steps that a pipeline may use, those of plug-ins too.
+    Errors: UNAVAILABLE WORKER_LOST (a plug-in could not be loaded; names it).
     """
     GetDataset: _aio.UnaryUnaryMultiCallable[_datasets_pb2.GetDatasetRequest, _datasets_pb2.GetDatasetResponse]  # type: ignore[assignment]
     """Reads one dataset by alias or digest.
@@ -163,9 +205,11 @@ class DatasetServiceAsyncStub(DatasetServiceStub):
     Errors: NOT_FOUND; FAILED_PRECONDITION IN_USE (names the holders; stop them first).
     """
     ExportDataset: _aio.UnaryStreamMultiCallable[_datasets_pb2.ExportDatasetRequest, _datasets_pb2.ExportDatasetResponse]  # type: ignore[assignment]
-    """Streams a dataset's rows out in a chosen format, as JSONL text.
-    Errors: NOT_FOUND; INVALID_ARGUMENT (split, format); FAILED_PRECONDITION
-    REJECTED (a row that the format cannot carry; names row and field).
+    """Streams a dataset's rows out in a chosen format, as JSONL text; ends with a
+    summary of what was written and what was lost.
+    Errors: NOT_FOUND; INVALID_ARGUMENT (split, format, on_loss);
+    FAILED_PRECONDITION REJECTED (a row that the format cannot carry, unless
+    on_loss allows it; names row and field).
     """
     ListFindings: _aio.UnaryStreamMultiCallable[_datasets_pb2.ListFindingsRequest, _datasets_pb2.ListFindingsResponse]  # type: ignore[assignment]
     """Streams what validation found, in order of file and line.
@@ -181,6 +225,12 @@ class DatasetServiceAsyncStub(DatasetServiceStub):
     turn); UNAVAILABLE WORKER_LOST (call again); RESOURCE_EXHAUSTED DISK_FULL,
     TOO_LARGE (a bound of the worker) or QUEUE_FULL (call again later).
     """
+    MeasureDataset: _aio.UnaryStreamMultiCallable[_datasets_pb2.MeasureDatasetRequest, _datasets_pb2.MeasureDatasetResponse]  # type: ignore[assignment]
+    """Counts a dataset's tokens for one model without sealing anything: a histogram
+    of row lengths, and what each maximal length would cut and pack. Streams
+    progress, ends with the measure.
+    Errors: as BuildLedger; rows that a template refuses are counted, not errors.
+    """
     ReadLedger: _aio.UnaryStreamMultiCallable[_datasets_pb2.ReadLedgerRequest, _datasets_pb2.ReadLedgerResponse]  # type: ignore[assignment]
     """Streams ledger rows: text, ids, mask and cuts of each.
     Errors: NOT_FOUND; INVALID_ARGUMENT (split, row range).
@@ -190,7 +240,9 @@ class DatasetServiceServicer(metaclass=_abc_1.ABCMeta):
     """Takes files, makes datasets of them, and says of every token what becomes of it.
 
     Flow: StartUpload, WriteUpload (again from committed_bytes after a cut),
-    CreateDataset, then BuildLedger for a model. Every call may also answer
+    CreateDataset, then BuildLedger for a model. A dataset may also come from a
+    hub, from a folder of the daemon's host, or from other datasets (to clean,
+    split or join them). Every call may also answer
     UNAUTHENTICATED, UNAVAILABLE (draining; retry), DEADLINE_EXCEEDED, CANCELLED
     and INTERNAL (with a log id).
     """
@@ -239,16 +291,43 @@ class DatasetServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _datasets_pb2.CreateDatasetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_datasets_pb2.CreateDatasetResponse], _abc.AsyncIterator[_datasets_pb2.CreateDatasetResponse]]:
-        """Makes a dataset of complete uploads: parses, validates row by row, splits
-        with a seed, seals. Streams progress; ends with the dataset. Calling again
-        with the same request_id attaches, or gives the same answer.
+        """Makes a dataset of its sources: fetches, parses, repairs, runs the steps,
+        validates row by row, finds duplicates, splits with a seed, seals. Streams
+        progress; ends with the dataset. Calling again with the same request_id
+        attaches, or gives the same answer.
         A broken row is a finding of severity ERROR; what becomes of it is said by
         on_row_error. Nothing is visible unless all went well.
         Errors: INVALID_ARGUMENT (a field, or rows: the first findings are listed with
-        file and line); NOT_FOUND (upload); FAILED_PRECONDITION WRONG_STATE (upload
-        incomplete); ALREADY_EXISTS; RESOURCE_EXHAUSTED TOO_LARGE (a bound of the
-        worker), DISK_FULL or QUEUE_FULL (call again later); UNAVAILABLE WORKER_LOST
-        (call again).
+        file and line); NOT_FOUND (upload, parent, folder, or what the hub does not
+        have); PERMISSION_DENIED (the hub wants a token, or the folder lies outside
+        of the roots); FAILED_PRECONDITION WRONG_STATE (upload incomplete);
+        ALREADY_EXISTS; RESOURCE_EXHAUSTED TOO_LARGE (a bound of the worker),
+        DISK_FULL or QUEUE_FULL (call again later); DATA_LOSS CORRUPT (the hub sent
+        other bytes than it announced, or a parent is damaged); UNAVAILABLE
+        WORKER_LOST or UPSTREAM (the hub does not answer; call again: what was
+        fetched is kept).
+        """
+
+    @_abc_1.abstractmethod
+    def ValidateDataset(
+        self,
+        request: _datasets_pb2.ValidateDatasetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_datasets_pb2.ValidateDatasetResponse], _abc.AsyncIterator[_datasets_pb2.ValidateDatasetResponse]]:
+        """Does all of CreateDataset but sealing: streams progress, every finding in
+        order of file and line, and at the end the report. A row with an ERROR is a
+        finding here and never ends the call.
+        Errors: as CreateDataset, but for those of rows and of the alias.
+        """
+
+    @_abc_1.abstractmethod
+    def ListSteps(
+        self,
+        request: _datasets_pb2.ListStepsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.ListStepsResponse, _abc.Awaitable[_datasets_pb2.ListStepsResponse]]:
+        """Lists the steps that a pipeline may use, those of plug-ins too.
+        Errors: UNAVAILABLE WORKER_LOST (a plug-in could not be loaded; names it).
         """
 
     @_abc_1.abstractmethod
@@ -287,9 +366,11 @@ class DatasetServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _datasets_pb2.ExportDatasetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_datasets_pb2.ExportDatasetResponse], _abc.AsyncIterator[_datasets_pb2.ExportDatasetResponse]]:
-        """Streams a dataset's rows out in a chosen format, as JSONL text.
-        Errors: NOT_FOUND; INVALID_ARGUMENT (split, format); FAILED_PRECONDITION
-        REJECTED (a row that the format cannot carry; names row and field).
+        """Streams a dataset's rows out in a chosen format, as JSONL text; ends with a
+        summary of what was written and what was lost.
+        Errors: NOT_FOUND; INVALID_ARGUMENT (split, format, on_loss);
+        FAILED_PRECONDITION REJECTED (a row that the format cannot carry, unless
+        on_loss allows it; names row and field).
         """
 
     @_abc_1.abstractmethod
@@ -316,6 +397,18 @@ class DatasetServiceServicer(metaclass=_abc_1.ABCMeta):
         FAILED_PRECONDITION REJECTED (a template whose mask cannot be found: names the
         turn); UNAVAILABLE WORKER_LOST (call again); RESOURCE_EXHAUSTED DISK_FULL,
         TOO_LARGE (a bound of the worker) or QUEUE_FULL (call again later).
+        """
+
+    @_abc_1.abstractmethod
+    def MeasureDataset(
+        self,
+        request: _datasets_pb2.MeasureDatasetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_datasets_pb2.MeasureDatasetResponse], _abc.AsyncIterator[_datasets_pb2.MeasureDatasetResponse]]:
+        """Counts a dataset's tokens for one model without sealing anything: a histogram
+        of row lengths, and what each maximal length would cut and pack. Streams
+        progress, ends with the measure.
+        Errors: as BuildLedger; rows that a template refuses are counted, not errors.
         """
 
     @_abc_1.abstractmethod

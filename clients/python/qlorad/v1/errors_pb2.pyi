@@ -97,6 +97,10 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """[INTERNAL] A fault of qlorad. Metadata log_id finds it in the daemon's log."""
     REASON_UNIMPLEMENTED: _Reason.ValueType  # 24
     """[UNIMPLEMENTED] No such method here."""
+    REASON_UPSTREAM: _Reason.ValueType  # 25
+    """[UNAVAILABLE] A server that this daemon fetches from does not answer, or asks
+    for patience. Retry after RetryInfo; what was fetched is kept.
+    """
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """Why a call failed. The status code in brackets is the only one it comes with."""
@@ -169,4 +173,8 @@ REASON_INTERNAL: Reason.ValueType  # 23
 """[INTERNAL] A fault of qlorad. Metadata log_id finds it in the daemon's log."""
 REASON_UNIMPLEMENTED: Reason.ValueType  # 24
 """[UNIMPLEMENTED] No such method here."""
+REASON_UPSTREAM: Reason.ValueType  # 25
+"""[UNAVAILABLE] A server that this daemon fetches from does not answer, or asks
+for patience. Retry after RetryInfo; what was fetched is kept.
+"""
 Global___Reason: _TypeAlias = Reason  # noqa: Y015

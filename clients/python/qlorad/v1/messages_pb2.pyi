@@ -54,6 +54,56 @@ ROLE_TOOL: Role.ValueType  # 4
 """The result of a tool call."""
 Global___Role: _TypeAlias = Role  # noqa: Y015
 
+class _PromptFormat:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PromptFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PromptFormat.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PROMPT_FORMAT_UNSPECIFIED: _PromptFormat.ValueType  # 0
+    """The model's own chat template."""
+    PROMPT_FORMAT_CHATML: _PromptFormat.ValueType  # 1
+    """<|im_start|>role … <|im_end|>."""
+    PROMPT_FORMAT_ALPACA: _PromptFormat.ValueType  # 2
+    """"### Instruction:" and "### Response:"."""
+    PROMPT_FORMAT_LLAMA2: _PromptFormat.ValueType  # 3
+    """[INST] <<SYS>> … [/INST], as Llama-2 and CodeLlama have it."""
+    PROMPT_FORMAT_MISTRAL: _PromptFormat.ValueType  # 4
+    """[INST] … [/INST] with tools, as Mistral has it."""
+    PROMPT_FORMAT_PHI2: _PromptFormat.ValueType  # 5
+    """"Instruct:" and "Output:", as Phi-2 has it."""
+    PROMPT_FORMAT_PHI3: _PromptFormat.ValueType  # 6
+    """<|user|> … <|end|>, as Phi-3 has it."""
+    PROMPT_FORMAT_VICUNA: _PromptFormat.ValueType  # 7
+    """"USER:" and "ASSISTANT:"."""
+    PROMPT_FORMAT_PLAIN: _PromptFormat.ValueType  # 8
+    """The texts alone, with a line between them; no roles."""
+
+class PromptFormat(_PromptFormat, metaclass=_PromptFormatEnumTypeWrapper):
+    """How a conversation becomes the text that a model reads. Chosen with the
+    ledger, kept with the adapter, used again when it is served.
+    """
+
+PROMPT_FORMAT_UNSPECIFIED: PromptFormat.ValueType  # 0
+"""The model's own chat template."""
+PROMPT_FORMAT_CHATML: PromptFormat.ValueType  # 1
+"""<|im_start|>role … <|im_end|>."""
+PROMPT_FORMAT_ALPACA: PromptFormat.ValueType  # 2
+""""### Instruction:" and "### Response:"."""
+PROMPT_FORMAT_LLAMA2: PromptFormat.ValueType  # 3
+"""[INST] <<SYS>> … [/INST], as Llama-2 and CodeLlama have it."""
+PROMPT_FORMAT_MISTRAL: PromptFormat.ValueType  # 4
+"""[INST] … [/INST] with tools, as Mistral has it."""
+PROMPT_FORMAT_PHI2: PromptFormat.ValueType  # 5
+""""Instruct:" and "Output:", as Phi-2 has it."""
+PROMPT_FORMAT_PHI3: PromptFormat.ValueType  # 6
+"""<|user|> … <|end|>, as Phi-3 has it."""
+PROMPT_FORMAT_VICUNA: PromptFormat.ValueType  # 7
+""""USER:" and "ASSISTANT:"."""
+PROMPT_FORMAT_PLAIN: PromptFormat.ValueType  # 8
+"""The texts alone, with a line between them; no roles."""
+Global___PromptFormat: _TypeAlias = PromptFormat  # noqa: Y015
+
 @_typing.final
 class Part(_message.Message):
     """One piece of a message's content."""

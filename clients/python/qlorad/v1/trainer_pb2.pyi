@@ -11,6 +11,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from qlorad.v1 import datasets_pb2 as _datasets_pb2
+from qlorad.v1 import messages_pb2 as _messages_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -358,6 +359,7 @@ class Data(_message.Message):
     PACKING_FIELD_NUMBER: _builtins.int
     MICRO_BATCH_TOKENS_FIELD_NUMBER: _builtins.int
     ACCUMULATION_FIELD_NUMBER: _builtins.int
+    PROMPT_FORMAT_FIELD_NUMBER: _builtins.int
     max_length_tokens: _builtins.int
     """Longest row; from 8 to the model's context."""
     over_length: _datasets_pb2.OverLength.ValueType
@@ -370,6 +372,8 @@ class Data(_message.Message):
     """
     accumulation: _builtins.int
     """Micro-batches for one step of the optimiser; exactly equal to one large batch."""
+    prompt_format: _messages_pb2.PromptFormat.ValueType
+    """How conversations become text; the adapter keeps it and is served with it."""
     def __init__(
         self,
         *,
@@ -378,10 +382,11 @@ class Data(_message.Message):
         packing: _builtins.bool | None = ...,
         micro_batch_tokens: _builtins.int | None = ...,
         accumulation: _builtins.int | None = ...,
+        prompt_format: _messages_pb2.PromptFormat.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_accumulation", b"_accumulation", "_max_length_tokens", b"_max_length_tokens", "_micro_batch_tokens", b"_micro_batch_tokens", "_packing", b"_packing", "accumulation", b"accumulation", "max_length_tokens", b"max_length_tokens", "micro_batch_tokens", b"micro_batch_tokens", "packing", b"packing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_accumulation", b"_accumulation", "_max_length_tokens", b"_max_length_tokens", "_micro_batch_tokens", b"_micro_batch_tokens", "_packing", b"_packing", "accumulation", b"accumulation", "max_length_tokens", b"max_length_tokens", "micro_batch_tokens", b"micro_batch_tokens", "over_length", b"over_length", "packing", b"packing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_accumulation", b"_accumulation", "_max_length_tokens", b"_max_length_tokens", "_micro_batch_tokens", b"_micro_batch_tokens", "_packing", b"_packing", "accumulation", b"accumulation", "max_length_tokens", b"max_length_tokens", "micro_batch_tokens", b"micro_batch_tokens", "over_length", b"over_length", "packing", b"packing", "prompt_format", b"prompt_format"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__accumulation: _TypeAlias = _typing.Literal["accumulation"]  # noqa: Y015
     _WhichOneofArgType__accumulation: _TypeAlias = _typing.Literal["_accumulation", b"_accumulation"]  # noqa: Y015

@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from qlorad.v1 import datasets_pb2 as _datasets_pb2
 from qlorad.v1 import errors_pb2 as _errors_pb2
+from qlorad.v1 import messages_pb2 as _messages_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -30,17 +31,23 @@ class IngestOrder(_message.Message):
     PAYLOAD_FIELD_NUMBER: _builtins.int
     SCRATCH_FIELD_NUMBER: _builtins.int
     REQUEST_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    MAX_UNPACKED_BYTES_FIELD_NUMBER: _builtins.int
     payload: _builtins.str
     """The staged payload folder, empty; shards and findings.jsonl are written here."""
     scratch: _builtins.str
     """A folder for what is thrown away afterwards."""
+    validate_only: _builtins.bool
+    """Find everything, write no shards."""
+    max_unpacked_bytes: _builtins.int
+    """Bytes that packed files may unpack to."""
     @_builtins.property
     def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___IngestSource]:
         """Complete uploads, in order."""
 
     @_builtins.property
     def request(self) -> _datasets_pb2.CreateDatasetRequest:
-        """The request: format, split, on_row_error, columns and keep_duplicates count."""
+        """The request: all but where rows come from and what they are named counts."""
 
     def __init__(
         self,
@@ -49,10 +56,12 @@ class IngestOrder(_message.Message):
         payload: _builtins.str = ...,
         scratch: _builtins.str = ...,
         request: _datasets_pb2.CreateDatasetRequest | None = ...,
+        validate_only: _builtins.bool = ...,
+        max_unpacked_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["payload", b"payload", "request", b"request", "scratch", b"scratch", "sources", b"sources"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_unpacked_bytes", b"max_unpacked_bytes", "payload", b"payload", "request", b"request", "scratch", b"scratch", "sources", b"sources", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -60,29 +69,179 @@ Global___IngestOrder: _TypeAlias = IngestOrder  # noqa: Y015
 
 @_typing.final
 class IngestSource(_message.Message):
-    """One upload."""
+    """One file, or the payload of a parent."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PATH_FIELD_NUMBER: _builtins.int
     FILENAME_FIELD_NUMBER: _builtins.int
+    SPLIT_FIELD_NUMBER: _builtins.int
+    SEALED_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
     path: _builtins.str
-    """Where its bytes lie."""
+    """Where its bytes lie; a folder for a parent."""
     filename: _builtins.str
     """The file's own name, for findings."""
+    split: _builtins.str
+    """The split that the source puts it in; empty = none."""
+    sealed: _builtins.bool
+    """The path is the payload folder of a sealed dataset."""
+    sha256: _builtins.str
+    """sha256, where it is known already."""
     def __init__(
         self,
         *,
         path: _builtins.str = ...,
         filename: _builtins.str = ...,
+        split: _builtins.str = ...,
+        sealed: _builtins.bool = ...,
+        sha256: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["filename", b"filename", "path", b"path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filename", b"filename", "path", b"path", "sealed", b"sealed", "sha256", b"sha256", "split", b"split"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___IngestSource: _TypeAlias = IngestSource  # noqa: Y015
+
+@_typing.final
+class FetchOrder(_message.Message):
+    """The first and only frame from the daemon to a fetch worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INTO_FIELD_NUMBER: _builtins.int
+    HUB_FIELD_NUMBER: _builtins.int
+    FOLDER_FIELD_NUMBER: _builtins.int
+    ENDPOINT_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    MAX_BYTES_FIELD_NUMBER: _builtins.int
+    into: _builtins.str
+    """Folder for what is fetched; what an earlier run left there is used again."""
+    endpoint: _builtins.str
+    """The hub's address."""
+    token: _builtins.str
+    """Bearer token for the hub; empty = none."""
+    max_bytes: _builtins.int
+    """Bytes that may be fetched."""
+    @_builtins.property
+    def hub(self) -> _datasets_pb2.HubSource:
+        """A hub."""
+
+    @_builtins.property
+    def folder(self) -> _datasets_pb2.FolderSource:
+        """A folder of this host."""
+
+    def __init__(
+        self,
+        *,
+        into: _builtins.str = ...,
+        hub: _datasets_pb2.HubSource | None = ...,
+        folder: _datasets_pb2.FolderSource | None = ...,
+        endpoint: _builtins.str = ...,
+        token: _builtins.str = ...,
+        max_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["folder", b"folder", "hub", b"hub", "source", b"source"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "folder", b"folder", "hub", b"hub", "into", b"into", "max_bytes", b"max_bytes", "source", b"source", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["hub", "folder"]  # noqa: Y015
+    _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_source) -> _WhichOneofReturnType_source | None: ...
+
+Global___FetchOrder: _TypeAlias = FetchOrder  # noqa: Y015
+
+@_typing.final
+class FetchReport(_message.Message):
+    """A frame from a fetch worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    REFUSAL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _datasets_pb2.StageProgress:
+        """Where it stands."""
+
+    @_builtins.property
+    def done(self) -> Global___FetchDone:
+        """All is there."""
+
+    @_builtins.property
+    def refusal(self) -> Global___WorkerRefusal:
+        """Refused."""
+
+    def __init__(
+        self,
+        *,
+        progress: _datasets_pb2.StageProgress | None = ...,
+        done: Global___FetchDone | None = ...,
+        refusal: Global___WorkerRefusal | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "progress", b"progress", "refusal", b"refusal", "report", b"report"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "progress", b"progress", "refusal", b"refusal", "report", b"report"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_report: _TypeAlias = _typing.Literal["progress", "done", "refusal"]  # noqa: Y015
+    _WhichOneofArgType_report: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_report) -> _WhichOneofReturnType_report | None: ...
+
+Global___FetchReport: _TypeAlias = FetchReport  # noqa: Y015
+
+@_typing.final
+class FetchDone(_message.Message):
+    """What was fetched."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCES_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    """The repository and commit, or the folder."""
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___IngestSource]:
+        """In the order in which rows are read."""
+
+    def __init__(
+        self,
+        *,
+        sources: _abc.Iterable[Global___IngestSource] | None = ...,
+        source: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["source", b"source", "sources", b"sources"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchDone: _TypeAlias = FetchDone  # noqa: Y015
+
+@_typing.final
+class StepsReport(_message.Message):
+    """The only frame from a describe worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEPS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[_datasets_pb2.StepKind]:
+        """By name."""
+
+    def __init__(
+        self,
+        *,
+        steps: _abc.Iterable[_datasets_pb2.StepKind] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepsReport: _TypeAlias = StepsReport  # noqa: Y015
 
 @_typing.final
 class IngestReport(_message.Message):
@@ -128,27 +287,99 @@ class IngestDone(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class StageSecondsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     FORMAT_FIELD_NUMBER: _builtins.int
     STATS_FIELD_NUMBER: _builtins.int
+    LINEAGE_FIELD_NUMBER: _builtins.int
+    STAGE_SECONDS_FIELD_NUMBER: _builtins.int
+    PEAK_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    FINDING_COUNTS_FIELD_NUMBER: _builtins.int
     format: _datasets_pb2.RowFormat.ValueType
-    """The form of rows that was read."""
+    """The form of rows that was read; unspecified where files differ."""
+    peak_memory_bytes: _builtins.int
+    """Largest resident size of the worker."""
     @_builtins.property
     def stats(self) -> _datasets_pb2.DatasetStats:
         """Counts."""
+
+    @_builtins.property
+    def lineage(self) -> _datasets_pb2.DatasetLineage:
+        """Files and steps; the daemon adds parents and source."""
+
+    @_builtins.property
+    def stage_seconds(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Seconds by stage."""
+
+    @_builtins.property
+    def finding_counts(self) -> _containers.RepeatedCompositeFieldContainer[Global___FindingCount]:
+        """Findings by rule and severity."""
 
     def __init__(
         self,
         *,
         format: _datasets_pb2.RowFormat.ValueType = ...,
         stats: _datasets_pb2.DatasetStats | None = ...,
+        lineage: _datasets_pb2.DatasetLineage | None = ...,
+        stage_seconds: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        peak_memory_bytes: _builtins.int = ...,
+        finding_counts: _abc.Iterable[Global___FindingCount] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["stats", b"stats"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lineage", b"lineage", "stats", b"stats"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "stats", b"stats"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finding_counts", b"finding_counts", "format", b"format", "lineage", b"lineage", "peak_memory_bytes", b"peak_memory_bytes", "stage_seconds", b"stage_seconds", "stats", b"stats"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___IngestDone: _TypeAlias = IngestDone  # noqa: Y015
+
+@_typing.final
+class FindingCount(_message.Message):
+    """How often a rule found something."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RULE_FIELD_NUMBER: _builtins.int
+    SEVERITY_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    rule: _builtins.str
+    """The rule."""
+    severity: _datasets_pb2.Severity.ValueType
+    """Its severity."""
+    count: _builtins.int
+    """How often."""
+    def __init__(
+        self,
+        *,
+        rule: _builtins.str = ...,
+        severity: _datasets_pb2.Severity.ValueType = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "rule", b"rule", "severity", b"severity"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindingCount: _TypeAlias = FindingCount  # noqa: Y015
 
 @_typing.final
 class LedgerOrder(_message.Message):
@@ -159,6 +390,7 @@ class LedgerOrder(_message.Message):
     STORE_FIELD_NUMBER: _builtins.int
     BUILD_FIELD_NUMBER: _builtins.int
     READ_FIELD_NUMBER: _builtins.int
+    MEASURE_FIELD_NUMBER: _builtins.int
     store: _builtins.str
     """Root of the store."""
     @_builtins.property
@@ -169,22 +401,63 @@ class LedgerOrder(_message.Message):
     def read(self) -> _datasets_pb2.ReadLedgerRequest:
         """Send rows of a ledger."""
 
+    @_builtins.property
+    def measure(self) -> Global___LedgerMeasure:
+        """Count tokens."""
+
     def __init__(
         self,
         *,
         store: _builtins.str = ...,
         build: Global___LedgerBuild | None = ...,
         read: _datasets_pb2.ReadLedgerRequest | None = ...,
+        measure: Global___LedgerMeasure | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["build", b"build", "read", b"read", "work", b"work"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["build", b"build", "measure", b"measure", "read", b"read", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build", b"build", "read", b"read", "store", b"store", "work", b"work"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build", b"build", "measure", b"measure", "read", b"read", "store", b"store", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_work: _TypeAlias = _typing.Literal["build", "read"]  # noqa: Y015
+    _WhichOneofReturnType_work: _TypeAlias = _typing.Literal["build", "read", "measure"]  # noqa: Y015
     _WhichOneofArgType_work: _TypeAlias = _typing.Literal["work", b"work"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_work) -> _WhichOneofReturnType_work | None: ...
 
 Global___LedgerOrder: _TypeAlias = LedgerOrder  # noqa: Y015
+
+@_typing.final
+class LedgerMeasure(_message.Message):
+    """Count the tokens of a dataset."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATASET_DIGEST_FIELD_NUMBER: _builtins.int
+    MODEL_DIGEST_FIELD_NUMBER: _builtins.int
+    PROMPT_FORMAT_FIELD_NUMBER: _builtins.int
+    MAX_LENGTH_TOKENS_FIELD_NUMBER: _builtins.int
+    dataset_digest: _builtins.str
+    """Digest of the dataset."""
+    model_digest: _builtins.str
+    """Digest of the model."""
+    prompt_format: _messages_pb2.PromptFormat.ValueType
+    """How conversations become text."""
+    @_builtins.property
+    def max_length_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Lengths to forecast for."""
+
+    def __init__(
+        self,
+        *,
+        dataset_digest: _builtins.str = ...,
+        model_digest: _builtins.str = ...,
+        prompt_format: _messages_pb2.PromptFormat.ValueType = ...,
+        max_length_tokens: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset_digest", b"dataset_digest", "max_length_tokens", b"max_length_tokens", "model_digest", b"model_digest", "prompt_format", b"prompt_format"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LedgerMeasure: _TypeAlias = LedgerMeasure  # noqa: Y015
 
 @_typing.final
 class LedgerBuild(_message.Message):
@@ -196,6 +469,7 @@ class LedgerBuild(_message.Message):
     MODEL_DIGEST_FIELD_NUMBER: _builtins.int
     MAX_LENGTH_TOKENS_FIELD_NUMBER: _builtins.int
     OVER_LENGTH_FIELD_NUMBER: _builtins.int
+    PROMPT_FORMAT_FIELD_NUMBER: _builtins.int
     dataset_digest: _builtins.str
     """Digest of the dataset."""
     model_digest: _builtins.str
@@ -204,6 +478,8 @@ class LedgerBuild(_message.Message):
     """Longest row."""
     over_length: _datasets_pb2.OverLength.ValueType
     """What becomes of longer ones."""
+    prompt_format: _messages_pb2.PromptFormat.ValueType
+    """How conversations become text."""
     def __init__(
         self,
         *,
@@ -211,10 +487,11 @@ class LedgerBuild(_message.Message):
         model_digest: _builtins.str = ...,
         max_length_tokens: _builtins.int = ...,
         over_length: _datasets_pb2.OverLength.ValueType = ...,
+        prompt_format: _messages_pb2.PromptFormat.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset_digest", b"dataset_digest", "max_length_tokens", b"max_length_tokens", "model_digest", b"model_digest", "over_length", b"over_length"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset_digest", b"dataset_digest", "max_length_tokens", b"max_length_tokens", "model_digest", b"model_digest", "over_length", b"over_length", "prompt_format", b"prompt_format"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -231,6 +508,7 @@ class LedgerReport(_message.Message):
     LEDGER_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
+    MEASURE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def progress(self) -> _datasets_pb2.StageProgress:
         """Where it stands."""
@@ -251,6 +529,10 @@ class LedgerReport(_message.Message):
     def refusal(self) -> Global___WorkerRefusal:
         """Refused."""
 
+    @_builtins.property
+    def measure(self) -> _datasets_pb2.DatasetMeasure:
+        """Tokens are counted."""
+
     def __init__(
         self,
         *,
@@ -259,12 +541,13 @@ class LedgerReport(_message.Message):
         ledger: _datasets_pb2.Ledger | None = ...,
         end: Global___LedgerRowsEnd | None = ...,
         refusal: Global___WorkerRefusal | None = ...,
+        measure: _datasets_pb2.DatasetMeasure | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "ledger", b"ledger", "progress", b"progress", "refusal", b"refusal", "report", b"report", "rows", b"rows"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "ledger", b"ledger", "measure", b"measure", "progress", b"progress", "refusal", b"refusal", "report", b"report", "rows", b"rows"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "ledger", b"ledger", "progress", b"progress", "refusal", b"refusal", "report", b"report", "rows", b"rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "ledger", b"ledger", "measure", b"measure", "progress", b"progress", "refusal", b"refusal", "report", b"report", "rows", b"rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_report: _TypeAlias = _typing.Literal["progress", "rows", "ledger", "end", "refusal"]  # noqa: Y015
+    _WhichOneofReturnType_report: _TypeAlias = _typing.Literal["progress", "rows", "ledger", "end", "refusal", "measure"]  # noqa: Y015
     _WhichOneofArgType_report: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_report) -> _WhichOneofReturnType_report | None: ...
 
