@@ -73,5 +73,5 @@ def fault_of(refusal: ingest_pb2.WorkerRefusal) -> Fault:
         violations=tuple(Violation(v.field, v.given, v.accepted) for v in refusal.violations),
         resource=refusal.resource,
         blockers=tuple((b.subject, b.description) for b in refusal.blockers),
-        retry_seconds=30.0 if refusal.reason == errors_pb2.REASON_DISK_FULL else 0.0,
+        retry_seconds=refusal.retry_seconds or (30.0 if refusal.reason == errors_pb2.REASON_DISK_FULL else 0.0),
     )

@@ -33,7 +33,9 @@ class Refused(Exception):
 
 def refusal_of(fault: Fault) -> ingest_pb2.WorkerRefusal:
     """A fault as it crosses the line."""
-    refusal = ingest_pb2.WorkerRefusal(reason=fault.reason, message=fault.message, resource=fault.resource)
+    refusal = ingest_pb2.WorkerRefusal(
+        reason=fault.reason, message=fault.message, resource=fault.resource, retry_seconds=fault.retry_seconds
+    )
     for v in fault.violations:
         refusal.violations.add(field=v.field, given=v.given, accepted=v.accepted)
     for subject, why in fault.blockers:

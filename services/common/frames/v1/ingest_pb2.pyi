@@ -602,12 +602,15 @@ class WorkerRefusal(_message.Message):
     RESOURCE_FIELD_NUMBER: _builtins.int
     FINDINGS_FIELD_NUMBER: _builtins.int
     BLOCKERS_FIELD_NUMBER: _builtins.int
+    RETRY_SECONDS_FIELD_NUMBER: _builtins.int
     reason: _errors_pb2.Reason.ValueType
     """The reason that the caller sees."""
     message: _builtins.str
     """The message that the caller sees."""
     resource: _builtins.str
     """Name of the thing."""
+    retry_seconds: _builtins.float
+    """When to ask again; 0 = not told."""
     @_builtins.property
     def violations(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerViolation]:
         """Wrong fields or rows."""
@@ -629,10 +632,11 @@ class WorkerRefusal(_message.Message):
         resource: _builtins.str = ...,
         findings: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         blockers: _abc.Iterable[Global___WorkerBlocker] | None = ...,
+        retry_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blockers", b"blockers", "findings", b"findings", "message", b"message", "reason", b"reason", "resource", b"resource", "violations", b"violations"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blockers", b"blockers", "findings", b"findings", "message", b"message", "reason", b"reason", "resource", b"resource", "retry_seconds", b"retry_seconds", "violations", b"violations"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
