@@ -26,8 +26,15 @@ MAX_WINDOW_BYTES = 128 << 20
 class Decoder(Protocol):
     """One member (gzip) or frame (zstd) on its way out."""
 
-    eof: bool
-    unused_data: bytes
+    @property
+    def eof(self) -> bool:
+        """It has come to its end."""
+        ...
+
+    @property
+    def unused_data(self) -> bytes:
+        """What was fed of behind its end."""
+        ...
 
     def decompress(self, data: bytes, /) -> bytes:
         """What comes out of some bytes more."""

@@ -27,7 +27,7 @@ from qlorad.v1 import errors_pb2 as qlorad_dot_v1_dot_errors__pb2
 from qlorad.v1 import messages_pb2 as qlorad_dot_v1_dot_messages__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&services/common/frames/v1/ingest.proto\x12\x19services.common.frames.v1\x1a\x18qlorad/v1/datasets.proto\x1a\x16qlorad/v1/errors.proto\x1a\x18qlorad/v1/messages.proto\"\xce\x01\n\x0bIngestOrder\x12\x38\n\x07sources\x18\x01 \x03(\x0b\x32\'.services.common.frames.v1.IngestSource\x12\x0f\n\x07payload\x18\x02 \x01(\t\x12\x0f\n\x07scratch\x18\x03 \x01(\t\x12\x30\n\x07request\x18\x04 \x01(\x0b\x32\x1f.qlorad.v1.CreateDatasetRequest\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\x12\x1a\n\x12max_unpacked_bytes\x18\x06 \x01(\x03\"]\n\x0cIngestSource\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x10\n\x08\x66ilename\x18\x02 \x01(\t\x12\r\n\x05split\x18\x03 \x01(\t\x12\x0e\n\x06sealed\x18\x04 \x01(\x08\x12\x0e\n\x06sha256\x18\x05 \x01(\t\"\xa8\x01\n\nFetchOrder\x12\x0c\n\x04into\x18\x01 \x01(\t\x12#\n\x03hub\x18\x02 \x01(\x0b\x32\x14.qlorad.v1.HubSourceH\x00\x12)\n\x06\x66older\x18\x03 \x01(\x0b\x32\x17.qlorad.v1.FolderSourceH\x00\x12\x10\n\x08\x65ndpoint\x18\x04 \x01(\t\x12\r\n\x05token\x18\x05 \x01(\t\x12\x11\n\tmax_bytes\x18\x06 \x01(\x03\x42\x08\n\x06source\"\xb8\x01\n\x0b\x46\x65tchReport\x12,\n\x08progress\x18\x01 \x01(\x0b\x32\x18.qlorad.v1.StageProgressH\x00\x12\x34\n\x04\x64one\x18\x02 \x01(\x0b\x32$.services.common.frames.v1.FetchDoneH\x00\x12;\n\x07refusal\x18\x03 \x01(\x0b\x32(.services.common.frames.v1.WorkerRefusalH\x00\x42\x08\n\x06report\"U\n\tFetchDone\x12\x38\n\x07sources\x18\x01 \x03(\x0b\x32\'.services.common.frames.v1.IngestSource\x12\x0e\n\x06source\x18\x02 \x01(\t\"1\n\x0bStepsReport\x12\"\n\x05steps\x18\x01 \x03(\x0b\x32\x13.qlorad.v1.StepKind\"\xba\x01\n\x0cIngestReport\x12,\n\x08progress\x18\x01 \x01(\x0b\x32\x18.qlorad.v1.StageProgressH\x00\x12\x35\n\x04\x64one\x18\x02 \x01(\x0b\x32%.services.common.frames.v1.IngestDoneH\x00\x12;\n\x07refusal\x18\x03 \x01(\x0b\x32(.services.common.frames.v1.WorkerRefusalH\x00\x42\x08\n\x06report\"\xe7\x02\n\nIngestDone\x12$\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x14.qlorad.v1.RowFormat\x12&\n\x05stats\x18\x02 \x01(\x0b\x32\x17.qlorad.v1.DatasetStats\x12*\n\x07lineage\x18\x03 \x01(\x0b\x32\x19.qlorad.v1.DatasetLineage\x12N\n\rstage_seconds\x18\x04 \x03(\x0b\x32\x37.services.common.frames.v1.IngestDone.StageSecondsEntry\x12\x19\n\x11peak_memory_bytes\x18\x05 \x01(\x03\x12?\n\x0e\x66inding_counts\x18\x06 \x03(\x0b\x32\'.services.common.frames.v1.FindingCount\x1a\x33\n\x11StageSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"R\n\x0c\x46indingCount\x12\x0c\n\x04rule\x18\x01 \x01(\t\x12%\n\x08severity\x18\x02 \x01(\x0e\x32\x13.qlorad.v1.Severity\x12\r\n\x05\x63ount\x18\x03 \x01(\x03\"\xc8\x01\n\x0bLedgerOrder\x12\r\n\x05store\x18\x01 \x01(\t\x12\x37\n\x05\x62uild\x18\x02 \x01(\x0b\x32&.services.common.frames.v1.LedgerBuildH\x00\x12,\n\x04read\x18\x03 \x01(\x0b\x32\x1c.qlorad.v1.ReadLedgerRequestH\x00\x12;\n\x07measure\x18\x04 \x01(\x0b\x32(.services.common.frames.v1.LedgerMeasureH\x00\x42\x06\n\x04work\"\x88\x01\n\rLedgerMeasure\x12\x16\n\x0e\x64\x61taset_digest\x18\x01 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12.\n\rprompt_format\x18\x03 \x01(\x0e\x32\x17.qlorad.v1.PromptFormat\x12\x19\n\x11max_length_tokens\x18\x04 \x03(\r\"\xb2\x01\n\x0bLedgerBuild\x12\x16\n\x0e\x64\x61taset_digest\x18\x01 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\x19\n\x11max_length_tokens\x18\x03 \x01(\r\x12*\n\x0bover_length\x18\x04 \x01(\x0e\x32\x15.qlorad.v1.OverLength\x12.\n\rprompt_format\x18\x05 \x01(\x0e\x32\x17.qlorad.v1.PromptFormat\"\xbe\x02\n\x0cLedgerReport\x12,\n\x08progress\x18\x01 \x01(\x0b\x32\x18.qlorad.v1.StageProgressH\x00\x12-\n\x04rows\x18\x02 \x01(\x0b\x32\x1d.qlorad.v1.ReadLedgerResponseH\x00\x12#\n\x06ledger\x18\x03 \x01(\x0b\x32\x11.qlorad.v1.LedgerH\x00\x12\x37\n\x03\x65nd\x18\x04 \x01(\x0b\x32(.services.common.frames.v1.LedgerRowsEndH\x00\x12;\n\x07refusal\x18\x05 \x01(\x0b\x32(.services.common.frames.v1.WorkerRefusalH\x00\x12,\n\x07measure\x18\x06 \x01(\x0b\x32\x19.qlorad.v1.DatasetMeasureH\x00\x42\x08\n\x06report\"\x0f\n\rLedgerRowsEnd\"\xe3\x02\n\rWorkerRefusal\x12!\n\x06reason\x18\x01 \x01(\x0e\x32\x11.qlorad.v1.Reason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12>\n\nviolations\x18\x03 \x03(\x0b\x32*.services.common.frames.v1.WorkerViolation\x12\x10\n\x08resource\x18\x04 \x01(\t\x12H\n\x08\x66indings\x18\x05 \x03(\x0b\x32\x36.services.common.frames.v1.WorkerRefusal.FindingsEntry\x12:\n\x08\x62lockers\x18\x06 \x03(\x0b\x32(.services.common.frames.v1.WorkerBlocker\x12\x15\n\rretry_seconds\x18\x07 \x01(\x01\x1a/\n\rFindingsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"A\n\x0fWorkerViolation\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\r\n\x05given\x18\x02 \x01(\t\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x03 \x01(\t\"5\n\rWorkerBlocker\x12\x0f\n\x07subject\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&services/common/frames/v1/ingest.proto\x12\x19services.common.frames.v1\x1a\x18qlorad/v1/datasets.proto\x1a\x16qlorad/v1/errors.proto\x1a\x18qlorad/v1/messages.proto\"\xce\x01\n\x0bIngestOrder\x12\x38\n\x07sources\x18\x01 \x03(\x0b\x32\'.services.common.frames.v1.IngestSource\x12\x0f\n\x07payload\x18\x02 \x01(\t\x12\x0f\n\x07scratch\x18\x03 \x01(\t\x12\x30\n\x07request\x18\x04 \x01(\x0b\x32\x1f.qlorad.v1.CreateDatasetRequest\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\x12\x1a\n\x12max_unpacked_bytes\x18\x06 \x01(\x03\"]\n\x0cIngestSource\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x10\n\x08\x66ilename\x18\x02 \x01(\t\x12\r\n\x05split\x18\x03 \x01(\t\x12\x0e\n\x06sealed\x18\x04 \x01(\x08\x12\x0e\n\x06sha256\x18\x05 \x01(\t\"\xa8\x01\n\nFetchOrder\x12\x0c\n\x04into\x18\x01 \x01(\t\x12#\n\x03hub\x18\x02 \x01(\x0b\x32\x14.qlorad.v1.HubSourceH\x00\x12)\n\x06\x66older\x18\x03 \x01(\x0b\x32\x17.qlorad.v1.FolderSourceH\x00\x12\x10\n\x08\x65ndpoint\x18\x04 \x01(\t\x12\r\n\x05token\x18\x05 \x01(\t\x12\x11\n\tmax_bytes\x18\x06 \x01(\x03\x42\x08\n\x06source\"\xb8\x01\n\x0b\x46\x65tchReport\x12,\n\x08progress\x18\x01 \x01(\x0b\x32\x18.qlorad.v1.StageProgressH\x00\x12\x34\n\x04\x64one\x18\x02 \x01(\x0b\x32$.services.common.frames.v1.FetchDoneH\x00\x12;\n\x07refusal\x18\x03 \x01(\x0b\x32(.services.common.frames.v1.WorkerRefusalH\x00\x42\x08\n\x06report\"g\n\tFetchDone\x12\x38\n\x07sources\x18\x01 \x03(\x0b\x32\'.services.common.frames.v1.IngestSource\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x10\n\x08left_out\x18\x03 \x03(\t\"1\n\x0bStepsReport\x12\"\n\x05steps\x18\x01 \x03(\x0b\x32\x13.qlorad.v1.StepKind\"\xba\x01\n\x0cIngestReport\x12,\n\x08progress\x18\x01 \x01(\x0b\x32\x18.qlorad.v1.StageProgressH\x00\x12\x35\n\x04\x64one\x18\x02 \x01(\x0b\x32%.services.common.frames.v1.IngestDoneH\x00\x12;\n\x07refusal\x18\x03 \x01(\x0b\x32(.services.common.frames.v1.WorkerRefusalH\x00\x42\x08\n\x06report\"\xe7\x02\n\nIngestDone\x12$\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x14.qlorad.v1.RowFormat\x12&\n\x05stats\x18\x02 \x01(\x0b\x32\x17.qlorad.v1.DatasetStats\x12*\n\x07lineage\x18\x03 \x01(\x0b\x32\x19.qlorad.v1.DatasetLineage\x12N\n\rstage_seconds\x18\x04 \x03(\x0b\x32\x37.services.common.frames.v1.IngestDone.StageSecondsEntry\x12\x19\n\x11peak_memory_bytes\x18\x05 \x01(\x03\x12?\n\x0e\x66inding_counts\x18\x06 \x03(\x0b\x32\'.services.common.frames.v1.FindingCount\x1a\x33\n\x11StageSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"R\n\x0c\x46indingCount\x12\x0c\n\x04rule\x18\x01 \x01(\t\x12%\n\x08severity\x18\x02 \x01(\x0e\x32\x13.qlorad.v1.Severity\x12\r\n\x05\x63ount\x18\x03 \x01(\x03\"\xc8\x01\n\x0bLedgerOrder\x12\r\n\x05store\x18\x01 \x01(\t\x12\x37\n\x05\x62uild\x18\x02 \x01(\x0b\x32&.services.common.frames.v1.LedgerBuildH\x00\x12,\n\x04read\x18\x03 \x01(\x0b\x32\x1c.qlorad.v1.ReadLedgerRequestH\x00\x12;\n\x07measure\x18\x04 \x01(\x0b\x32(.services.common.frames.v1.LedgerMeasureH\x00\x42\x06\n\x04work\"\x88\x01\n\rLedgerMeasure\x12\x16\n\x0e\x64\x61taset_digest\x18\x01 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12.\n\rprompt_format\x18\x03 \x01(\x0e\x32\x17.qlorad.v1.PromptFormat\x12\x19\n\x11max_length_tokens\x18\x04 \x03(\r\"\xb2\x01\n\x0bLedgerBuild\x12\x16\n\x0e\x64\x61taset_digest\x18\x01 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\x19\n\x11max_length_tokens\x18\x03 \x01(\r\x12*\n\x0bover_length\x18\x04 \x01(\x0e\x32\x15.qlorad.v1.OverLength\x12.\n\rprompt_format\x18\x05 \x01(\x0e\x32\x17.qlorad.v1.PromptFormat\"\xbe\x02\n\x0cLedgerReport\x12,\n\x08progress\x18\x01 \x01(\x0b\x32\x18.qlorad.v1.StageProgressH\x00\x12-\n\x04rows\x18\x02 \x01(\x0b\x32\x1d.qlorad.v1.ReadLedgerResponseH\x00\x12#\n\x06ledger\x18\x03 \x01(\x0b\x32\x11.qlorad.v1.LedgerH\x00\x12\x37\n\x03\x65nd\x18\x04 \x01(\x0b\x32(.services.common.frames.v1.LedgerRowsEndH\x00\x12;\n\x07refusal\x18\x05 \x01(\x0b\x32(.services.common.frames.v1.WorkerRefusalH\x00\x12,\n\x07measure\x18\x06 \x01(\x0b\x32\x19.qlorad.v1.DatasetMeasureH\x00\x42\x08\n\x06report\"\x0f\n\rLedgerRowsEnd\"\xe3\x02\n\rWorkerRefusal\x12!\n\x06reason\x18\x01 \x01(\x0e\x32\x11.qlorad.v1.Reason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12>\n\nviolations\x18\x03 \x03(\x0b\x32*.services.common.frames.v1.WorkerViolation\x12\x10\n\x08resource\x18\x04 \x01(\t\x12H\n\x08\x66indings\x18\x05 \x03(\x0b\x32\x36.services.common.frames.v1.WorkerRefusal.FindingsEntry\x12:\n\x08\x62lockers\x18\x06 \x03(\x0b\x32(.services.common.frames.v1.WorkerBlocker\x12\x15\n\rretry_seconds\x18\x07 \x01(\x01\x1a/\n\rFindingsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"A\n\x0fWorkerViolation\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\r\n\x05given\x18\x02 \x01(\t\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x03 \x01(\t\"5\n\rWorkerBlocker\x12\x0f\n\x07subject\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -47,33 +47,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FETCHREPORT']._serialized_start=621
   _globals['_FETCHREPORT']._serialized_end=805
   _globals['_FETCHDONE']._serialized_start=807
-  _globals['_FETCHDONE']._serialized_end=892
-  _globals['_STEPSREPORT']._serialized_start=894
-  _globals['_STEPSREPORT']._serialized_end=943
-  _globals['_INGESTREPORT']._serialized_start=946
-  _globals['_INGESTREPORT']._serialized_end=1132
-  _globals['_INGESTDONE']._serialized_start=1135
-  _globals['_INGESTDONE']._serialized_end=1494
-  _globals['_INGESTDONE_STAGESECONDSENTRY']._serialized_start=1443
-  _globals['_INGESTDONE_STAGESECONDSENTRY']._serialized_end=1494
-  _globals['_FINDINGCOUNT']._serialized_start=1496
-  _globals['_FINDINGCOUNT']._serialized_end=1578
-  _globals['_LEDGERORDER']._serialized_start=1581
-  _globals['_LEDGERORDER']._serialized_end=1781
-  _globals['_LEDGERMEASURE']._serialized_start=1784
-  _globals['_LEDGERMEASURE']._serialized_end=1920
-  _globals['_LEDGERBUILD']._serialized_start=1923
-  _globals['_LEDGERBUILD']._serialized_end=2101
-  _globals['_LEDGERREPORT']._serialized_start=2104
-  _globals['_LEDGERREPORT']._serialized_end=2422
-  _globals['_LEDGERROWSEND']._serialized_start=2424
-  _globals['_LEDGERROWSEND']._serialized_end=2439
-  _globals['_WORKERREFUSAL']._serialized_start=2442
-  _globals['_WORKERREFUSAL']._serialized_end=2797
-  _globals['_WORKERREFUSAL_FINDINGSENTRY']._serialized_start=2750
-  _globals['_WORKERREFUSAL_FINDINGSENTRY']._serialized_end=2797
-  _globals['_WORKERVIOLATION']._serialized_start=2799
-  _globals['_WORKERVIOLATION']._serialized_end=2864
-  _globals['_WORKERBLOCKER']._serialized_start=2866
-  _globals['_WORKERBLOCKER']._serialized_end=2919
+  _globals['_FETCHDONE']._serialized_end=910
+  _globals['_STEPSREPORT']._serialized_start=912
+  _globals['_STEPSREPORT']._serialized_end=961
+  _globals['_INGESTREPORT']._serialized_start=964
+  _globals['_INGESTREPORT']._serialized_end=1150
+  _globals['_INGESTDONE']._serialized_start=1153
+  _globals['_INGESTDONE']._serialized_end=1512
+  _globals['_INGESTDONE_STAGESECONDSENTRY']._serialized_start=1461
+  _globals['_INGESTDONE_STAGESECONDSENTRY']._serialized_end=1512
+  _globals['_FINDINGCOUNT']._serialized_start=1514
+  _globals['_FINDINGCOUNT']._serialized_end=1596
+  _globals['_LEDGERORDER']._serialized_start=1599
+  _globals['_LEDGERORDER']._serialized_end=1799
+  _globals['_LEDGERMEASURE']._serialized_start=1802
+  _globals['_LEDGERMEASURE']._serialized_end=1938
+  _globals['_LEDGERBUILD']._serialized_start=1941
+  _globals['_LEDGERBUILD']._serialized_end=2119
+  _globals['_LEDGERREPORT']._serialized_start=2122
+  _globals['_LEDGERREPORT']._serialized_end=2440
+  _globals['_LEDGERROWSEND']._serialized_start=2442
+  _globals['_LEDGERROWSEND']._serialized_end=2457
+  _globals['_WORKERREFUSAL']._serialized_start=2460
+  _globals['_WORKERREFUSAL']._serialized_end=2815
+  _globals['_WORKERREFUSAL_FINDINGSENTRY']._serialized_start=2768
+  _globals['_WORKERREFUSAL_FINDINGSENTRY']._serialized_end=2815
+  _globals['_WORKERVIOLATION']._serialized_start=2817
+  _globals['_WORKERVIOLATION']._serialized_end=2882
+  _globals['_WORKERBLOCKER']._serialized_start=2884
+  _globals['_WORKERBLOCKER']._serialized_end=2937
 # @@protoc_insertion_point(module_scope)

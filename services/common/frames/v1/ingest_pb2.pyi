@@ -199,21 +199,27 @@ class FetchDone(_message.Message):
 
     SOURCES_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_FIELD_NUMBER: _builtins.int
     source: _builtins.str
     """The repository and commit, or the folder."""
     @_builtins.property
     def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___IngestSource]:
         """In the order in which rows are read."""
 
+    @_builtins.property
+    def left_out(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Data files that lie there too and are not read: of no split, or of another kind."""
+
     def __init__(
         self,
         *,
         sources: _abc.Iterable[Global___IngestSource] | None = ...,
         source: _builtins.str = ...,
+        left_out: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["source", b"source", "sources", b"sources"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["left_out", b"left_out", "source", b"source", "sources", b"sources"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
