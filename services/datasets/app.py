@@ -6,6 +6,9 @@ Law of this room: the only place that chooses concrete things and reads settings
 from __future__ import annotations
 
 import asyncio
+import os
+import pathlib
+import re
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry
@@ -18,6 +21,7 @@ from services.common.shelf import Shelf
 from services.common.store import Store
 from services.datasets import catalog, ingest, uploads
 from services.datasets.catalog import Catalog
+from services.datasets.fetches import Fetches, Origins
 from services.datasets.ingest import Ingests
 from services.datasets.ledgers import Ledgers
 from services.datasets.metrics import Metrics
@@ -39,6 +43,24 @@ class Config:
         2 << 30, "address space of a worker", lambda v: 128 << 20 <= v <= 1 << 40, "134217728 to 1099511627776"
     )
     worker_cpu_seconds: int = setting(4 * 3600, "CPU time of a worker", lambda v: 1 <= v <= 30 * 86400, "1 to 2592000")
+    max_unpacked_bytes: int = setting(
+        256 << 30, "what a packed file may unpack to", lambda v: 1 <= v <= 1 << 44, "1 to 17592186044416"
+    )
+    max_fetch_bytes: int = setting(
+        64 << 30, "what one dataset may fetch from a hub or read in a folder",
+        lambda v: 1 <= v <= 1 << 44, "1 to 17592186044416",
+    )  # fmt: skip
+    hub_endpoint: str = setting(
+        "https://huggingface.co", "the hub that datasets come from",
+        lambda v: bool(re.fullmatch(r"https?://[^/\s?#@]+", v)), "https://HOST or http://HOST:PORT",
+    )  # fmt: skip
+    hub_token_file: str = setting(
+        "", "a file with a token of the hub, reread at every use",
+        lambda v: not v or os.access(v, os.R_OK), "a readable file",
+    )  # fmt: skip
+    import_roots: tuple[pathlib.Path, ...] = setting(
+        (pathlib.Path("/"),), "folders that datasets may be read from, separated by commas"
+    )
 
 
 def build(config: Config) -> App:
@@ -52,12 +74,15 @@ def build(config: Config) -> App:
     workers = Workers(settings.logs, config.worker_memory_bytes, config.worker_cpu_seconds, metrics)
     files = Uploads(store, settings.state / "uploads", config.max_upload_bytes, metrics)
     sealed = Catalog(shelf, store)
+    origins = Origins(config.hub_endpoint, config.hub_token_file, config.import_roots, config.max_fetch_bytes)
+    fetches = Fetches(workers, settings.state / "hub", origins)
     ingests = Ingests(shelf, store, files, workers, turn, metrics)
     ledgers = Ledgers(shelf, sealed, workers, turn)
     servicer = DatasetServicer(files, sealed, ingests, ledgers)
 
     async def start(health: Health) -> None:
         await files.sweep()
+        await fetches.sweep()
         await ingests.sweep()
 
     def drain() -> None:
