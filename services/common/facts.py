@@ -53,6 +53,8 @@ class AdapterFacts:
     parameters: int
     golden: tuple[Mapping[str, Any], ...]
     """Golden renderings, from common/prompt/golden."""
+    prompt_format: str = "PROMPT_FORMAT_UNSPECIFIED"
+    """Name of the enum value; adapters of before had none but the model's own template."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,7 +68,9 @@ class DatasetFacts:
     split: Mapping[str, Any]
     """qlorad.v1.Split, likewise."""
     source_sha256: tuple[str, ...]
-    """Of the uploads it was made of, in order."""
+    """Of the files it was made of, in order."""
+    lineage: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """qlorad.v1.DatasetLineage, likewise."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,6 +85,8 @@ class LedgerFacts:
     """Name of the enum value, as in "OVER_LENGTH_ERROR"."""
     splits: tuple[Mapping[str, Any], ...]
     """One qlorad.v1.LedgerSplit each, as a mapping with the proto's field names."""
+    prompt_format: str = "PROMPT_FORMAT_UNSPECIFIED"
+    """Name of the enum value."""
 
 
 def to_facts(facts: Any) -> dict[str, Any]:
@@ -97,11 +103,18 @@ def from_manifest(kind: type[T], manifest: artifacts_pb2.Manifest) -> T:
     told = artifacts.facts_of(manifest)
     hints = typing.get_type_hints(kind)
     values: dict[str, Any] = {}
+    optional = {f.name for f in dataclasses.fields(kind) if not _is_required(f)}  # type: ignore[arg-type]
     for name, hint in hints.items():
+        if name not in told and name in optional:
+            continue  # sealed before there was such a fact
         if name not in told:
             raise corrupt(manifest.digest, f"its manifest lacks the fact {name!r}")
         values[name] = _turn(hint, told[name])
     return kind(**values)
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _turn(hint: Any, value: Any) -> Any:

@@ -7,10 +7,12 @@ upper 24 bits, offset in the lower 40. Reading a row touches that row alone.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import mmap
 import pathlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import BinaryIO
 
@@ -51,6 +53,24 @@ class ShardWriter:
         self._shard.write(line + b"\n")
         self._at += len(line) + 1
         self.rows += 1
+
+    def add_run(self, lines: memoryview, sizes: Sequence[int]) -> None:
+        """Appends rows that lie end to end, each with its newline; `sizes` count the newlines too."""
+        first, taken = 0, 0
+        while first < len(sizes):
+            if self._shard is None or (self._at and self._at + sizes[first] > self._limit):
+                self._next_shard()
+            assert self._shard is not None
+            starts = list(itertools.accumulate(sizes[first:], initial=self._at))
+            # Rows whose end lies within the limit; one that is longer has a shard of its own.
+            count = max(1, bisect.bisect_right(starts, self._limit) - 1)
+            number = self._number << _OFFSET_BITS
+            self._index.write(struct.pack(f"<{count}Q", *(number | at for at in starts[:count])))
+            end = taken + starts[count] - self._at
+            self._shard.write(lines[taken:end])
+            self._at, taken = starts[count], end
+            first += count
+        self.rows += len(sizes)
 
     def _next_shard(self) -> None:
         if self._shard is not None:

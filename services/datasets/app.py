@@ -23,9 +23,11 @@ from services.datasets import catalog, ingest, uploads
 from services.datasets.catalog import Catalog
 from services.datasets.fetches import Fetches, Origins
 from services.datasets.ingest import Ingests
+from services.datasets.inputs import Inputs
 from services.datasets.ledgers import Ledgers
 from services.datasets.metrics import Metrics
 from services.datasets.servicer import DatasetServicer
+from services.datasets.steps import Steps
 from services.datasets.uploads import Uploads
 from services.datasets.workers import Workers
 
@@ -76,9 +78,11 @@ def build(config: Config) -> App:
     sealed = Catalog(shelf, store)
     origins = Origins(config.hub_endpoint, config.hub_token_file, config.import_roots, config.max_fetch_bytes)
     fetches = Fetches(workers, settings.state / "hub", origins)
-    ingests = Ingests(shelf, store, files, workers, turn, metrics)
+    inputs = Inputs(files, sealed, shelf, fetches)
+    validations = settings.state / "validations"
+    ingests = Ingests(shelf, store, inputs, workers, turn, metrics, validations, config.max_unpacked_bytes)
     ledgers = Ledgers(shelf, sealed, workers, turn)
-    servicer = DatasetServicer(files, sealed, ingests, ledgers)
+    servicer = DatasetServicer(files, sealed, ingests, ledgers, Steps(workers))
 
     async def start(health: Health) -> None:
         await files.sweep()
@@ -87,10 +91,12 @@ def build(config: Config) -> App:
 
     def drain() -> None:
         ingests.runs.drain()
+        ingests.checks.drain()
         ledgers.runs.drain()
 
     async def stop() -> None:
         await ingests.runs.ended()
+        await ingests.checks.ended()
         await ledgers.runs.ended()
         await store.close()
 

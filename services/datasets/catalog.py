@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import json
 import logging
+import pathlib
 import sqlite3
 from collections.abc import AsyncGenerator, Iterator
 
@@ -47,10 +48,10 @@ class Catalog:
         self._shelf = shelf
         self._store = store
 
-    def open(self, name: str, field: str = "name") -> Sealed:
-        """The sealed dataset of a name, or NOT_FOUND. Blocking."""
+    def open(self, name: str, field: str = "name", verify: bool = False) -> Sealed:
+        """The sealed dataset of a name, or NOT_FOUND; `verify` reads every byte. Blocking."""
         ident = names.parse(field, name, DATASETS)
-        sealed = self._shelf.open(DATASETS, ident, field=field)
+        sealed = self._shelf.open(DATASETS, ident, verify, field)
         if sealed.manifest.kind != artifacts_pb2.ARTIFACT_KIND_DATASET:
             raise not_found(name)
         return sealed
@@ -160,11 +161,19 @@ class Catalog:
     ) -> AsyncGenerator[list[datasets_pb2.Finding], None]:
         """Findings of a severity or worse, some at a time."""
         sealed = await asyncio.to_thread(self.open, name)
-        with (sealed.payload / "findings.jsonl").open("rb") as f:
-            found = (json_format.Parse(line, datasets_pb2.Finding()) for line in f)
-            wanted = (finding for finding in found if finding.severity >= least)
-            while some := await asyncio.to_thread(lambda: list(itertools.islice(wanted, _FINDINGS))):
-                yield some
+        async for some in read_findings(sealed.payload / "findings.jsonl", least):
+            yield some
+
+
+async def read_findings(
+    path: pathlib.Path, least: datasets_pb2.Severity.ValueType
+) -> AsyncGenerator[list[datasets_pb2.Finding], None]:
+    """Findings of a file, of a severity or worse, some at a time."""
+    with path.open("rb") as f:
+        found = (json_format.Parse(line, datasets_pb2.Finding()) for line in f)
+        wanted = (finding for finding in found if finding.severity >= least)
+        while some := await asyncio.to_thread(lambda: list(itertools.islice(wanted, _FINDINGS))):
+            yield some
 
 
 def _intend(db: sqlite3.Connection, request_id: str, body: bytes, sealed: Sealed) -> None:
@@ -231,4 +240,5 @@ def proto(sealed: Sealed, name: str) -> datasets_pb2.Dataset:
     )
     json_format.Parse(json.dumps(dict(told.stats)), made.stats)
     json_format.Parse(json.dumps(dict(told.split)), made.split)
+    json_format.Parse(json.dumps(dict(told.lineage)), made.lineage)
     return made

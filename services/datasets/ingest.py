@@ -12,21 +12,21 @@ import contextlib
 import pathlib
 import shutil
 import sqlite3
-from collections.abc import AsyncGenerator, Mapping
+import tempfile
+from collections.abc import AsyncGenerator
 
 from google.protobuf import json_format
 
 from qlorad.v1 import artifacts_pb2, datasets_pb2, errors_pb2
 from services.common import facts, idempotency
-from services.common.errors import Fault, already_exists, wrong_state
+from services.common.errors import Fault, already_exists
 from services.common.frames.v1 import ingest_pb2
 from services.common.shelf import Shelf, Staged
 from services.common.store import Store
-from services.datasets.catalog import DATASETS, proto
-from services.datasets.checks import upload_id
+from services.datasets.catalog import DATASETS, proto, read_findings
+from services.datasets.inputs import Given, Inputs
 from services.datasets.metrics import Metrics
 from services.datasets.runs import Run, Runs, Tell
-from services.datasets.uploads import Uploads
 from services.datasets.workers import Workers, fault_of
 
 MIGRATION = """
@@ -43,20 +43,32 @@ class Ingests:
     """Every running CreateDataset."""
 
     def __init__(
-        self, shelf: Shelf, store: Store, uploads: Uploads, workers: Workers, turn: asyncio.Semaphore, metrics: Metrics
+        self,
+        shelf: Shelf,
+        store: Store,
+        inputs: Inputs,
+        workers: Workers,
+        turn: asyncio.Semaphore,
+        metrics: Metrics,
+        validations: pathlib.Path,
+        max_unpacked_bytes: int,
     ) -> None:
         self._shelf = shelf
         self._store = store
-        self._uploads = uploads
+        self._inputs = inputs
+        self._validations = validations
+        self._max_unpacked_bytes = max_unpacked_bytes
         self._workers = workers
         self._metrics = metrics
         self.runs: Runs[datasets_pb2.Dataset] = Runs(turn)
+        self.checks: Runs[ingest_pb2.IngestDone] = Runs(turn)
 
     async def sweep(self) -> None:
         """Throws away what runs of a killed daemon had staged; their intents stay for whoever asks again."""
         staged = await self._store.run(lambda db: [str(r["staged"]) for r in db.execute("SELECT staged FROM ingests")])
         for folder in staged:
             await asyncio.to_thread(self._drop, self._staged(folder))
+        await asyncio.to_thread(shutil.rmtree, self._validations, True)
 
     def _staged(self, name: str) -> Staged:
         return Staged(self._shelf.root / "staging" / name)
@@ -93,31 +105,64 @@ class Ingests:
         noted = await self._store.run(lambda db: idempotency.recall(db, _METHOD, request.request_id, body))
         if noted is not None:
             return datasets_pb2.Dataset.FromString(noted)
-        sources = [await self._source(f"uploads[{i}]", name) for i, name in enumerate(request.uploads)]
         await self._check_alias(request, body)
-        staged = await asyncio.to_thread(self._shelf.stage)
-        try:
-            await self._store.run(lambda db: _intend(db, request.request_id, body, staged.folder.name))
-            await asyncio.to_thread(_scratch(staged).mkdir)
+        async with self._inputs.gathered(request, tell) as given:
+            staged = await asyncio.to_thread(self._shelf.stage)
             try:
-                done = await self._parse(request, sources, staged, tell)
-            except Fault:
-                # Nothing of it was published, so nothing is left to finish.
-                await self._store.run(lambda db: _forget(db, request.request_id))
-                raise
-            # From here on it goes to its end, whoever is leaving.
-            return await asyncio.shield(
-                asyncio.ensure_future(self._publish(request, body, sources, staged, done, tell))
-            )
-        finally:
-            await asyncio.shield(asyncio.ensure_future(asyncio.to_thread(self._drop, staged)))
+                await self._store.run(lambda db: _intend(db, request.request_id, body, staged.folder.name))
+                await asyncio.to_thread(_scratch(staged).mkdir)
+                try:
+                    order = ingest_pb2.IngestOrder(payload=str(staged.payload), scratch=str(_scratch(staged)))
+                    done = await self._parse(order, request, given, tell)
+                except Fault:
+                    # Nothing of it was published, so nothing is left to finish.
+                    await self._store.run(lambda db: _forget(db, request.request_id))
+                    raise
+                # From here on it goes to its end, whoever is leaving.
+                work = self._publish(request, body, given, staged, done, tell)
+                return await asyncio.shield(asyncio.ensure_future(work))
+            finally:
+                await asyncio.shield(asyncio.ensure_future(asyncio.to_thread(self._drop, staged)))
 
-    async def _source(self, field: str, name: str) -> datasets_pb2.Upload:
-        upload = await self._uploads.get(upload_id(field, name))
-        if not upload.complete:
-            told = f"incomplete ({upload.committed_bytes} of {upload.size_bytes} bytes)"
-            raise wrong_state(name, told, ["complete"])
-        return upload
+    async def validate(
+        self, request: datasets_pb2.ValidateDatasetRequest
+    ) -> AsyncGenerator[datasets_pb2.ValidateDatasetResponse, None]:
+        """Progress, findings, the report: everything that CreateDataset would do but sealing."""
+        plan = request.plan
+        folder = await asyncio.to_thread(self._folder)
+        try:
+            done: ingest_pb2.IngestDone | None = None
+            run: Run[ingest_pb2.IngestDone] = self.checks.begin(
+                folder.name, b"", lambda tell: self._look(plan, folder, tell)
+            )
+            try:
+                async for update in run.watch():
+                    if isinstance(update, ingest_pb2.IngestDone):
+                        done = update
+                    else:
+                        yield datasets_pb2.ValidateDatasetResponse(progress=update)
+            finally:
+                run.cancel()
+                await run.ended()
+            assert done is not None
+            async for some in read_findings(folder / "findings.jsonl", request.min_severity):
+                yield datasets_pb2.ValidateDatasetResponse(findings=datasets_pb2.Findings(findings=some))
+            yield datasets_pb2.ValidateDatasetResponse(report=_report(done))
+        finally:
+            await asyncio.shield(asyncio.ensure_future(asyncio.to_thread(shutil.rmtree, folder, True)))
+
+    def _folder(self) -> pathlib.Path:
+        self._validations.mkdir(parents=True, exist_ok=True)
+        return pathlib.Path(tempfile.mkdtemp(dir=self._validations))
+
+    async def _look(
+        self, plan: datasets_pb2.CreateDatasetRequest, folder: pathlib.Path, tell: Tell
+    ) -> ingest_pb2.IngestDone:
+        async with self._inputs.gathered(plan, tell) as given:
+            order = ingest_pb2.IngestOrder(scratch=str(folder), validate_only=True)
+            done = await self._parse(order, plan, given, tell)
+            given.complete(done.lineage)
+            return done
 
     async def _check_alias(self, request: datasets_pb2.CreateDatasetRequest, body: bytes) -> None:
         """ALREADY_EXISTS before any work; a run that was begun with this id decides at its end."""
@@ -133,52 +178,49 @@ class Ingests:
 
     async def _parse(
         self,
+        order: ingest_pb2.IngestOrder,
         request: datasets_pb2.CreateDatasetRequest,
-        sources: list[datasets_pb2.Upload],
-        staged: Staged,
+        given: Given,
         tell: Tell,
     ) -> ingest_pb2.IngestDone:
-        order = ingest_pb2.IngestOrder(payload=str(staged.payload), scratch=str(_scratch(staged)), request=request)
-        for source in sources:
-            path = self._uploads.path(source.name.removeprefix("uploads/"))
-            order.sources.add(path=str(path), filename=source.filename)
+        order.request.CopyFrom(request)
+        order.sources.extend(given.sources)
+        order.max_unpacked_bytes = self._max_unpacked_bytes
         async with contextlib.aclosing(self._workers.reports("ingest", order)) as frames:
             async for frame in frames:
                 report = ingest_pb2.IngestReport.FromString(frame)
                 if report.WhichOneof("report") == "progress":
                     tell(report.progress.stage, report.progress.done, report.progress.total)
                 elif report.WhichOneof("report") == "refusal":
-                    self._count(report.refusal.findings)
+                    self._metrics.count_refused(report.refusal.findings)
                     raise fault_of(report.refusal)
                 else:
-                    self._count(report.done.stats.findings)
+                    self._metrics.count_run(report.done)
                     return report.done
         raise AssertionError("reports end with a result or a fault")
-
-    def _count(self, findings: Mapping[str, int]) -> None:
-        for rule, number in findings.items():
-            self._metrics.findings.labels(rule).inc(number)
 
     async def _publish(
         self,
         request: datasets_pb2.CreateDatasetRequest,
         body: bytes,
-        sources: list[datasets_pb2.Upload],
+        given: Given,
         staged: Staged,
         done: ingest_pb2.IngestDone,
         tell: Tell,
     ) -> datasets_pb2.Dataset:
         tell("seal", 0, 0)
+        given.complete(done.lineage)
         told = facts.DatasetFacts(
             format=datasets_pb2.RowFormat.Name(done.format),
             stats=json_format.MessageToDict(done.stats, preserving_proto_field_name=True),
             split=json_format.MessageToDict(request.split, preserving_proto_field_name=True),
-            source_sha256=tuple(s.sha256 for s in sources),
+            source_sha256=tuple(f.sha256 for f in done.lineage.files),
+            lineage=json_format.MessageToDict(done.lineage, preserving_proto_field_name=True),
         )
         story = {
             "dataset_id": request.dataset_id,
             "request_id": request.request_id,
-            "sources": [{"filename": s.filename, "sha256": s.sha256, "size_bytes": s.size_bytes} for s in sources],
+            "lineage": told.lineage,
             "columns": dict(request.columns),
         }
 
@@ -213,6 +255,15 @@ class Ingests:
             if e.reason != errors_pb2.REASON_STALE_GENERATION:
                 raise
             raise _taken(request) from None
+
+
+def _report(done: ingest_pb2.IngestDone) -> datasets_pb2.ValidationReport:
+    severities = {name.removeprefix("SEVERITY_").lower(): 0 for name in datasets_pb2.Severity.keys()[1:]}
+    for counted in done.finding_counts:
+        severities[datasets_pb2.Severity.Name(counted.severity).removeprefix("SEVERITY_").lower()] += counted.count
+    return datasets_pb2.ValidationReport(
+        passes=not severities["error"], stats=done.stats, lineage=done.lineage, severities=severities
+    )
 
 
 def _scratch(staged: Staged) -> pathlib.Path:

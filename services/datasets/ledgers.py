@@ -1,6 +1,6 @@
-"""Ledgers: made and read by a worker, since tokenizers and arrays have no place here.
+"""Ledgers and measures: made and read by a worker, since tokenizers and arrays have no place here.
 
-Law of this room: one run for one dataset, model, length and policy, whoever asks.
+Law of this room: one run for one dataset, model and settings, whoever asks.
 """
 
 from __future__ import annotations
@@ -27,35 +27,59 @@ class Ledgers:
         self._shelf = shelf
         self._catalog = catalog
         self._workers = workers
-        self.runs: Runs[datasets_pb2.Ledger] = Runs(turn)
+        self.runs: Runs[datasets_pb2.Ledger | datasets_pb2.DatasetMeasure] = Runs(turn)
 
     async def build(
         self, request: datasets_pb2.BuildLedgerRequest
-    ) -> AsyncGenerator[datasets_pb2.StageProgress | datasets_pb2.Ledger, None]:
+    ) -> AsyncGenerator[datasets_pb2.StageProgress | datasets_pb2.Ledger | datasets_pb2.DatasetMeasure, None]:
         """Progress, then the ledger; attaches to a run for the same inputs."""
-        dataset = await asyncio.to_thread(self._catalog.open, request.dataset, "dataset")
-        ident = names.parse("model", request.model, "models")
-        model = await asyncio.to_thread(self._shelf.open, "models", ident, False, "model")
+        dataset, model = await self._digests(request.dataset, request.model)
         work = ingest_pb2.LedgerBuild(
-            dataset_digest=dataset.digest,
-            model_digest=model.digest,
+            dataset_digest=dataset,
+            model_digest=model,
             max_length_tokens=request.max_length_tokens,
             over_length=request.over_length or datasets_pb2.OVER_LENGTH_ERROR,
+            prompt_format=request.prompt_format,
         )
-        body = work.SerializeToString(deterministic=True)
-        key = hashlib.sha256(body).hexdigest()
-        run = self.runs.get(key) or self.runs.begin(key, body, lambda tell: self._make(work, tell))
-        async with contextlib.aclosing(run.watch()) as updates:
+        order = ingest_pb2.LedgerOrder(store=str(self._shelf.root), build=work)
+        async with contextlib.aclosing(self._run(order, dataset, model)) as updates:
             async for update in updates:
                 yield update
 
-    async def _make(self, work: ingest_pb2.LedgerBuild, tell: Tell) -> datasets_pb2.Ledger:
-        pins = [
-            await asyncio.to_thread(self._shelf.pin, digest, "ledger")
-            for digest in (work.dataset_digest, work.model_digest)
-        ]
+    async def measure(
+        self, request: datasets_pb2.MeasureDatasetRequest
+    ) -> AsyncGenerator[datasets_pb2.StageProgress | datasets_pb2.Ledger | datasets_pb2.DatasetMeasure, None]:
+        """Progress, then the measure; attaches to a run for the same inputs."""
+        dataset, model = await self._digests(request.dataset, request.model)
+        work = ingest_pb2.LedgerMeasure(
+            dataset_digest=dataset,
+            model_digest=model,
+            prompt_format=request.prompt_format,
+            max_length_tokens=sorted(set(request.max_length_tokens)),
+        )
+        order = ingest_pb2.LedgerOrder(store=str(self._shelf.root), measure=work)
+        async with contextlib.aclosing(self._run(order, dataset, model)) as updates:
+            async for update in updates:
+                yield update
+
+    async def _digests(self, dataset: str, model: str) -> tuple[str, str]:
+        opened = await asyncio.to_thread(self._catalog.open, dataset, "dataset")
+        ident = names.parse("model", model, "models")
+        return opened.digest, (await asyncio.to_thread(self._shelf.open, "models", ident, False, "model")).digest
+
+    def _run(
+        self, order: ingest_pb2.LedgerOrder, *held: str
+    ) -> AsyncGenerator[datasets_pb2.StageProgress | datasets_pb2.Ledger | datasets_pb2.DatasetMeasure, None]:
+        body = order.SerializeToString(deterministic=True)
+        key = hashlib.sha256(body).hexdigest()
+        run = self.runs.get(key) or self.runs.begin(key, body, lambda tell: self._make(order, held, tell))
+        return run.watch()
+
+    async def _make(
+        self, order: ingest_pb2.LedgerOrder, held: tuple[str, ...], tell: Tell
+    ) -> datasets_pb2.Ledger | datasets_pb2.DatasetMeasure:
+        pins = [await asyncio.to_thread(self._shelf.pin, digest, "ledger") for digest in held]
         try:
-            order = ingest_pb2.LedgerOrder(store=str(self._shelf.root), build=work)
             async with contextlib.aclosing(self._workers.reports("ledger", order)) as frames:
                 async for frame in frames:
                     report = ingest_pb2.LedgerReport.FromString(frame)
@@ -64,7 +88,7 @@ class Ledgers:
                     elif report.WhichOneof("report") == "refusal":
                         raise fault_of(report.refusal)
                     else:
-                        return report.ledger
+                        return report.ledger if report.HasField("ledger") else report.measure
             raise AssertionError("reports end with a result or a fault")
         finally:
             for pin in pins:

@@ -14,17 +14,19 @@ from services.datasets import checks
 from services.datasets.catalog import Catalog
 from services.datasets.ingest import Ingests
 from services.datasets.ledgers import Ledgers
+from services.datasets.steps import Steps
 from services.datasets.uploads import Uploads
 
 
 class DatasetServicer(datasets_pb2_grpc.DatasetServiceServicer):
     """qlorad.v1.DatasetService."""
 
-    def __init__(self, uploads: Uploads, catalog: Catalog, ingests: Ingests, ledgers: Ledgers) -> None:
+    def __init__(self, uploads: Uploads, catalog: Catalog, ingests: Ingests, ledgers: Ledgers, steps: Steps) -> None:
         self._uploads = uploads
         self._catalog = catalog
         self._ingests = ingests
         self._ledgers = ledgers
+        self._steps = steps
 
     async def StartUpload(
         self, request: datasets_pb2.StartUploadRequest, context: Any
@@ -51,6 +53,17 @@ class DatasetServicer(datasets_pb2_grpc.DatasetServiceServicer):
                     yield datasets_pb2.CreateDatasetResponse(dataset=update)
                 else:
                     yield datasets_pb2.CreateDatasetResponse(progress=update)
+
+    async def ValidateDataset(
+        self, request: datasets_pb2.ValidateDatasetRequest, context: Any
+    ) -> AsyncGenerator[datasets_pb2.ValidateDatasetResponse, None]:
+        checks.validate_dataset(request)
+        async with contextlib.aclosing(self._ingests.validate(request)) as updates:
+            async for update in updates:
+                yield update
+
+    async def ListSteps(self, request: datasets_pb2.ListStepsRequest, context: Any) -> datasets_pb2.ListStepsResponse:
+        return datasets_pb2.ListStepsResponse(steps=await self._steps.list())
 
     async def GetDataset(
         self, request: datasets_pb2.GetDatasetRequest, context: Any
@@ -93,8 +106,19 @@ class DatasetServicer(datasets_pb2_grpc.DatasetServiceServicer):
             async for update in updates:
                 if isinstance(update, datasets_pb2.Ledger):
                     yield datasets_pb2.BuildLedgerResponse(ledger=update)
-                else:
+                elif isinstance(update, datasets_pb2.StageProgress):
                     yield datasets_pb2.BuildLedgerResponse(progress=update)
+
+    async def MeasureDataset(
+        self, request: datasets_pb2.MeasureDatasetRequest, context: Any
+    ) -> AsyncGenerator[datasets_pb2.MeasureDatasetResponse, None]:
+        checks.measure_dataset(request)
+        async with contextlib.aclosing(self._ledgers.measure(request)) as updates:
+            async for update in updates:
+                if isinstance(update, datasets_pb2.DatasetMeasure):
+                    yield datasets_pb2.MeasureDatasetResponse(measure=update)
+                elif isinstance(update, datasets_pb2.StageProgress):
+                    yield datasets_pb2.MeasureDatasetResponse(progress=update)
 
     async def ReadLedger(
         self, request: datasets_pb2.ReadLedgerRequest, context: Any

@@ -7,7 +7,7 @@ found, and what to do.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from qlorad.v1 import datasets_pb2
 
@@ -25,27 +25,32 @@ class Problem:
     hint: str
     field: str = ""
     severity: datasets_pb2.Severity.ValueType = ERROR
+    repair: str = ""
+    """The repair that mends it, where there is one."""
 
-    def at(self, file: str, line: int) -> datasets_pb2.Finding:
-        """The problem as a finding of a place; line 0 = the whole file."""
+    def at(self, file: str, line: int, row: int = 0) -> datasets_pb2.Finding:
+        """The problem as a finding of a place; line and row 0 = the whole file."""
+        hint = self.hint if not self.repair else f"{self.hint}{'; ' * bool(self.hint)}the repair {self.repair} does it"
         return datasets_pb2.Finding(
             file=file,
             line=line,
+            row=row,
             field=self.field,
             rule=self.rule,
             severity=self.severity,
             message=self.message,
-            hint=self.hint,
+            hint=hint,
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One row as its file gave it, or why it could not be read."""
+class Record(NamedTuple):
+    """One row as its file gave it, or why it could not be read. A tuple: a million of them are made."""
 
     line: int
     row: dict[str, Any] | None
     problem: Problem | None = None
+    spoiled: Any = None
+    """The value, where it could be parsed and a problem stands against it all the same."""
 
 
 @dataclass(eq=False)

@@ -1,11 +1,12 @@
-"""The ledger worker: makes a ledger, or sends rows of one.
+"""The ledger worker: makes a ledger, sends rows of one, or measures a dataset.
 
-Law of this room: it only calls common/prompt/ledger; what a training row is, is
-decided there.
+Law of this room: it only calls common/prompt; what a training row is, is decided
+there. The tokenizer may use every core here, since nothing else runs.
 """
 
 from __future__ import annotations
 
+import os
 import pathlib
 import time
 from collections.abc import Callable
@@ -13,9 +14,12 @@ from collections.abc import Callable
 from google.protobuf.message import Message
 
 from qlorad.v1 import datasets_pb2
+from services.common import facts
 from services.common.errors import invalid_field
 from services.common.frames.v1 import ingest_pb2
-from services.common.prompt import ledger
+from services.common.prompt import ledger, measure
+from services.common.prompt.render import Renderer
+from services.common.prompt.tokens import Tokenizer
 from services.common.shelf import Shelf
 from services.datasets.worker.bound import Bench
 
@@ -24,8 +28,35 @@ _BATCH_ROWS = 64
 _BATCH_TOKENS = 65536
 
 
-def build(shelf: Shelf, work: ingest_pb2.LedgerBuild, send: Callable[[ingest_pb2.LedgerReport], None]) -> None:
+Send = Callable[[ingest_pb2.LedgerReport], None]
+
+
+def build(shelf: Shelf, work: ingest_pb2.LedgerBuild, send: Send) -> None:
     """Makes the ledger and sends it."""
+    dataset = shelf.open("datasets", work.dataset_digest, field="dataset")
+    model = shelf.open("models", work.model_digest, field="model")
+    sealed = ledger.build(
+        shelf, dataset, model, work.max_length_tokens, work.over_length, _telling(send), work.prompt_format
+    )
+    send(ingest_pb2.LedgerReport(ledger=ledger.LedgerReader.open(sealed).proto()))
+
+
+def count(shelf: Shelf, work: ingest_pb2.LedgerMeasure, send: Send) -> None:
+    """Measures a dataset and sends what was found."""
+    dataset = shelf.open("datasets", work.dataset_digest, field="dataset")
+    model = shelf.open("models", work.model_digest, field="model")
+    told = facts.from_manifest(facts.ModelFacts, model.manifest)
+    lengths = list(work.max_length_tokens) or measure.usual_lengths(told.context_tokens)
+    if wrong := [n for n in lengths if n > told.context_tokens]:
+        raise invalid_field("max_length_tokens", wrong[0], f"1 to {told.context_tokens}, the model's context")
+    renderer = Renderer.open(model.payload, told.template_date, work.prompt_format)
+    made = measure.measure(dataset.payload, renderer, Tokenizer.open(model.payload), lengths, _telling(send))
+    made.dataset_digest, made.model_digest = dataset.digest, model.digest
+    send(ingest_pb2.LedgerReport(measure=made))
+
+
+def _telling(send: Send) -> Callable[[str, int, int], None]:
+    """Sends progress, not too often."""
     told_at = 0.0
 
     def tell(stage: str, done: int, total: int) -> None:
@@ -36,15 +67,10 @@ def build(shelf: Shelf, work: ingest_pb2.LedgerBuild, send: Callable[[ingest_pb2
             progress = datasets_pb2.StageProgress(stage=stage, done=done, total=total)
             send(ingest_pb2.LedgerReport(progress=progress))
 
-    dataset = shelf.open("datasets", work.dataset_digest, field="dataset")
-    model = shelf.open("models", work.model_digest, field="model")
-    sealed = ledger.build(shelf, dataset, model, work.max_length_tokens, work.over_length, tell)
-    send(ingest_pb2.LedgerReport(ledger=ledger.LedgerReader.open(sealed).proto()))
+    return tell
 
 
-def read(
-    shelf: Shelf, request: datasets_pb2.ReadLedgerRequest, send: Callable[[ingest_pb2.LedgerReport], None]
-) -> None:
+def read(shelf: Shelf, request: datasets_pb2.ReadLedgerRequest, send: Send) -> None:
     """Sends the rows asked for, in order."""
     rows = ledger.LedgerReader.open(shelf.open("datasets", request.ledger, field="ledger")).split(request.split)
     if request.first_row > len(rows):
@@ -64,6 +90,7 @@ def read(
 
 
 def main() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # workers inherit that it is off
     bench = Bench.open()
     order = ingest_pb2.LedgerOrder.FromString(bench.order)
     shelf = Shelf(pathlib.Path(order.store))
@@ -72,10 +99,13 @@ def main() -> None:
         bench.send(report)
 
     with bench.refusing(lambda refusal: send(ingest_pb2.LedgerReport(refusal=refusal))):
-        if order.WhichOneof("work") == "build":
-            build(shelf, order.build, send)
-        else:
-            read(shelf, order.read, send)
+        match order.WhichOneof("work"):
+            case "build":
+                build(shelf, order.build, send)
+            case "measure":
+                count(shelf, order.measure, send)
+            case _:
+                read(shelf, order.read, send)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from services.datasets.worker.found import INFO, Problem, Record, Unreadable, clip
-from services.datasets.worker.strict_json import StrictJson, odd_text, too_deep
+from services.datasets.worker.strict_json import StrictJson, odd_text, quick, too_deep
 
 MAX_ROW_BYTES = 8 << 20
 _CHUNK = 1 << 20
@@ -91,19 +91,30 @@ def lines(f: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
     while line := f.readline(MAX_ROW_BYTES + 1):
         number += 1
         if len(line) > MAX_ROW_BYTES and not line.endswith(b"\n"):
-            while (rest := f.readline(_CHUNK)) and not rest.endswith(b"\n"):
-                pass
+            _skip_line(f)
             yield number, None
         else:
             yield number, line
 
 
+def _skip_line(f: BinaryIO) -> None:
+    while (rest := f.readline(_CHUNK)) and not rest.endswith(b"\n"):
+        pass
+
+
 def jsonl(f: BinaryIO) -> Iterator[Record]:
     """One JSON object a line; blank lines are passed over."""
     strict = StrictJson()
-    for number, line in lines(f):
-        if line is None:
+    number = 0
+    for line in iter(lambda: f.readline(MAX_ROW_BYTES + 1), b""):
+        number += 1
+        if len(line) > MAX_ROW_BYTES and not line.endswith(b"\n"):
+            _skip_line(f)
             yield Record(number, None, too_long())
+            continue
+        row = quick(line)
+        if row is not None:
+            yield Record(number, row)
         elif line.strip():
             yield _json_line(strict, number, line)
 
@@ -131,7 +142,7 @@ def _broken(error: ValueError, hint: str) -> Problem:
 def _record(number: int, value: object, problem: Problem | None) -> Record:
     if problem is None and not isinstance(value, dict):
         problem = Problem("not_an_object", f"the row is {clip(value)}", "a JSON object with named fields")
-    return Record(number, value if isinstance(value, dict) and problem is None else None, problem)
+    return Record(number, value, None) if problem is None else Record(number, None, problem, value)
 
 
 class _Text:

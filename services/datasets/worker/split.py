@@ -1,58 +1,42 @@
 """Which rows are set aside: by content and seed, never by place.
 
-Law of this room: pure. Rows of equal content are one group and go to one side.
-A group's rank is a hash of its content keyed by the seed; the lowest ranks are
-validation, the next test. So the split does not change when rows change order.
+Law of this room: pure. Rows of equal or nearly equal content are one group and
+go to one side. A group's rank is its content's hash mixed with the seed; the
+lowest ranks of a stratum are validation, the next test. So the split does not
+change when rows change order, and a row more moves few others.
 """
 
 from __future__ import annotations
 
-import hashlib
-import heapq
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from qlorad.v1 import datasets_pb2
 from services.datasets.worker.found import Problem
 
+Array = npt.NDArray[Any]
 
-def content_hash(example: datasets_pb2.Example) -> bytes:
-    """16 bytes that are equal for equal content; metadata and origin do not count."""
-    body = datasets_pb2.Example()
-    body.CopyFrom(example)
-    body.ClearField("metadata")
-    body.ClearField("origin")
-    for message in body.chat.messages if body.WhichOneof("body") == "chat" else ():
-        # How a text is cut into parts is no content.
-        text = "".join(part.text for part in message.parts)
-        del message.parts[:]
-        if text:
-            message.parts.add(text=text)
-    return hashlib.blake2b(body.SerializeToString(deterministic=True), digest_size=16).digest()
+SIDES = ("train", "validation", "test")
+_MASK = (1 << 64) - 1
 
 
-def rank(content: bytes, seed: int) -> int:
-    """The group's place in the draw of this seed."""
-    key = seed.to_bytes(8, "little")
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8, key=key).digest(), "little")
+def _mixed(value: int) -> int:
+    """One number of another, far apart for neighbours (the finaliser of splitmix64)."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """Where the draw is cut: ranks up to these go to validation, then to test."""
-
-    seed: int
-    validation: int
-    test: int
-
-    def side(self, content: bytes) -> str:
-        """The split of a group."""
-        if self.validation < 0 and self.test < 0:
-            return "train"
-        at = rank(content, self.seed)
-        if at <= self.validation:
-            return "validation"
-        return "test" if at <= self.test else "train"
+def ranks(contents: Array, seed: int) -> Array:
+    """Each group's place in the draw of a seed; `contents` are the first 8 bytes of its hash."""
+    x = contents.astype(np.uint64) ^ np.uint64(_mixed(seed))
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def share(groups: int, fraction: float) -> int:
@@ -60,18 +44,44 @@ def share(groups: int, fraction: float) -> int:
     return max(1, round(groups * fraction)) if fraction > 0 else 0
 
 
-def cut(groups: Collection[bytes], asked: datasets_pb2.Split) -> Cut | Problem:
-    """The cut that gives each side its share of groups, or why that cannot be."""
-    validation = share(len(groups), asked.validation_fraction)
-    test = share(len(groups), asked.test_fraction)
-    if validation + test >= len(groups) and validation + test > 0:
+def sides(contents: Array, strata: Array, asked: datasets_pb2.Split) -> Array | Problem:
+    """The side of each group, as a number in SIDES, or why the split cannot be.
+
+    `contents` are all different; `strata` number the kinds that each get their share.
+    """
+    side = np.zeros(len(contents), np.uint8)
+    if not (asked.validation_fraction or asked.test_fraction):
+        return side
+    place = ranks(contents, asked.seed)
+    # Equal ranks of different contents: the content decides, so that order does not.
+    order = np.lexsort((contents, place, strata))
+    kinds, begins = np.unique(strata[order], return_index=True)
+    ends = [*begins[1:], len(order)]
+    trained = 0
+    for begin, end in zip(begins, ends, strict=True):
+        groups = end - begin
+        validation, test = share(groups, asked.validation_fraction), share(groups, asked.test_fraction)
+        if len(kinds) > 1:  # a kind too small for a share of its own is trained
+            validation, test = _fitting(groups, validation, test)
+        side[order[begin : begin + validation]] = 1
+        side[order[begin + validation : begin + validation + test]] = 2
+        trained += max(0, groups - validation - test)
+    if trained <= 0:
+        counts = {name: int((side == n).sum()) for n, name in enumerate(SIDES)}
         told = (
-            f"of {len(groups)} different rows {validation} go to validation and {test} to test; none is left to train"
+            f"of {len(contents)} different rows {counts['validation']} go to validation and {counts['test']} to test; "
+            "none is left to train"
         )
         return Problem("split_leaves_nothing", told, "smaller fractions, or more rows")
-    lowest = heapq.nsmallest(validation + test, (rank(g, asked.seed) for g in groups))
-    return Cut(
-        asked.seed,
-        lowest[validation - 1] if validation else -1,
-        lowest[validation + test - 1] if test else -1,
-    )
+    return side
+
+
+def _fitting(groups: int, validation: int, test: int) -> tuple[int, int]:
+    if validation + test < groups:
+        return validation, test
+    return (validation, 0) if validation and validation < groups else (0, 0)
+
+
+def counts(side: Array, asked: Mapping[str, bool]) -> dict[str, int]:
+    """Rows by side; a side that was asked for stands there with 0."""
+    return {name: int((side == n).sum()) for n, name in enumerate(SIDES) if asked.get(name) or (side == n).any()}

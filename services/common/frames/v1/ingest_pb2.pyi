@@ -582,26 +582,6 @@ class WorkerRefusal(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    @_typing.final
-    class FindingsEntry(_message.Message):
-        DESCRIPTOR: _descriptor.Descriptor
-
-        KEY_FIELD_NUMBER: _builtins.int
-        VALUE_FIELD_NUMBER: _builtins.int
-        key: _builtins.str
-        value: _builtins.int
-        def __init__(
-            self,
-            *,
-            key: _builtins.str = ...,
-            value: _builtins.int = ...,
-        ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
-        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        def WhichOneof(self, oneof_group: _Never) -> None: ...
-
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     VIOLATIONS_FIELD_NUMBER: _builtins.int
@@ -622,7 +602,7 @@ class WorkerRefusal(_message.Message):
         """Wrong fields or rows."""
 
     @_builtins.property
-    def findings(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+    def findings(self) -> _containers.RepeatedCompositeFieldContainer[Global___FindingCount]:
         """Findings by rule, where rows were read."""
 
     @_builtins.property
@@ -636,7 +616,7 @@ class WorkerRefusal(_message.Message):
         message: _builtins.str = ...,
         violations: _abc.Iterable[Global___WorkerViolation] | None = ...,
         resource: _builtins.str = ...,
-        findings: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        findings: _abc.Iterable[Global___FindingCount] | None = ...,
         blockers: _abc.Iterable[Global___WorkerBlocker] | None = ...,
         retry_seconds: _builtins.float = ...,
     ) -> None: ...

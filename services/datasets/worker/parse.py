@@ -1,0 +1,156 @@
+"""Rows of one file, one after the other: read, mended, stepped through, judged, spooled.
+
+Law of this room: a row is either spooled or counted, and every problem of it is
+noted. Nothing here is kept of rows gone by but counts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from services.common.prompt import example as canonical
+from services.datasets.forms import Form
+from services.datasets.worker import forms, private, rules
+from services.datasets.worker.findings import Notes
+from services.datasets.worker.found import ERROR, Problem, Record
+from services.datasets.worker.plain import Plain, body_of, content_hash, size_of
+from services.datasets.worker.records import MAX_ROW_BYTES, too_long
+from services.datasets.worker.repairs import Repairs
+from services.datasets.worker.spool import MAX_STRATA, Segment
+from services.datasets.worker.steps import Pipeline
+
+ENOUGH_ERRORS = 1000
+_LANGUAGE = "language"
+_METADATA = re.compile(r"metadata\.(.+)", re.DOTALL)
+
+
+@dataclass(slots=True)
+class Counts:
+    """What has been counted so far."""
+
+    rows: int = 0
+    """Spooled."""
+    skipped: int = 0
+    """Left out because of an error."""
+    stepped_out: int = 0
+    """Left out by a step."""
+    columns_met: set[str] = field(default_factory=set)
+    strata: dict[str, int] = field(default_factory=dict)
+
+    def stratum(self, name: str) -> int:
+        """The number of a kind of row; beyond a bound all others are one kind."""
+        return self.strata.setdefault(name, min(len(self.strata), MAX_STRATA - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which file is read, and what its rows are."""
+
+    file: int
+    name: str
+    side: int
+    form: Form
+    columns: Mapping[str, str]
+    is_ours: bool = False
+    """Rows of a sealed dataset: plain examples already."""
+
+
+class Parser:
+    """Takes records, gives spooled rows and notes."""
+
+    def __init__(
+        self,
+        stratify_by: str,
+        repairs: Repairs,
+        pipeline: Pipeline,
+        languages: Callable[[Plain], str],
+        counts: Counts,
+        stop_at_errors: bool,
+    ) -> None:
+        self.counts = counts
+        self.repairs = repairs
+        self.pipeline = pipeline
+        self._stratify_by = stratify_by
+        self._languages = languages
+        self._stop = stop_at_errors
+
+    def run(self, place: Place, records: Iterable[Record], segment: Segment, notes: Notes) -> Iterator[None]:
+        """Spools every record. Yields now and then, for whoever tells progress."""
+        row = 0
+        for record in records:
+            row += 1
+            self._row(place, record, row, segment, notes)
+            if not row & 0xFF:
+                yield
+                if self._stop and notes.error_count >= ENOUGH_ERRORS:
+                    return
+
+    def _row(self, place: Place, record: Record, row: int, segment: Segment, notes: Notes) -> None:
+        at, data, problem = record.line, record.row, record.problem
+        if problem is not None:
+            data = self.repairs.mend_value(record.spoiled, problem)
+            if data is None:
+                self._leave_out([problem], place, at, row, notes)
+                return
+        assert data is not None
+        if place.columns:
+            self.counts.columns_met.update(c for c in place.columns.values() if c in data)
+        if place.is_ours:
+            example, problems = data, []
+        else:
+            example, problems = forms.example_of(data, place.form, place.columns)
+        if self.repairs.names:
+            example, problems = self.repairs.mend(example, problems)
+        if any(p.severity == ERROR for p in problems):
+            self._leave_out(problems, place, at, row, notes)
+            return
+        if self.pipeline:
+            stepped = self.pipeline.apply(example)
+            if stepped is None:
+                self.counts.stepped_out += 1
+                for problem in problems:
+                    notes.add(problem, place.file, at, row)
+                return
+            example = stepped
+        problems += rules.check(example, place.form)
+        problems += private.scan(example)
+        if problems:
+            if any(p.severity == ERROR for p in problems):
+                self._leave_out(problems, place, at, row, notes)
+                return
+            for problem in problems:
+                notes.add(problem, place.file, at, row)
+        self._spool(place, example, at, row, segment, notes)
+
+    def _leave_out(self, problems: Iterable[Problem], place: Place, at: int, row: int, notes: Notes) -> None:
+        for problem in problems:
+            notes.add(problem, place.file, at, row)
+        self.counts.skipped += 1
+
+    def _spool(self, place: Place, example: Plain, at: int, row: int, segment: Segment, notes: Notes) -> None:
+        content = content_hash(example)
+        if "origin" not in example:  # a row of a parent keeps its own
+            example["origin"] = {"file": place.name, "line": str(at)} if at else {"file": place.name}
+        line = canonical.line_of(example)
+        if len(line) > 2 * MAX_ROW_BYTES:
+            self._leave_out([too_long("canonical row")], place, at, row, notes)
+            return
+        stratum = self.counts.stratum(self._kind(place, example)) if self._stratify_by else 0
+        form = forms.of_body(example) if place.is_ours else place.form
+        segment.add(line, content, at, row, size_of(example), place.file, stratum, place.side, form)
+        self.counts.rows += 1
+
+    def _kind(self, place: Place, example: Plain) -> str:
+        """What the row counts as, for a stratified split."""
+        if self._stratify_by == "source":
+            return place.name
+        if self._stratify_by == "form":
+            return body_of(example) if place.is_ours else str(place.form)
+        if self._stratify_by == _LANGUAGE:
+            return self._languages(example)
+        key = _METADATA.fullmatch(self._stratify_by)
+        value: Any = example.get("metadata", {}).get(key[1]) if key else None
+        return canonical.line_of({"value": value}).decode()

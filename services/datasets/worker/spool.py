@@ -1,0 +1,127 @@
+"""Rows on their way: canonical lines in one file, what is known of each in another.
+
+Law of this room: rows are appended once, in order of file and line, and read in
+blocks; memory does not grow with them. Nothing here knows what a row means.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_ENTRY = struct.Struct("<16sQQIIIHHBB")
+ENTRY = np.dtype(
+    [
+        ("content", "<u8", 2),
+        ("line", "<u8"),
+        ("row", "<u8"),
+        ("size", "<u4"),
+        ("characters", "<u4"),
+        ("words", "<u4"),
+        ("file", "<u2"),
+        ("stratum", "<u2"),
+        ("side", "u1"),
+        ("form", "u1"),
+    ]
+)
+"""What is known of a row; `size` counts its newline."""
+MAX_FILES = 1 << 16
+MAX_STRATA = 1 << 16
+_BLOCK_ROWS = 1 << 16
+
+Array = npt.NDArray[Any]
+
+
+class Segment:
+    """Rows of one stretch of one file, being written."""
+
+    def __init__(self, folder: pathlib.Path, number: int) -> None:
+        self.rows = 0
+        self._lines = rows_path(folder, number).open("wb", buffering=1 << 20)
+        self._entries = entries_path(folder, number).open("wb", buffering=1 << 18)
+
+    def add(
+        self,
+        line: bytes,
+        content: bytes,
+        at: int,
+        row: int,
+        size: tuple[int, int],
+        file: int,
+        stratum: int,
+        side: int,
+        form: int,
+    ) -> None:
+        """Appends a row: its line without newline, and where it came from; `size` is characters and words."""
+        self._lines.write(line)
+        self._lines.write(b"\n")
+        self._entries.write(_ENTRY.pack(content, at, row, len(line) + 1, *size, file, stratum, side, form))
+        self.rows += 1
+
+    def close(self) -> None:
+        """Ends the segment."""
+        self._lines.close()
+        self._entries.close()
+
+
+def rows_path(folder: pathlib.Path, number: int) -> pathlib.Path:
+    """Where the lines of a segment lie."""
+    return folder / f"{number:06d}.rows"
+
+
+def entries_path(folder: pathlib.Path, number: int) -> pathlib.Path:
+    """Where the entries of a segment lie."""
+    return folder / f"{number:06d}.entries"
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Some rows in order: the first one's place, their entries, and where their lines lie."""
+
+    first: int
+    entries: Array
+    path: pathlib.Path
+    offset: int
+
+    def lines(self) -> bytes:
+        """The lines, newlines and all."""
+        with self.path.open("rb") as f:
+            f.seek(self.offset)
+            return f.read(int(self.entries["size"].sum()))
+
+
+class Spool:
+    """All rows that were written, in order of their segments."""
+
+    def __init__(self, folder: pathlib.Path, segments: Sequence[int]) -> None:
+        self._folder = folder
+        self._segments = list(segments)
+        self.rows = sum(self._size(n) for n in self._segments)
+
+    def _size(self, number: int) -> int:
+        return entries_path(self._folder, number).stat().st_size // ENTRY.itemsize
+
+    def blocks(self) -> Iterator[Block]:
+        """Every row, some thousands at a time."""
+        first = 0
+        for number in self._segments:
+            offset = 0
+            with entries_path(self._folder, number).open("rb") as f:
+                while data := f.read(_BLOCK_ROWS * ENTRY.itemsize):
+                    entries = np.frombuffer(data, ENTRY)
+                    yield Block(first, entries, rows_path(self._folder, number), offset)
+                    first += len(entries)
+                    offset += int(entries["size"].sum())
+
+    def lines(self) -> Iterator[bytes]:
+        """Every line in order, without its newline."""
+        for number in self._segments:
+            with rows_path(self._folder, number).open("rb", buffering=1 << 20) as f:
+                for line in f:
+                    yield line[:-1]
