@@ -67,7 +67,7 @@ class Fetches:
     async def fetch(
         self, request: datasets_pb2.CreateDatasetRequest, tell: Callable[[str, int, int], None]
     ) -> ingest_pb2.FetchDone:
-        """The files of the request's hub or folder source, in order, each with its digest. The request is well formed."""
+        """The files of a well-formed request's hub or folder source, in order, each with its digest."""
         if request.HasField("folder"):
             return await self._run(await asyncio.to_thread(self._folder_order, request.folder), tell)
         hub = request.hub

@@ -37,7 +37,7 @@ def check_hub(source: datasets_pb2.HubSource) -> list[Violation]:
 
 
 def check_folder(source: datasets_pb2.FolderSource, roots: Sequence[pathlib.Path]) -> list[Violation]:
-    """Violations of a folder source. The roots are told to who gives no absolute path; who leaves them is refused later."""
+    """Violations of a folder source; who gives no absolute path is told the roots. Who leaves them is refused later."""
     wrong = []
     path = source.path
     if not path.startswith("/") or ".." in path.split("/") or _CONTROL.search(path) or len(path) > 4096:

@@ -37,7 +37,7 @@ def fetch(order: ingest_pb2.FetchOrder, tell: Callable[[int, int], None]) -> ing
 
 
 def walk(root: pathlib.Path) -> list[str]:
-    """The paths of all files below a folder, but for hidden ones."""
+    """The paths of all files below a folder, but for hidden ones and those whose names cannot be shown."""
     found: list[str] = []
     waiting = [""]
     while waiting:
@@ -46,6 +46,10 @@ def walk(root: pathlib.Path) -> list[str]:
             for entry in sorted(entries, key=lambda e: e.name):
                 path = f"{folder}{entry.name}"
                 if entry.name.startswith("."):
+                    continue
+                if not entry.name.isprintable():
+                    if layout.kind_of(path):
+                        raise invalid_field("folder.path", f"{root}, which holds {show(path)}", "printable file names")
                     continue
                 if entry.is_symlink() and not pathlib.Path(entry.path).resolve().is_relative_to(root):
                     accepted = "a folder whose links stay inside of it; copy the file there"

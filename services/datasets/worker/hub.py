@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import functools
 import hashlib
 import pathlib
 import re
@@ -316,10 +317,14 @@ def fetch(order: ingest_pb2.FetchOrder, tell: Callable[[int, int], None]) -> ing
     before = 0
     for file in choice.files:
         entry = entries[file.path]
-        path, sha256 = repository.bring(entry, commit, objects, lambda n, before=before: tell(before + n, total))
+        path, sha256 = repository.bring(entry, commit, objects, functools.partial(_tell_on, tell, before, total))
         done.sources.add(path=str(path), filename=file.path, split=file.split, sha256=sha256)
         before += entry.size
     return done
+
+
+def _tell_on(tell: Callable[[int, int], None], before: int, total: int, done: int) -> None:
+    tell(before + done, total)
 
 
 def _text(repository: Repository, entry: Entry, commit: str, objects: pathlib.Path) -> bytes:
