@@ -2,6 +2,7 @@
 
 Law of this room: little-endian, no header; SPLIT.NAME holds the values of all
 rows end to end, SPLIT.NAME.at one u64 a row and one more: where each row begins.
+SPLIT.place holds one record a row, so it needs no .at.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ _TYPES: Mapping[str, np.dtype[Any]] = {
     "text": np.dtype("u1"),
 }
 Array = npt.NDArray[Any]
+PLACE = np.dtype([("row", "<u8"), ("line", "<u8"), ("file", "<u4"), ("piece", "<u4")])
+"""Number of the source row, its line, the number of its file, which piece of it."""
 
 
 class ColumnWriter:
@@ -34,7 +37,7 @@ class ColumnWriter:
         self._end = 0
         self._mark()
 
-    def add(self, values: Sequence[int] | bytes) -> None:
+    def add(self, values: Sequence[int] | Array | bytes) -> None:
         """Appends one row."""
         self._values.write(values if isinstance(values, bytes) else np.asarray(values, dtype=self._type).tobytes())
         self._end += len(values)
@@ -74,6 +77,33 @@ class Column:
     def lengths(self) -> Array:
         """Length of every row."""
         return np.diff(self._at).astype(np.int64)
+
+
+class PlaceWriter:
+    """Writes where rows came from; knows the names of files."""
+
+    def __init__(self, folder: pathlib.Path, split: str, files: dict[str, int]) -> None:
+        self._out = (folder / f"{split}.place").open("wb")
+        self._files = files
+
+    def add(self, row: int, file: str, line: int, piece: int) -> None:
+        """Appends one row."""
+        number = self._files.setdefault(file, len(self._files))
+        self._out.write(np.array((row, line, number, piece), PLACE).tobytes())
+
+    def __enter__(self) -> PlaceWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._out.close()
+
+
+def places(folder: pathlib.Path, split: str) -> Array | None:
+    """Where rows came from; None in ledgers that do not tell it."""
+    path = folder / f"{split}.place"
+    return _map(path, PLACE) if path.exists() else None
 
 
 def _map(path: pathlib.Path, kind: np.dtype[Any]) -> Array:

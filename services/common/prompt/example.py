@@ -8,6 +8,7 @@ conversation is decided here and nowhere else, so training and serving agree.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,14 @@ from google.protobuf import json_format
 
 from qlorad.v1 import datasets_pb2, messages_pb2
 
-_ROLES = {
+ROLES = {
     messages_pb2.ROLE_SYSTEM: "system",
     messages_pb2.ROLE_USER: "user",
     messages_pb2.ROLE_ASSISTANT: "assistant",
     messages_pb2.ROLE_TOOL: "tool",
 }
+Talk = tuple[list[dict[str, Any]], list[dict[str, Any]] | None]
+"""Messages, and the tools on offer."""
 
 
 @dataclass(eq=False)
@@ -67,7 +70,8 @@ def whole(value: Any) -> Any:
         return {k: whole(v) for k, v in value.items()}
     if isinstance(value, list):
         return [whole(v) for v in value]
-    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) <= 1 << 53 else value
+    exact = isinstance(value, float) and value.is_integer() and abs(value) <= 1 << 53
+    return int(value) if exact and (value or math.copysign(1.0, value) > 0) else value  # -0.0 stays what it is
 
 
 def loads(line: bytes) -> datasets_pb2.Example:
@@ -83,17 +87,16 @@ def loads(line: bytes) -> datasets_pb2.Example:
     return example
 
 
-def as_template_sees(
-    conversation: messages_pb2.Conversation,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+def as_template_sees(conversation: messages_pb2.Conversation, parts: bool = False) -> Talk:
     """Messages and tools in the form that Hugging Face chat templates expect.
 
     Content is always a string, empty where a turn only calls tools. Arguments
     and parameters are objects, not text. Fields without a value are left out.
-    Tools are None where none are on offer.
+    Tools are None where none are on offer. With `parts` each message also tells
+    the texts that its content is joined of, for templates of ours that ask.
     """
-    messages = [_message(i, m) for i, m in enumerate(conversation.messages)]
-    tools = [_tool(i, t) for i, t in enumerate(conversation.tools)]
+    messages = [_message(i, m, parts) for i, m in enumerate(conversation.messages)]
+    tools = [tool_seen(i, t.name, t.description, t.parameters_json) for i, t in enumerate(conversation.tools)]
     return messages, tools or None
 
 
@@ -102,14 +105,17 @@ def text_of(message: messages_pb2.Message) -> str:
     return "".join(part.text for part in message.parts)
 
 
-def _message(index: int, message: messages_pb2.Message) -> dict[str, Any]:
+def _message(index: int, message: messages_pb2.Message, parts: bool) -> dict[str, Any]:
     where = f"messages[{index}]"
-    if message.role not in _ROLES:
+    if message.role not in ROLES:
         raise ExampleError(f"{where}.role", f"unknown role {message.role}", index + 1)
-    seen: dict[str, Any] = {"role": _ROLES[message.role], "content": text_of(message)}
+    seen: dict[str, Any] = {"role": ROLES[message.role], "content": text_of(message)}
+    if parts:
+        seen["parts"] = [part.text for part in message.parts]
     if message.tool_calls:
         seen["tool_calls"] = [
-            _call(f"{where}.tool_calls[{n}]", index + 1, call) for n, call in enumerate(message.tool_calls)
+            call_seen(f"{where}.tool_calls[{n}]", index + 1, call.id, call.name, call.arguments_json)
+            for n, call in enumerate(message.tool_calls)
         ]
     if message.tool_call_id:
         seen["tool_call_id"] = message.tool_call_id
@@ -118,19 +124,21 @@ def _message(index: int, message: messages_pb2.Message) -> dict[str, Any]:
     return seen
 
 
-def _call(where: str, turn: int, call: messages_pb2.ToolCall) -> dict[str, Any]:
-    arguments = _json_object(f"{where}.arguments_json", turn, call.arguments_json)
-    named = {"id": call.id} if call.id else {}
-    return {**named, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+def call_seen(where: str, turn: int, ident: str, name: str, arguments_json: str) -> dict[str, Any]:
+    """A tool call as templates see it."""
+    arguments = _json_object(f"{where}.arguments_json", turn, arguments_json)
+    named = {"id": ident} if ident else {}
+    return {**named, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def _tool(index: int, tool: messages_pb2.Tool) -> dict[str, Any]:
-    parameters = _json_object(f"tools[{index}].parameters_json", 0, tool.parameters_json)
+def tool_seen(index: int, name: str, description: str, parameters_json: str) -> dict[str, Any]:
+    """A tool as templates see it."""
+    parameters = _json_object(f"tools[{index}].parameters_json", 0, parameters_json)
     return {
         "type": "function",
         "function": {
-            "name": tool.name,
-            "description": tool.description,
+            "name": name,
+            "description": description,
             "parameters": parameters or {"type": "object", "properties": {}},
         },
     }

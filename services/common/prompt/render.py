@@ -2,7 +2,8 @@
 
 Law of this room: the same text in training and in serving, and the same as
 transformers' apply_chat_template, byte for byte. The date is the manifest's,
-never the clock's.
+never the clock's. Where a prompt format was chosen, its template stands in the
+place of the model's own; special tokens are the model's in either case.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from typing import Any
 
 import jinja2
 
+from qlorad.v1 import messages_pb2
 from services.common import artifacts
 from services.common.errors import rejected, show
+from services.common.prompt import formats
 from services.common.prompt.sandbox import Template
 
 TOKENIZER = "tokenizer.json"
@@ -64,12 +67,14 @@ class Renderer:
     tokenizer_digest: str
     """sha256 of tokenizer.json, "sha256:…"."""
     template_digest: str
-    """sha256 of the template's text, "sha256:…"; empty if there is none."""
+    """sha256 of the text of the template in use, "sha256:…"; empty if there is none."""
     digest: str
     """Names everything a rendering depends on: tokenizer, templates, special tokens, date."""
+    prompt_format: formats.Format = formats.OWN
+    """Which template is in use."""
 
     @classmethod
-    def open(cls, payload: pathlib.Path, date: str) -> Renderer:
+    def open(cls, payload: pathlib.Path, date: str, prompt_format: formats.Format = formats.OWN) -> Renderer:
         """The renderer of a model folder; `date` is ISO, as in ModelFacts.template_date.
 
         REJECTED naming the file where one is missing, or is not what it should be.
@@ -81,7 +86,8 @@ class Renderer:
         except ValueError:
             raise rejected("template_date", f"got {show(date)}; accepted: a date as 2026-01-31") from None
         config = read_config(payload)
-        sources = _template_sources(payload, config)
+        own = prompt_format == formats.OWN
+        sources = _template_sources(payload, config) if own else {"default": formats.source(prompt_format)}
         tokens = special_tokens(payload, config)
         tokenizer_digest = "sha256:" + artifacts.sha256_file(payload / TOKENIZER)
         everything = [tokenizer_digest, sources, tokens, today.isoformat()]
@@ -91,7 +97,13 @@ class Renderer:
             tokenizer_digest=tokenizer_digest,
             template_digest=_template_digest(sources),
             digest=_sha256(json.dumps(everything, sort_keys=True)),
+            prompt_format=prompt_format,
         )
+
+    @property
+    def sees_parts(self) -> bool:
+        """Whether the template tells a message's parts apart: Alpaca does, instruction from input."""
+        return self.prompt_format == messages_pb2.PROMPT_FORMAT_ALPACA
 
     @property
     def has_template(self) -> bool:

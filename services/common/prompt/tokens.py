@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import tokenizers
 
@@ -18,24 +18,82 @@ from services.common.errors import rejected
 from services.common.prompt.render import TOKENIZER, read_config, special_tokens
 
 
-@dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids and, for each, its first character and the one after its last."""
+    """Token ids, and where each stands in the text. Told on demand: lists of offsets cost more than encoding."""
 
-    ids: Sequence[int]
-    offsets: Sequence[tuple[int, int]]
+    __slots__ = ("_found",)
+
+    def __init__(self, found: tokenizers.Encoding) -> None:
+        self._found = found
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Encoded) and (self.ids, self.offsets) == (other.ids, other.offsets)
+
+    @property
+    def ids(self) -> list[int]:
+        """Token ids, a new list each time."""
+        found: list[int] = self._found.ids
+        return found
+
+    @property
+    def offsets(self) -> list[tuple[int, int]]:
+        """For each token its first character and the one after its last."""
+        found: list[tuple[int, int]] = self._found.offsets
+        return found
+
+    def range_of(self, begin: int, end: int) -> tuple[int, int] | None:
+        """First token, and the one after the last, of those that share a character with text[begin:end].
+
+        None where a character at the edge belongs to no token, so that only all offsets can tell.
+        """
+        found = self._found
+        first = found.char_to_token(begin)
+        last = found.char_to_token(end - 1)
+        if first is None or last is None:
+            return None
+        # Several tokens may spell one character: the last of them counts.
+        while last < len(found) and (place := found.token_to_chars(last)) is not None and place[0] < end:
+            last += 1
+        return first, last
+
+
+@dataclass(frozen=True, slots=True)
+class Infill:
+    """How a model was taught to fill gaps: its own tokens, as text."""
+
+    prefix: str
+    suffix: str
+    middle: str
+    end: str
+    """Ends the middle; empty where the end token does."""
+
+
+_INFILLS = (
+    Infill("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>", "\u2581<EOT>"),
+    Infill("<fim_prefix>", "<fim_suffix>", "<fim_middle>", ""),
+    Infill("<fim-prefix>", "<fim-suffix>", "<fim-middle>", ""),
+    Infill("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", ""),
+    Infill("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>", ""),
+)
+INFILL_TOKENS = "; ".join(" ".join((i.prefix, i.suffix, i.middle)) for i in _INFILLS)
+"""What is looked for, for people."""
 
 
 class Tokenizer:
     """The tokenizer of one model. Safe to share between threads; holds no settings that calls change."""
 
-    __slots__ = ("_added", "_byte_level", "_bytes", "_tokenizer", "eos_id", "lead_ids")
+    __slots__ = ("_added", "_byte_level", "_bytes", "_tokenizer", "eos_id", "infill", "lead_ids")
 
     eos_id: int | None
     """The end token that tokenizer_config.json names; None if it names none."""
     lead_ids: tuple[int, ...]
     """What the tokenizer's own post-processor sets before a plain text, as a BOS; often nothing.
     Chat templates write it themselves; plain prompts get it through encode_prompt."""
+    infill: Infill | None
+    """The model's tokens for gaps; None if it has none of those that are known."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, eos_token: str | None) -> None:
         # A file may carry the settings of the run that saved it.
@@ -47,6 +105,10 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self.eos_id = None if eos_token is None else tokenizer.token_to_id(eos_token)
         self._added = {i: t.content for i, t in tokenizer.get_added_tokens_decoder().items()}
+        known = set(self._added.values())
+        self.infill = next((i for i in _INFILLS if {i.prefix, i.suffix, i.middle} <= known), None)
+        if self.infill is not None and self.infill.end not in known:
+            self.infill = replace(self.infill, end="")
         self._byte_level = _is_byte_level(tokenizer)
         self._bytes = _bytes_of_characters()
 
@@ -71,12 +133,12 @@ class Tokenizer:
     def encode(self, text: str) -> Encoded:
         """The text as ids, nothing added."""
         found = self._tokenizer.encode(text, add_special_tokens=False)
-        return Encoded(found.ids, found.offsets)
+        return Encoded(found)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
         """Many texts, each as encode gives it."""
         found = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        return [Encoded(e.ids, e.offsets) for e in found]
+        return [Encoded(e) for e in found]
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """A plain prompt (no chat) as a model is trained on it: lead_ids, then the text."""
