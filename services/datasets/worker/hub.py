@@ -212,7 +212,7 @@ class Repository:
                 out.seek(0)
             elif have and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
                 raise _Later("the hub answered with another range than was asked for")
-            for piece in response.iter_bytes(_PIECE):
+            for piece in response.iter_bytes():  # as they come: a piece of fixed size is lost with a cut
                 if out.tell() + len(piece) > entry.size:
                     raise corrupt(self.repo, f"the hub sends more than {entry.size} bytes for {show(entry.path)}")
                 out.write(piece)
