@@ -125,8 +125,14 @@ def check_reload(
         raise wrong_state(model.model, f"loaded as {held}", [f"{held}, or the model unloaded first"])
 
 
-def check_lineage(name: str, manifest: artifacts_pb2.Manifest, base_digest: str, base: ModelFacts) -> None:
-    """REJECTED if an adapter was trained on another base, tokenizer or template."""
+def check_lineage(
+    name: str, manifest: artifacts_pb2.Manifest, base_digest: str, base: ModelFacts, template_digest: str = ""
+) -> None:
+    """REJECTED if an adapter was trained on another base, tokenizer or template.
+
+    `template_digest` is that of the prompt format it was trained with; empty
+    where that is the base's own template.
+    """
     told = manifest.lineage
     if told.base_digest != base_digest:
         raise rejected(
@@ -135,9 +141,9 @@ def check_lineage(name: str, manifest: artifacts_pb2.Manifest, base_digest: str,
         )
     for what, theirs, ours in (
         ("tokenizer", told.tokenizer_digest, base.tokenizer_digest),
-        ("template", told.template_digest, base.template_digest),
+        ("template", told.template_digest, template_digest or base.template_digest),
     ):
         if theirs != ours:
             raise rejected(
-                name, f"check '{what}': it was trained with {theirs or 'none'}; the base has {ours or 'none'}"
+                name, f"check '{what}': it was trained with {theirs or 'none'}; served would be {ours or 'none'}"
             )

@@ -16,11 +16,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from qlorad.v1 import errors_pb2, inference_pb2
+from qlorad.v1 import artifacts_pb2, errors_pb2, inference_pb2
 from services.common import devices, facts, names
 from services.common.errors import Fault, worker_lost
 from services.common.facts import ModelFacts
 from services.common.frames.v1 import engine_pb2
+from services.common.prompt import formats
 from services.common.server import Health
 from services.common.shelf import Pin, Sealed, Shelf
 from services.inference import precision as precisions
@@ -168,7 +169,9 @@ class Residency:
         begun = time.monotonic()
         sealed = await asyncio.to_thread(self._shelf.open, "adapters", digest, True)
         base = await asyncio.to_thread(self._shelf.open, "models", model.digest)
-        check_lineage(name, sealed.manifest, model.digest, facts.from_manifest(ModelFacts, base.manifest))
+        known = facts.from_manifest(ModelFacts, base.manifest)
+        template = await asyncio.to_thread(_template_digest, sealed.manifest, known)
+        check_lineage(name, sealed.manifest, model.digest, known, template)
         order = engine_pb2.EngineLoadAdapter(name=name, payload=str(sealed.payload), manifest=sealed.manifest)
         found = await engine.load_adapter(order)
         await self._pin(digest)
@@ -272,3 +275,9 @@ class Residency:
         finally:
             self._recovering = None
             await self._health.set(True, [SERVICE])
+
+
+def _template_digest(manifest: artifacts_pb2.Manifest, base: ModelFacts) -> str:
+    """The digest of the template that an adapter is served with. Reads a file; REJECTED for an unknown format."""
+    told = facts.from_manifest(facts.AdapterFacts, manifest)
+    return formats.template_digest(formats.by_name(told.prompt_format), base.template_digest)

@@ -18,7 +18,7 @@ from google.protobuf import json_format, unknown_fields
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
-from qlorad.v1 import datasets_pb2, trainer_pb2
+from qlorad.v1 import datasets_pb2, messages_pb2, trainer_pb2
 from services.common import names
 from services.common.errors import Violation, show
 
@@ -257,6 +257,10 @@ def _enums(train: trainer_pb2.TrainSpec) -> Iterator[Violation]:
         accepted = [name for name, number in enum.items() if number]
         if value not in enum.values() or value == 0:
             yield Violation(f"spec.train.{group}.{field}", show(value), ", ".join(accepted))
+    if train.data.prompt_format not in messages_pb2.PromptFormat.values():
+        accepted = [name for name, number in messages_pb2.PromptFormat.items() if number]
+        told = f"none (the model's own template), {', '.join(accepted)}"
+        yield Violation("spec.train.data.prompt_format", show(train.data.prompt_format), told)
 
 
 def _together(

@@ -6,16 +6,18 @@ request becomes (rendered, tokenised, bounded) is decided here.
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections.abc import Sequence
 
 import psutil
 import torch
 
-from qlorad.v1 import inference_pb2, messages_pb2
+from qlorad.v1 import inference_pb2
 from services.common import facts
 from services.common.errors import Fault, Violation, invalid, rejected, show
 from services.common.frames.v1 import engine_pb2
+from services.common.prompt import formats
 from services.common.prompt.example import ExampleError, as_template_sees
 from services.common.prompt.render import Renderer, RenderError
 from services.common.prompt.tokens import Tokenizer
@@ -50,7 +52,10 @@ class Base:
         self.name = load.name
         self.precision = precision.choose(load.precision, told, _free_bytes(load.device))
         method, compute = _HOW[self.precision]
-        self.renderer = Renderer.open(payload, told.template_date)
+        self._open_renderer = functools.cache(lambda chosen: Renderer.open(payload, told.template_date, chosen))
+        self.renderer: Renderer = self._open_renderer(formats.OWN)
+        self._renderers: dict[str, Renderer] = {}
+        """Of adapters by digest; those that left stay, since a request may still be read."""
         self.tokenizer = Tokenizer.open(payload)
         self._headers = read_model_headers(payload)
         self.model = load_base(payload, method, True, compute, load.device)
@@ -78,32 +83,36 @@ class Base:
         if submit.WhichOneof("input") == "prompt":
             field, ids = "prompt", self.tokenizer.encode_prompt(submit.prompt)
         else:
-            field, ids = "conversation", list(self.tokenizer.encode(self._render(submit.conversation)).ids)
+            field, ids = "conversation", self.tokenizer.encode(self._render(submit)).ids
         longest = self.context_tokens - 1
         if not 1 <= len(ids) <= longest:
             accepted = f"1 to {longest} tokens (the context is {self.context_tokens}, and one is for the answer)"
             raise invalid([Violation(field, f"{len(ids)} tokens", accepted)])
         return ids
 
-    def _render(self, conversation: messages_pb2.Conversation) -> str:
+    def _renderer(self, submit: engine_pb2.EngineSubmit) -> Renderer:
+        return self._renderers.get(submit.adapter_digest, self.renderer)
+
+    def _render(self, submit: engine_pb2.EngineSubmit) -> str:
+        renderer = self._renderer(submit)
         try:
-            messages, tools = as_template_sees(conversation)
-            return self.renderer.render(messages, tools, add_generation_prompt=True).text
+            messages, tools = as_template_sees(submit.conversation, renderer.sees_parts)
+            return renderer.render(messages, tools, add_generation_prompt=True).text
         except ExampleError as e:
             raise invalid(
                 [Violation(f"conversation.{e.field}", show(e.message), "what the template can show")]
             ) from None
         except RenderError as e:
-            where = f"conversation.messages[{self._refused_turn(messages, tools)}]"
-            raise invalid(
-                [Violation(where, f"refused: {e.message[:300]}", f"what {self.name}'s template takes")]
-            ) from None
+            where = f"conversation.messages[{self._refused_turn(renderer, messages, tools)}]"
+            own = renderer.prompt_format == formats.OWN
+            taken = f"what {self.name}'s template takes" if own else "what the adapter's prompt format takes"
+            raise invalid([Violation(where, f"refused: {e.message[:300]}", taken)]) from None
 
-    def _refused_turn(self, messages: list, tools: list | None) -> int:
+    def _refused_turn(self, renderer: Renderer, messages: list, tools: list | None) -> int:
         """The first turn with which the template refuses; the last if it takes every beginning."""
         for count in range(1, len(messages)):
             try:
-                self.renderer.render(messages[:count], tools)
+                renderer.render(messages[:count], tools)
             except RenderError:
                 return count - 1
         return len(messages) - 1
@@ -112,18 +121,23 @@ class Base:
         """Queues a request whose prompt was read."""
         if submit.adapter_digest and submit.adapter_digest not in self.lora:
             raise rejected(submit.adapter_digest, "is not in the engine")
-        self.scheduler.submit(make_row(call, submit, ids, self.tokenizer.decode))
+        # A model whose tokenizer lacks the format's end token spells it; nobody wants to read that.
+        end = formats.end_text(self._renderer(submit).prompt_format) if submit.HasField("conversation") else ""
+        self.scheduler.submit(make_row(call, submit, ids, self.tokenizer.decode, end))
         return [Report(call=call, accepted=engine_pb2.EngineAccepted(prompt_tokens=len(ids)))]
 
     # adapters
 
     def prepare(self, order: engine_pb2.EngineLoadAdapter) -> proof.Prepared:
         """Reads and checks an adapter without touching the model. Any thread."""
-        return proof.prepare(order.name, pathlib.Path(order.payload), order.manifest, self._headers, self.renderer)
+        return proof.prepare(
+            order.name, pathlib.Path(order.payload), order.manifest, self._headers, self._open_renderer
+        )
 
     def add(self, call: int, prepared: proof.Prepared) -> Report:
         """Takes an adapter in and proves its effect; on failure it is out again."""
         size = self.lora.add(prepared.digest, prepared.tensors, prepared.scaling)
+        self._renderers[prepared.digest] = prepared.renderer
         try:
             effect = self._probe.effect(self.lora, prepared.digest, prepared.name)
         except Fault:

@@ -7,6 +7,7 @@ visible to a request.
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from qlorad.v1 import artifacts_pb2
 from services.common import facts
 from services.common.errors import Fault, rejected
-from services.common.prompt import golden
+from services.common.prompt import formats, golden
 from services.common.prompt.render import Renderer
 from services.common.safetensors_header import TensorInfo
 from services.common.worker import adapter as files
@@ -35,6 +36,8 @@ class Prepared:
     tensors: dict[str, torch.Tensor]
     rank: int
     scaling: float
+    renderer: Renderer
+    """How its conversations are rendered: the base's template, or the prompt format it was trained with."""
 
 
 def prepare(
@@ -42,7 +45,7 @@ def prepare(
     payload: pathlib.Path,
     manifest: artifacts_pb2.Manifest,
     base: dict[str, TensorInfo],
-    renderer: Renderer,
+    renderers: Callable[[formats.Format], Renderer],
 ) -> Prepared:
     """Reads an adapter and checks keys, shapes, values and golden renderings; REJECTED names the check.
 
@@ -50,12 +53,14 @@ def prepare(
     """
     told = facts.from_manifest(facts.AdapterFacts, manifest)
     config = _named("keys", name, lambda: files.check_adapter(payload, base))
+    renderer = _named("prompt format", name, lambda: renderers(formats.by_name(told.prompt_format)))
     _named("golden renderings", name, lambda: golden.check(renderer, told.golden))
     tensors = files.read_tensors(payload)
     wrong = files.first_fault(tensors)
     if wrong:
         raise rejected(name, f"check 'effect': {wrong}" if "effect" in wrong else f"check 'values': {wrong}")
-    return Prepared(manifest.digest, name, tensors, int(config["r"]), float(config["lora_alpha"]) / int(config["r"]))
+    scaling = float(config["lora_alpha"]) / int(config["r"])
+    return Prepared(manifest.digest, name, tensors, int(config["r"]), scaling, renderer)
 
 
 def _named(check: str, name: str, work):

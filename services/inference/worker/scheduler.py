@@ -52,8 +52,9 @@ def make_row(
     submit: engine_pb2.EngineSubmit,
     prompt: Sequence[int],
     decode: Callable[[Sequence[int]], str],
+    end: str = "",
 ) -> Row:
-    """A fresh row for a request whose prompt fits."""
+    """A fresh row for a request whose prompt fits; `end` is text that ends an answer as its stop strings do."""
     options = submit.options
     return Row(
         call,
@@ -61,7 +62,7 @@ def make_row(
         list(prompt),
         options,
         Detokeniser(decode, tuple(prompt[-_CONTEXT_OF_TEXT:])),
-        StopFilter(tuple(options.stop)),
+        StopFilter((*options.stop, end) if end else tuple(options.stop)),
         Chooser(options),
     )
 

@@ -13,28 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-OPEN_BINS = 64
-Rows = tuple[int, ...]
-
-
-def pack(order: Sequence[int], lengths: Sequence[int], room: int) -> list[Rows]:
-    """Best fit with a bounded number of open bins: rows in order, each into the fullest bin it fits."""
-    done: list[list[int]] = []
-    open_bins: list[tuple[int, list[int]]] = []  # (free places, rows)
-    for row in order:
-        need = int(lengths[row])
-        fits = [n for n, (free, _) in enumerate(open_bins) if free >= need]
-        if fits:
-            best = min(fits, key=lambda n: open_bins[n][0])
-            free, rows = open_bins[best]
-            rows.append(row)
-            open_bins[best] = (free - need, rows)
-            continue
-        if len(open_bins) == OPEN_BINS:
-            fullest = min(range(len(open_bins)), key=lambda n: open_bins[n][0])
-            done.append(open_bins.pop(fullest)[1])
-        open_bins.append((room - need, [row]))
-    return [tuple(rows) for rows in [*done, *(rows for _, rows in open_bins)]]
+from services.common.packing import Rows, pack
 
 
 def pad(order: Sequence[int], lengths: Sequence[int], room: int) -> list[Rows]:

@@ -30,6 +30,8 @@ class Progress:
     """Tokens consumed in the epoch under way."""
     epoch_trained: int = 0
     """Of these, those that the ledger marks as trained."""
+    epoch_rows: str = ""
+    """The number of the rows consumed in it: see tally.py; empty where it is not known."""
 
 
 def write(folder: pathlib.Path, progress: Progress, parameters, optimizer, rng: dict[str, torch.Tensor]) -> None:

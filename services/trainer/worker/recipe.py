@@ -8,6 +8,7 @@ bytes on a CPU with the same threads, cut and resumed or not.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import time
@@ -21,7 +22,7 @@ from qlorad.v1 import artifacts_pb2, trainer_pb2
 from services.common import facts
 from services.common.errors import rejected
 from services.common.frames.v1 import training_pb2
-from services.common.prompt import golden, ledger
+from services.common.prompt import formats, golden, ledger, tally
 from services.common.prompt.render import Renderer
 from services.common.safetensors_header import read_model_headers
 from services.common.shelf import Shelf
@@ -43,6 +44,10 @@ class BadData(Exception):
     """Rows that cannot be trained on."""
 
 
+class NotTheLedger(Exception):
+    """An epoch consumed something else than the ledger says."""
+
+
 def train(order: training_pb2.Order, teller: Teller) -> None:
     """Runs the whole order. Raises Cancelled when asked to stop."""
     spec, begun = order.spec, time.monotonic()
@@ -54,8 +59,9 @@ def train(order: training_pb2.Order, teller: Teller) -> None:
     dataset = shelf.open("datasets", spec.dataset.removeprefix("datasets/"), verify=True)
     teller.stop_if_asked()
     sealed = ledger.build(
-        shelf, dataset, base_artifact, spec.data.max_length_tokens, spec.data.over_length, _progress(teller)
-    )
+        shelf, dataset, base_artifact, spec.data.max_length_tokens, spec.data.over_length, _progress(teller),
+        spec.data.prompt_format,
+    )  # fmt: skip
     reader = ledger.LedgerReader.open(sealed)
     rows = reader.split("train")
     held_out = reader.split("validation") if "validation" in reader.splits else ()
@@ -138,7 +144,7 @@ def train(order: training_pb2.Order, teller: Teller) -> None:
             progress = after_step(progress, step, done)
             tell_step(teller, step, total, done, progress, taken, mean, order.device)
             if step.index + 1 == step.of:
-                check_epoch(step.epoch, progress, counts)
+                teller.say(check_epoch(step.epoch, progress, counts, tally.text_of(rows.rows_number())))
             if spec.evaluation.every_steps and step.number % spec.evaluation.every_steps == 0 and len(held_out):
                 evaluate(model, held_out, step.number, spec, order.device, engine, teller)
                 evaluated = step.number
@@ -217,6 +223,22 @@ def padded(rows, numbers, device: str) -> dict[str, torch.Tensor]:
     return {"input_ids": ids.to(device), "labels": labels.to(device), "attention_mask": there.to(device)}
 
 
+def fed(batch: dict[str, torch.Tensor]) -> int:
+    """The number of the rows inside a batch, as tally.py counts them; read from what the model is given, on the CPU."""
+    ids, marked = batch["input_ids"], batch["labels"] == batch["input_ids"]
+    if "position_ids" in batch:
+        begins = [*(batch["position_ids"][0] == 0).nonzero().flatten().tolist(), ids.shape[1]]
+        parts = [(ids[0, a:b], marked[0, a:b]) for a, b in itertools.pairwise(begins)]
+    else:
+        widths = batch["attention_mask"].sum(1).tolist()
+        parts = [(ids[line, :width], marked[line, :width]) for line, width in enumerate(widths)]
+    number = 0
+    for row, mask in parts:
+        one = tally.row_number(row.numpy().astype("uint32"), mask.numpy().astype("uint8").tobytes())
+        number = tally.plus(number, one)
+    return number
+
+
 def loss_sum(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Sum over trained tokens of minus the log-probability of each, given what is before it in its sample."""
     labels = batch["labels"][:, 1:]
@@ -242,6 +264,8 @@ class Done:
     """Tokens that carried loss."""
     marked: int
     """Tokens that the ledger marks as trained (plain text: also a first token, which cannot carry loss)."""
+    rows: int
+    """The number of the rows that went in: see tally.py."""
 
 
 def one_step(engine, model, rows, step: Step, total: int, spec, device: str, teller: Teller) -> Done:
@@ -250,17 +274,19 @@ def one_step(engine, model, rows, step: Step, total: int, spec, device: str, tel
     if not trained:
         raise BadData(f"no token of step {step.number} carries loss (rows {sorted(sum(step.micro_batches, ()))[:8]})")
     lay = packed if spec.data.packing else padded
-    sums = [0.0, 0.0, 0.0]
+    sums, number = [0.0, 0.0, 0.0], 0
     for numbers, weight in engine.mine(step.micro_batches):
         if engine.world == 1:
             teller.stop_if_asked()
-        loss = loss_sum(model, lay(rows, numbers, device)) * weight
+        batch = lay(rows, numbers, "cpu")
+        loss = loss_sum(model, {name: t.to(device) for name, t in batch.items()}) * weight
         engine.backward(loss, trained)
         if weight:
+            number = tally.plus(number, fed(batch))
             sums[0] += float(loss.detach())
             sums[1] += sum(len(rows.ids(n)) for n in numbers)
             sums[2] += sum(int(rows.mask(n).sum()) for n in numbers)
-    value, tokens, marked = engine.total(*sums)
+    value, tokens, marked, *pieces = engine.total(*sums, *tally.pieces(number))
     value /= trained
     if not value - value == 0.0:
         raise NotFinite(f"the loss of step {step.number} is {value}")
@@ -272,29 +298,46 @@ def one_step(engine, model, rows, step: Step, total: int, spec, device: str, tel
         raise NotFinite(f"the gradient's norm of step {step.number} is {norm}")
     with torch.no_grad():
         squares = [float(p.float().pow(2).sum()) for p in engine.parameters.values()]
-    return Done(value, norm, sum(squares) ** 0.5, learning_rate, int(tokens), trained, int(marked))
+    return Done(
+        value, norm, sum(squares) ** 0.5, learning_rate, int(tokens), trained, int(marked), tally.joined(pieces)
+    )
 
 
 def after_step(before: checkpoint.Progress, step: Step, done: Done) -> checkpoint.Progress:
     """Where the run is after one more step."""
     fresh = step.index == 0
+    rows = before.epoch_rows
+    if (
+        fresh or rows
+    ):  # a checkpoint of before this was counted does not tell; then it is not known until the next epoch
+        rows = tally.text_of(tally.plus(done.rows, 0 if fresh else tally.number_of(rows)))
     return checkpoint.Progress(
         job=before.job,
         step=step.number,
         loss_average=SMOOTH * before.loss_average + (1 - SMOOTH) * done.loss,
         epoch_tokens=done.tokens + (0 if fresh else before.epoch_tokens),
         epoch_trained=done.marked + (0 if fresh else before.epoch_trained),
+        epoch_rows=rows,
     )
 
 
-def check_epoch(epoch: int, progress: checkpoint.Progress, counts) -> None:
-    """What was consumed in a whole epoch is what the ledger says."""
+def check_epoch(epoch: int, progress: checkpoint.Progress, counts, rows_number: str) -> str:
+    """What was consumed in a whole epoch is what the ledger says: NotTheLedger, or a line that tells it."""
     consumed = (progress.epoch_tokens, progress.epoch_trained)
     if consumed != (counts.tokens, counts.trained_tokens):
-        raise AssertionError(
-            f"epoch {epoch} consumed {consumed[0]} tokens ({consumed[1]} trained), "
+        raise NotTheLedger(
+            f"epoch {epoch + 1} consumed {consumed[0]} tokens ({consumed[1]} trained), "
             f"the ledger has {counts.tokens} ({counts.trained_tokens} trained)"
         )
+    if progress.epoch_rows and progress.epoch_rows != rows_number:
+        raise NotTheLedger(
+            f"epoch {epoch + 1} consumed rows whose number is {progress.epoch_rows}, the ledger's rows have "
+            f"{rows_number}: some row differs in its tokens or its mask"
+        )
+    return (
+        f"epoch {epoch + 1} consumed what the ledger says: {counts.rows} rows, {consumed[0]} tokens, "
+        f"{consumed[1]} trained, rows number {progress.epoch_rows or 'not told'}"
+    )
 
 
 @torch.no_grad()
@@ -372,13 +415,14 @@ def finish(
     targets = list(spec.lora.target_modules.names)
     adapter.save_tensors(folder, plain, spec.lora.rank, spec.lora.alpha, spec.lora.dropout, targets)
     adapter.check_adapter(folder, read_model_headers(base_artifact.payload))
-    renderer = Renderer.open(base_artifact.payload, known.template_date)
+    renderer = Renderer.open(base_artifact.payload, known.template_date, spec.data.prompt_format)
     about = facts.AdapterFacts(
         rank=spec.lora.rank,
         alpha=spec.lora.alpha,
         target_modules=tuple(sorted(targets)),
         parameters=sum(w.numel() for w in plain.values()),
         golden=golden.make(renderer),
+        prompt_format=formats.name_of(spec.data.prompt_format),
     )
     lineage = artifacts_pb2.Lineage(
         base_digest=base_artifact.digest,

@@ -29,6 +29,7 @@ _WORDS = {
     errors_pb2.REASON_REJECTED: "REJECTED",
     errors_pb2.REASON_DISK_FULL: "DISK_FULL",
 }
+_OWN = {"BadData": "BAD_DATA", "NotFinite": "NOT_FINITE", "NotTheLedger": "NOT_THE_LEDGER"}
 
 
 def read_arguments() -> tuple[pathlib.Path, training_pb2.Order, str]:
@@ -46,8 +47,8 @@ def error_of(error: BaseException) -> trainer_pb2.JobError:
     kind, text = type(error).__name__, telemetry.redact(str(error))
     if isinstance(error, Fault):
         return trainer_pb2.JobError(reason=_WORDS.get(error.reason, "INTERNAL"), message=text)
-    if kind in ("BadData", "NotFinite"):
-        return trainer_pb2.JobError(reason={"BadData": "BAD_DATA", "NotFinite": "NOT_FINITE"}[kind], message=text)
+    if kind in _OWN:
+        return trainer_pb2.JobError(reason=_OWN[kind], message=text)
     if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or any(w in text for w in _NO_MEMORY):
         advice = "; try a smaller data.micro_batch_tokens, or quantization nf4"
         return trainer_pb2.JobError(reason="OUT_OF_MEMORY", message=f"out of memory: {text[:400]}{advice}")
