@@ -175,4 +175,4 @@ def _time(value: int, unit: str, name: str) -> str:
 
 def _clock(second: int, rest: int, unit: str) -> str:
     told = f"{second // 3600:02d}:{second // 60 % 60:02d}:{second % 60:02d}"
-    return f"{told}.{rest:0{_DIGITS[unit]}d}" if rest else told
+    return f"{told}.{rest:0{_DIGITS[unit]}d}".rstrip("0") if rest else told

@@ -29,7 +29,7 @@ MAX_COLUMNS = 10_000
 MAX_CHUNKS = 4_000_000
 _BUFFER = 1 << 20
 _BATCH_BYTES = 8 << 20
-_BATCH_ROWS = 1024
+_BATCH_ROWS = 256
 
 Opened = tuple[Iterator[Record], Callable[[], int]]
 
@@ -45,6 +45,7 @@ def open_parquet(f: BinaryIO, max_bytes: int) -> Opened:
             f,
             buffer_size=_BUFFER,
             pre_buffer=False,
+            page_checksum_verification=True,
             thrift_string_size_limit=MAX_FOOTER_BYTES,
             thrift_container_size_limit=MAX_CHUNKS,
         )
