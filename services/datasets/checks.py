@@ -102,7 +102,7 @@ def _sources(request: datasets_pb2.CreateDatasetRequest) -> list[Violation]:
     if request.HasField("hub"):
         wrong += check_hub(request.hub)
     if request.HasField("folder"):
-        wrong += check_folder(request.folder)
+        wrong += check_folder(request.folder, ())
     for i, name in enumerate(request.uploads):
         if not _UPLOAD.fullmatch(name):
             wrong.append(Violation(f"uploads[{i}]", show(name), _UPLOAD_RULE))

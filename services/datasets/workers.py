@@ -41,6 +41,7 @@ class Workers:
             talk = await process.start_talk(
                 f"services.datasets.worker.{work}",
                 self.logs / f"datasets-{work}.log",
+                environ={"OPENBLAS_NUM_THREADS": "1"},  # each of its threads takes address space
                 limits=process.Limits(self.memory_bytes, self.cpu_seconds),
             )
             with contextlib.suppress(ConnectionError):

@@ -51,8 +51,10 @@ class Bench:
     order: bytes
 
     @classmethod
-    def open(cls) -> Bench:
-        """Bounds this process, takes the order, and watches the daemon from a thread."""
+    def open(cls, is_watched: bool = True) -> Bench:
+        """Bounds this process, takes the order, and watches the other end from a thread; a worker of many orders
+        listens to it anyway.
+        """
         process.apply_limits()
         line = frames.Line(int(sys.argv[sys.argv.index("--fd") + 1]))
         order = line.receive()
@@ -64,7 +66,8 @@ class Bench:
                 pass
             os._exit(0)
 
-        threading.Thread(target=watch, daemon=True, name="daemon-watch").start()
+        if is_watched:
+            threading.Thread(target=watch, daemon=True, name="daemon-watch").start()
         return cls(line, order)
 
     def send(self, message: Message) -> None:

@@ -10,6 +10,7 @@ import heapq
 import pathlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import orjson
 
@@ -22,25 +23,34 @@ Noted = tuple[int, int, int, str, int, str, str, str, str]
 """File number, line, row, and the problem: rule, severity, field, message, hint, repair."""
 
 
-class Notes:
-    """Findings of one stretch of rows, being written in order."""
+@dataclass(slots=True)
+class Tally:
+    """What is known of findings without reading them again."""
 
-    def __init__(self, path: pathlib.Path) -> None:
-        self._file = path.open("wb")
-        self.errors: list[Noted] = []
-        self.counts: Counter[tuple[str, int]] = Counter()
+    errors: list[Noted] = field(default_factory=list)
+    """The first ones."""
+    counts: Counter[tuple[str, int]] = field(default_factory=Counter)
+    """By rule and severity."""
 
     @property
     def error_count(self) -> int:
         return sum(n for (_, severity), n in self.counts.items() if severity == ERROR)
 
+
+class Notes:
+    """Findings of one stretch of rows, being written in order."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self._file = path.open("wb")
+        self.tally = Tally()
+
     def add(self, problem: Problem, file: int, line: int, row: int) -> None:
         """Writes a finding down."""
-        self.counts[problem.rule, problem.severity] += 1
+        self.tally.counts[problem.rule, problem.severity] += 1
         p = problem
         noted = (file, line, row, p.rule, int(p.severity), p.field, p.message, p.hint, p.repair)
-        if problem.severity == ERROR and len(self.errors) < SHOWN:
-            self.errors.append(noted)
+        if problem.severity == ERROR and len(self.tally.errors) < SHOWN:
+            self.tally.errors.append(noted)
         self._file.write(orjson.dumps(noted) + b"\n")
 
     def close(self) -> None:

@@ -11,37 +11,33 @@ import itertools
 import pathlib
 import resource
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from qlorad.v1 import datasets_pb2, errors_pb2
-from services.common.artifacts import sha256_file
 from services.common.frames.v1 import ingest_pb2
 from services.datasets.forms import NAMES
-from services.datasets.worker import duplicates, findings, forms, language, near, rules, split
+from services.datasets.worker import duplicates, findings, grouping, language, near, rules
 from services.datasets.worker.bound import Bench, Refused
-from services.datasets.worker.chunks import Chunks
-from services.datasets.worker.findings import Noted, Notes
-from services.datasets.worker.found import ERROR, INFO, WARNING, Problem, Record, Unreadable, clip
-from services.datasets.worker.parents import Parent
-from services.datasets.worker.parse import Counts, Parser, Place
+from services.datasets.worker.findings import Noted, Notes, Tally
+from services.datasets.worker.found import ERROR, WARNING, Problem, Unreadable, clip
+from services.datasets.worker.mate import finding_counts
 from services.datasets.worker.quality import Figures, score
-from services.datasets.worker.repairs import Repairs
+from services.datasets.worker.reading import Reading
 from services.datasets.worker.shelve import Totals, distribute
-from services.datasets.worker.sources import Source, open_source
-from services.datasets.worker.spool import Segment, Spool
-from services.datasets.worker.steps import Pipeline
+from services.datasets.worker.split import SIDES
+from services.datasets.worker.spool import Spool
 
-_PEEK = 100
 _SECONDS_BETWEEN = 0.2
 _SIMILARITY = 0.8
-_SIDE = {name: n for n, name in enumerate(split.SIDES)}
 _WHOLE = -1
 """The number of the file in findings about the dataset as a whole."""
 
+Array = npt.NDArray[Any]
 Tell = Callable[[str, int, int], None]
 
 
@@ -49,182 +45,98 @@ class Ingest:
     """One run over the sources of an order."""
 
     def __init__(self, order: ingest_pb2.IngestOrder, tell: Tell) -> None:
-        request = order.request
         self._order = order
-        self._request = request
-        self._payload = pathlib.Path(order.payload)
+        self._request = order.request
         self._scratch = pathlib.Path(order.scratch)
+        self._validate = order.validate_only
+        self._refuse = not self._validate and order.request.on_row_error != datasets_pb2.ON_ROW_ERROR_SKIP
         self._tell = tell
         self._told_at = 0.0
-        self._names = [s.filename for s in order.sources]
-        self._stage = ""
+        self._stage, self._since = "", time.monotonic()
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._since = time.monotonic()
-        self._validate = order.validate_only
-        self._refuse = not self._validate and request.on_row_error != datasets_pb2.ON_ROW_ERROR_SKIP
-        self._asked = self._sides_asked()
-        self._lineage = datasets_pb2.DatasetLineage()
-        self._counts = Counts()
-        self._segments: list[int] = []
-        self._stretches: list[tuple[pathlib.Path, int]] = []
-        """Notes of each segment, and how many rows of its file came before."""
-        self._notes = Notes(self._scratch / "whole.notes")
-        self._kept: list[Notes] = [self._notes]
-        self._parser = Parser(
-            request.split.stratify_by,
-            Repairs(request.repairs),
-            Pipeline.load(request.steps),
-            language.of,
-            self._counts,
-            self._refuse,
-        )
-
-    def _sides_asked(self) -> dict[str, bool]:
-        asked = self._request.split
-        return {
-            "train": True,
-            "validation": asked.validation_fraction > 0,
-            "test": asked.test_fraction > 0,
-        }
+        self._names = [s.filename for s in order.sources]
+        self._reading = Reading(order, self._refuse, self._progress)
+        self._whole: list[Problem] = []
+        """Found about the dataset as a whole."""
+        self._later: dict[pathlib.Path, Tally] = {}
+        """Notes of what was found after reading."""
 
     def run(self) -> ingest_pb2.IngestDone:
         """All of it; Refused where the request's rules say so."""
         self._enter("parse")
         for number, source in enumerate(self._order.sources):
-            self._read(number, source)
-        self._lineage.steps.extend(self._parser.pipeline.applied)
-        self._lineage.repairs.extend(sorted(self._parser.repairs.names))
-        spool = Spool(self._scratch, self._segments)
+            try:
+                self._reading.read(number, source)
+            except Unreadable as e:
+                if not self._is_noted(e):
+                    self._reading.refuse(number, e)
+                if not self._validate:
+                    raise self._refusal() from None
         self._judge([])
         self._enter("duplicates")
-        repeated = duplicates.repeated(spool, self._scratch)
-        self._note_rows(spool, repeated, "exact.notes", self._exact_problem())
-        keep = np.ones(spool.rows, bool)
+        spool = self._reading.spool()
+        keep, repeated = np.ones(spool.rows, bool), duplicates.repeated(spool, self._scratch)
+        self._note_rows(spool, repeated, "exact.notes", self._exact())
         if not self._request.keep_duplicates:
             keep[repeated] = False
-        groups, nearly, dropped = self._near(spool, keep, repeated)
+        groups, nearly, dropped = self._near(spool, keep)
         self._enter("split")
-        sides = self._sides(spool, keep, groups)
+        sides = grouping.sides(spool, groups, self._request.split)
+        if isinstance(sides, Problem):
+            self._judge([sides])
+            sides = np.zeros(spool.rows, np.uint8)
         self._enter("write")
-        totals = distribute(spool, keep, sides, None if self._validate else self._payload, self._asked, self._progress)
+        payload = None if self._validate else pathlib.Path(self._order.payload)
+        totals = distribute(spool, keep, sides, payload, self._asked(), self._progress)
+        self._enter("describe")
         stats = self._stats(spool, totals, len(repeated), nearly, dropped)
-        self._whole(stats)
-        self._write_findings()
+        self._judge_whole(stats)
+        self._write_findings(payload or self._scratch)
         return self._done(stats)
 
-    # Reading
+    def _is_noted(self, error: Unreadable) -> bool:
+        """Whether the reader noted it where it happened."""
+        noted = [n for tally in self._reading.tallies[-1:] for n in tally.errors[-1:]]
+        return any(n[3] == error.problem.rule and n[1] == error.line for n in noted)
 
-    def _read(self, number: int, told: ingest_pb2.IngestSource) -> None:
-        path = pathlib.Path(told.path)
-        notes = self._open_notes(0)
-        try:
-            if told.sealed:
-                self._parent(number, told, notes)
-            else:
-                with open_source(path, told.filename, self._order.max_unpacked_bytes) as source:
-                    self._file(number, told, source, notes)
-        except Unreadable as e:
-            notes.add(e.problem, number, e.line, 0)
-            if not self._validate:
-                raise self._refusal() from None
-        finally:
-            notes.close()
-
-    def _open_notes(self, rows_before: int) -> Notes:
-        path = self._scratch / f"{len(self._stretches):06d}.notes"
-        self._stretches.append((path, rows_before))
-        notes = Notes(path)
-        self._kept.append(notes)
-        return notes
-
-    def _parent(self, number: int, told: ingest_pb2.IngestSource, notes: Notes) -> None:
-        side = _SIDE.get(told.split, 0) if self._request.split.keep_source else 0
-        place = Place(number, told.filename, side, datasets_pb2.ROW_FORMAT_CANONICAL, {}, is_ours=True)
-        self._asked[told.split] = self._asked.get(told.split, False) or side > 0
-        rows = Parent(pathlib.Path(told.path), told.split)
-        self._spool(place, rows, notes, None, len(rows))
-
-    def _file(self, number: int, told: ingest_pb2.IngestSource, source: Source, notes: Notes) -> None:
-        path = pathlib.Path(told.path)
-        size = path.stat().st_size
-        form, first = self._settle(number, source, notes)
-        side = 0
-        if self._request.split.keep_source:
-            side = _SIDE.get(told.split or "train", 0)
-            self._asked[split.SIDES[side]] = True
-        place = Place(number, told.filename, side, form, dict(self._request.columns))
-        self._lineage.files.add(
-            file=told.filename,
-            sha256=told.sha256 or sha256_file(path),
-            size_bytes=size,
-            format=form,
-            container=source.container,
-        )
-        chunks = Chunks.of(path, source.container, self._order, place) if form else None
-        if chunks is not None:
-            self._in_chunks(chunks, size)
-        else:
-            self._spool(place, itertools.chain(first, source.records), notes, source.position, size)
-
-    def _spool(
-        self, place: Place, records: Iterable[Record], notes: Notes, position: Callable[[], int] | None, total: int
-    ) -> None:
-        self._segments.append(len(self._segments))
-        segment = Segment(self._scratch, self._segments[-1])
-        try:
-            for _ in self._parser.run(place, records, segment, notes):
-                self._progress("parse", position() if position else segment.rows, total)
-        finally:
-            segment.close()
-
-    def _in_chunks(self, chunks: Chunks, size: int) -> None:
-        """A large file by several processes; each stretch has a segment and notes of its own."""
-        raise AssertionError
-
-    def _settle(self, number: int, source: Source, notes: Notes) -> tuple[forms.Form, list[Record]]:
-        """Finds the form of rows by the first ones, says it with its evidence, and gives them back."""
-        first = list(itertools.islice(source.records, _PEEK))
-        readable = [r.row for r in first if r.row is not None]
-        columns = dict(self._request.columns)
-        keys = list(readable[0]) if readable else None
-        if keys is not None and source.container.partition(".")[0] in ("csv", "tsv", "parquet", "arrow"):
-            missing = [c for c in columns.values() if c not in keys]
-            if missing:
-                hint = f"columns of the file: {', '.join(clip(k) for k in keys)}"
-                told = f"there is no column {', '.join(map(clip, missing))}"
-                raise Unreadable(Problem("unknown_column", told, hint, missing[0]))
-        said = list(source.said)
-        form = self._request.format
-        if form:
-            told = f"read as {source.container} with {NAMES[form]} rows, as asked"
-            said.append(Problem("format", told, "", "", INFO))
-        elif readable:
-            form, evidence = forms.sniff(readable, columns)
-            if not form:
-                raise Unreadable(forms.unknown_form(keys or []))
-            told = f"read as {source.container} with {NAMES[form]} rows: {evidence}"
-            said.append(Problem("format", told, "name the format if this is wrong", "", INFO))
-        for problem in said:
-            notes.add(problem, number, 0, 0)
-        return form, first
+    def _asked(self) -> dict[str, bool]:
+        asked = self._request.split
+        by_share = {"validation": asked.validation_fraction > 0, "test": asked.test_fraction > 0}
+        return {name: by_share.get(name, False) or name in self._reading.sides for name in SIDES}
 
     # Judging
 
-    def _error_count(self) -> int:
-        return sum(n.error_count for n in self._kept)
+    def _tallies(self) -> list[Tally]:
+        whole = Tally([_whole(p) for p in self._whole if p.severity == ERROR])
+        for problem in self._whole:
+            whole.counts[problem.rule, problem.severity] += 1
+        return [whole, *self._reading.tallies, *self._later.values()]
 
     def _judge(self, errors: list[Problem]) -> None:
-        for problem in errors:
-            self._notes.add(problem, _WHOLE, 0, 0)
-        if not self._validate and (errors or (self._refuse and self._error_count())):
+        self._whole += errors
+        if not self._validate and (errors or (self._refuse and any(t.error_count for t in self._tallies()))):
             raise self._refusal()
 
+    def _judge_whole(self, stats: datasets_pb2.DatasetStats) -> None:
+        rows = sum(stats.rows.values())
+        said = rules.check_all(rows, stats.skipped_rows, stats.output_words)
+        for name, column in self._request.columns.items():
+            if column not in self._reading.parser.counts.columns_met and rows + stats.skipped_rows:
+                told = f"no row has {clip(column)}, which was to be {name}"
+                said.append(Problem("unknown_column", told, "a column that the rows have", column))
+        self._whole += [p for p in said if p.severity != ERROR]
+        self._judge([p for p in said if p.severity == ERROR])
+        for tally in self._tallies():
+            for (rule, _), n in tally.counts.items():
+                stats.findings[rule] += n
+
     def _refusal(self) -> Refused:
-        count = self._error_count()
-        noted = itertools.chain.from_iterable(n.errors for n in self._kept)
+        tallies = self._tallies()
+        count = sum(t.error_count for t in tallies)
+        noted = itertools.chain.from_iterable(t.errors for t in tallies)
         shown = [findings.finding(n, self._names) for n in itertools.islice(noted, findings.SHOWN)]
         more = f"; {count - len(shown)} more" if count > len(shown) else ""
-        refusal = ingest_pb2.WorkerRefusal(reason=errors_pb2.REASON_INVALID_REQUEST, findings=self._finding_counts())
+        refusal = ingest_pb2.WorkerRefusal(reason=errors_pb2.REASON_INVALID_REQUEST, findings=finding_counts(tallies))
         for finding in shown:
             place = f"{finding.file}:{finding.line}" if finding.line else finding.file or "rows"
             field = f"{place} {finding.field}".strip()
@@ -233,31 +145,25 @@ class Ingest:
         refusal.message = f"{count} error{'s' if count != 1 else ''} in the rows: {told}{more}"
         return Refused(refusal)
 
-    def _exact_problem(self) -> Problem:
+    # Duplicates
+
+    def _exact(self) -> Problem:
         told = "it was kept as asked" if self._request.keep_duplicates else "it was left out"
         return Problem("exact_duplicate", "the content of an earlier row", told, "", WARNING)
 
-    def _note_rows(self, spool: Spool, places: np.ndarray, name: str, problem: Problem) -> None:
+    def _note_rows(self, spool: Spool, places: Array, name: str, problem: Problem) -> None:
         """Notes a problem of many rows, in order."""
-        if not len(places):
-            return
-        path = self._scratch / name
-        notes = Notes(path)
-        self._kept.append(notes)
-        self._stretches.append((path, 0))
-        for block in spool.blocks():
+        notes = Notes(self._scratch / name)
+        self._later[self._scratch / name] = notes.tally
+        for block in spool.blocks() if len(places) else ():
             begin, end = np.searchsorted(places, [block.first, block.first + len(block.entries)])
             for entry in block.entries[places[begin:end] - block.first]:
-                notes.add(problem, int(entry["file"]), int(entry["line"]), int(entry["row"]))
+                notes.add(problem, int(entry["file"]), int(entry["line"]), int(entry["row"]) + block.rows_before)
         notes.close()
 
-    def _near(self, spool: Spool, keep: np.ndarray, repeated: np.ndarray) -> tuple[np.ndarray | None, int, int]:
+    def _near(self, spool: Spool, keep: Array) -> tuple[Array | None, int, int]:
         """The first row of each row's near group, how many rows are in groups of several, and how many were dropped."""
-        wanted = self._request.near_duplicates
-        asked = self._request.split
-        if wanted == datasets_pb2.NEAR_DUPLICATES_UNSPECIFIED:
-            splits = asked.validation_fraction or asked.test_fraction
-            wanted = datasets_pb2.NEAR_DUPLICATES_TOGETHER if splits else datasets_pb2.NEAR_DUPLICATES_IGNORE
+        wanted = grouping.wanted(self._request)
         if wanted == datasets_pb2.NEAR_DUPLICATES_IGNORE or not spool.rows:
             return None, 0, 0
         self._enter("near duplicates")
@@ -273,110 +179,60 @@ class Ingest:
             keep[later] = False
         return groups, nearly, len(later) if drop else 0
 
-    def _sides(self, spool: Spool, keep: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
-        """The side of every row."""
-        asked = self._request.split
-        sides = np.zeros(spool.rows, np.uint8)
-        if asked.keep_source:
-            for block in spool.blocks():
-                sides[block.first : block.first + len(block.entries)] = block.entries["side"]
-            return sides
-        if not (asked.validation_fraction or asked.test_fraction) or not spool.rows:
-            return sides
-        contents, strata = np.empty(spool.rows, np.uint64), np.empty(spool.rows, np.uint16)
-        for block in spool.blocks():
-            here = slice(block.first, block.first + len(block.entries))
-            contents[here], strata[here] = block.entries["content"][:, 0], block.entries["stratum"]
-        if groups is not None:
-            # A group is known by the lowest of its contents, whatever the order of rows.
-            order = np.lexsort((contents, groups))
-            heads = np.flatnonzero(np.r_[True, groups[order][1:] != groups[order][:-1]])
-            lowest = order[heads]
-            sizes = np.diff(np.r_[heads, len(order)])
-            contents[order], strata[order] = np.repeat(contents[lowest], sizes), np.repeat(strata[lowest], sizes)
-        different, first, back = np.unique(contents, return_index=True, return_inverse=True)
-        found = split.sides(different, strata[first], asked)
-        if isinstance(found, Problem):
-            self._judge([found])
-            return sides
-        return found[back]
-
     # Telling
 
     def _stats(
         self, spool: Spool, totals: Totals, repeated: int, nearly: int, dropped: int
     ) -> datasets_pb2.DatasetStats:
+        parser = self._reading.parser
         stats = datasets_pb2.DatasetStats(
             rows=totals.rows,
-            skipped_rows=self._counts.skipped,
+            skipped_rows=parser.counts.skipped,
             duplicate_rows=0 if self._request.keep_duplicates else repeated,
             characters=totals.characters,
             output_words=totals.words,
             forms={NAMES[datasets_pb2.RowFormat.ValueType(f)]: n for f, n in totals.forms.items()},
             near_duplicate_rows=nearly,
             near_dropped_rows=dropped,
-            repaired=self._parser.repairs.applied,
-            dropped_by_step=self._parser.pipeline.dropped,
-            changed_by_step=self._parser.pipeline.changed,
+            repaired=parser.repairs.applied,
+            dropped_by_step=parser.pipeline.dropped,
+            changed_by_step=parser.pipeline.changed,
             row_characters=totals.histogram,
             languages=language.mix(spool, totals.kept),
         )
         figures = Figures(
-            read=spool.rows + self._counts.skipped + self._counts.stepped_out,
-            skipped=self._counts.skipped,
+            read=parser.counts.records,
+            skipped=parser.counts.skipped,
             repeated=repeated,
             near=nearly,
             kept=totals.kept,
             words=totals.words,
-            findings={rule: n for notes in self._kept for (rule, _), n in notes.counts.items()},
+            findings={c.rule: c.count for c in finding_counts(self._tallies())},
         )
         stats.quality.CopyFrom(score(figures))
         return stats
 
-    def _whole(self, stats: datasets_pb2.DatasetStats) -> None:
-        """What is to be said of the dataset as a whole."""
-        rows = sum(stats.rows.values())
-        said = rules.check_all(rows, stats.skipped_rows, stats.output_words)
-        for name, column in self._request.columns.items():
-            if column not in self._counts.columns_met and rows + stats.skipped_rows:
-                told = f"no row has {clip(column)}, which was to be {name}"
-                said.append(Problem("unknown_column", told, "a column that the rows have", column))
-        errors = [p for p in said if p.severity == ERROR]
-        for problem in said:
-            if problem.severity != ERROR:
-                self._notes.add(problem, _WHOLE, 0, 0)
-        self._judge(errors)
-        for notes in self._kept:
-            for (rule, _), n in notes.counts.items():
-                stats.findings[rule] += n
-
-    def _write_findings(self) -> None:
-        self._notes.close()
-        streams: list[Iterator[Noted]] = [findings.read(self._scratch / "whole.notes")]
-        streams += [findings.read(path, before) for path, before in self._stretches]
-        into = self._scratch if self._validate else self._payload
-        findings.write(into / "findings.jsonl", self._names, streams)
+    def _write_findings(self, folder: pathlib.Path) -> None:
+        streams = [[_whole(p) for p in self._whole], *self._reading.notes()]
+        streams += [findings.read(path) for path in self._later]
+        findings.write(folder / "findings.jsonl", self._names, streams)
 
     def _done(self, stats: datasets_pb2.DatasetStats) -> ingest_pb2.IngestDone:
         self._enter("")
-        found: set[Any] = {f.format for f in self._lineage.files}
-        return ingest_pb2.IngestDone(
-            format=found.pop() if len(found) == 1 else 0,
+        lineage = self._reading.lineage
+        lineage.steps.extend(self._reading.parser.pipeline.applied)
+        lineage.repairs.extend(sorted(self._reading.parser.repairs.names))
+        found = {f.format for f in lineage.files}
+        done = ingest_pb2.IngestDone(
             stats=stats,
-            lineage=self._lineage,
+            lineage=lineage,
             stage_seconds=self._seconds,
             peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            finding_counts=self._finding_counts(),
+            finding_counts=finding_counts(self._tallies()),
         )
-
-    def _finding_counts(self) -> list[ingest_pb2.FindingCount]:
-        counts: Counter[tuple[str, int]] = Counter()
-        for notes in self._kept:
-            counts.update(notes.counts)
-        return [
-            ingest_pb2.FindingCount(rule=rule, severity=severity, count=n)  # type: ignore[arg-type]
-            for (rule, severity), n in sorted(counts.items())
-        ]
+        if len(found) == 1:
+            done.format = found.pop()
+        return done
 
     def _enter(self, stage: str) -> None:
         now = time.monotonic()
@@ -389,6 +245,11 @@ class Ingest:
         if now - self._told_at >= _SECONDS_BETWEEN:
             self._told_at = now
             self._tell(stage, done, total)
+
+
+def _whole(problem: Problem) -> Noted:
+    p = problem
+    return (_WHOLE, 0, 0, p.rule, int(p.severity), p.field, p.message, p.hint, p.repair)
 
 
 def main() -> None:

@@ -6,7 +6,9 @@ noted. Nothing here is kept of rows gone by but counts.
 
 from __future__ import annotations
 
+import pathlib
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +18,10 @@ from services.datasets.forms import Form
 from services.datasets.worker import forms, private, rules
 from services.datasets.worker.findings import Notes
 from services.datasets.worker.found import ERROR, Problem, Record
-from services.datasets.worker.plain import Plain, body_of, content_hash, size_of
+from services.datasets.worker.plain import Plain, body_of, weigh
 from services.datasets.worker.records import MAX_ROW_BYTES, too_long
 from services.datasets.worker.repairs import Repairs
-from services.datasets.worker.spool import MAX_STRATA, Segment
+from services.datasets.worker.spool import Segment
 from services.datasets.worker.steps import Pipeline
 
 ENOUGH_ERRORS = 1000
@@ -31,18 +33,17 @@ _METADATA = re.compile(r"metadata\.(.+)", re.DOTALL)
 class Counts:
     """What has been counted so far."""
 
-    rows: int = 0
-    """Spooled."""
+    records: int = 0
     skipped: int = 0
     """Left out because of an error."""
     stepped_out: int = 0
     """Left out by a step."""
     columns_met: set[str] = field(default_factory=set)
-    strata: dict[str, int] = field(default_factory=dict)
 
-    def stratum(self, name: str) -> int:
-        """The number of a kind of row; beyond a bound all others are one kind."""
-        return self.strata.setdefault(name, min(len(self.strata), MAX_STRATA - 1))
+
+def notes_path(scratch: pathlib.Path, segment: int) -> pathlib.Path:
+    """Where the notes of a segment lie."""
+    return scratch / f"{segment:06d}.notes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +68,9 @@ class Parser:
         repairs: Repairs,
         pipeline: Pipeline,
         languages: Callable[[Plain], str],
-        counts: Counts,
         stop_at_errors: bool,
     ) -> None:
-        self.counts = counts
+        self.counts = Counts()
         self.repairs = repairs
         self.pipeline = pipeline
         self._stratify_by = stratify_by
@@ -80,12 +80,12 @@ class Parser:
     def run(self, place: Place, records: Iterable[Record], segment: Segment, notes: Notes) -> Iterator[None]:
         """Spools every record. Yields now and then, for whoever tells progress."""
         row = 0
-        for record in records:
-            row += 1
+        for row, record in enumerate(records, 1):
+            self.counts.records += 1
             self._row(place, record, row, segment, notes)
             if not row & 0xFF:
                 yield
-                if self._stop and notes.error_count >= ENOUGH_ERRORS:
+                if self._stop and notes.tally.error_count >= ENOUGH_ERRORS:
                     return
 
     def _row(self, place: Place, record: Record, row: int, segment: Segment, notes: Notes) -> None:
@@ -98,8 +98,9 @@ class Parser:
         assert data is not None
         if place.columns:
             self.counts.columns_met.update(c for c in place.columns.values() if c in data)
+        problems: list[Problem] = []
         if place.is_ours:
-            example, problems = data, []
+            example = data
         else:
             example, problems = forms.example_of(data, place.form, place.columns)
         if self.repairs.names:
@@ -131,17 +132,16 @@ class Parser:
         self.counts.skipped += 1
 
     def _spool(self, place: Place, example: Plain, at: int, row: int, segment: Segment, notes: Notes) -> None:
-        content = content_hash(example)
+        content, characters, taught = weigh(example)
         if "origin" not in example:  # a row of a parent keeps its own
             example["origin"] = {"file": place.name, "line": str(at)} if at else {"file": place.name}
         line = canonical.line_of(example)
         if len(line) > 2 * MAX_ROW_BYTES:
             self._leave_out([too_long("canonical row")], place, at, row, notes)
             return
-        stratum = self.counts.stratum(self._kind(place, example)) if self._stratify_by else 0
+        stratum = zlib.crc32(self._kind(place, example).encode()) if self._stratify_by else 0
         form = forms.of_body(example) if place.is_ours else place.form
-        segment.add(line, content, at, row, size_of(example), place.file, stratum, place.side, form)
-        self.counts.rows += 1
+        segment.add(line, content, at, row, (characters, taught), place.file, stratum, place.side, form)
 
     def _kind(self, place: Place, example: Plain) -> str:
         """What the row counts as, for a stratified split."""

@@ -61,65 +61,56 @@ def texts(example: Plain) -> Iterator[tuple[str, str]]:
         yield from example.get(body, {}).items()
 
 
-def content_hash(example: Plain) -> bytes:
-    """16 bytes that are equal for equal content; metadata, origin, and how a text is cut into parts do not count."""
+def weigh(example: Plain) -> tuple[bytes, int, int]:
+    """Hash of the content, number of characters, and words of what it teaches.
+
+    The hash has 16 bytes and is equal for equal content; metadata, origin, and
+    how a text is cut into parts do not count.
+    """
     if "chat" in example:
         chat = example["chat"]
-        said = orjson.dumps([_said(chat.get("messages", ())), chat.get("tools")], option=orjson.OPT_SORT_KEYS)
+        said, characters, taught = _weigh_messages(chat.get("messages", ()))
+        said.append(chat.get("tools"))
     elif "preference" in example:
         told = example["preference"]
         prompt = told.get("prompt", {})
-        said = orjson.dumps(
-            [
-                _said(prompt.get("messages", ())),
-                _said(told.get("chosen", ())),
-                _said(told.get("rejected", ())),
-                prompt.get("tools"),
-            ],
-            option=orjson.OPT_SORT_KEYS,
-        )
+        said, characters, taught = _weigh_messages(prompt.get("messages", ()))
+        better, more, learnt = _weigh_messages(told.get("chosen", ()))
+        worse, less, _ = _weigh_messages(told.get("rejected", ()))
+        said = [said, better, worse, prompt.get("tools")]
+        characters, taught = characters + more + less, learnt
     else:
-        body = body_of(example)
-        said = orjson.dumps([body, example.get(body)], option=orjson.OPT_SORT_KEYS)
-    return hashlib.blake2b(said, digest_size=16).digest()
+        name = body_of(example)
+        body = example.get(name, {})
+        said = [name, body]
+        characters = sum(map(len, body.values()))
+        taught = words(body.get("middle" if name == "infill" else "completion", ""))
+    told = orjson.dumps(said, option=orjson.OPT_SORT_KEYS)
+    return hashlib.blake2b(told, digest_size=16).digest(), characters, taught
 
 
-def _said(messages: Sequence[Plain]) -> list[Any]:
+def _weigh_messages(messages: Sequence[Plain]) -> tuple[list[Any], int, int]:
     said: list[Any] = []
+    characters = taught = 0
     for message in messages:
-        said += (message.get("role"), text_of(message))
-        if len(message) > 2:
+        role, parts = message.get("role"), message.get("parts")
+        text = "" if not parts else parts[0]["text"] if len(parts) == 1 else "".join([p["text"] for p in parts])
+        said.append(role)
+        said.append(text)
+        characters += len(text)
+        if role == "ROLE_ASSISTANT":
+            taught += words(text)
+        if len(message) > 2 or (parts is None and len(message) > 1):
             said.append({k: v for k, v in message.items() if k not in ("role", "parts")})
-    return said
+            for call in message.get("tool_calls", ()):
+                arguments = call.get("arguments_json", "")
+                characters += len(arguments)
+                taught += words(arguments)
+    return said, characters, taught
 
 
 def words(text: str) -> int:
     """Runs of characters between blanks, as str.split counts them, without making them where that is safe."""
-    if text.isascii() and "  " not in text and "\n" not in text and "\t" not in text and "\r" not in text:
-        inner = text.strip()
-        return inner.count(" ") + 1 if inner else 0
+    if text.isascii() and "  " not in text and text.isprintable() and text:
+        return text.count(" ") + 1 - (text[0] == " ") - (text[-1] == " ") if text != " " else 0
     return len(text.split())
-
-
-def size_of(example: Plain) -> tuple[int, int]:
-    """Characters of an example, and words of what it teaches."""
-    if "completion" in example:
-        body = example["completion"]
-        learnt = body.get("completion", "")
-        return len(body.get("prompt", "")) + len(learnt), words(learnt)
-    if "infill" in example:
-        body = example["infill"]
-        return sum(map(len, body.values())), words(body.get("middle", ""))
-    characters = taught = 0
-    for path, messages in conversations(example):
-        for message in messages:
-            text = text_of(message)
-            characters += len(text)
-            is_taught = message.get("role") == "ROLE_ASSISTANT" and path != "rejected"
-            if is_taught:
-                taught += words(text)
-            for call in message.get("tool_calls", ()):
-                characters += len(call.get("arguments_json", ""))
-                if is_taught:
-                    taught += words(call.get("arguments_json", ""))
-    return characters, taught

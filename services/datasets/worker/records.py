@@ -11,7 +11,7 @@ import codecs
 import csv
 import json
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from services.datasets.worker.found import INFO, Problem, Record, Unreadable, clip
 from services.datasets.worker.strict_json import StrictJson, odd_text, quick, too_deep
@@ -28,6 +28,12 @@ _MAGIC = (
     (b"SQLite format 3", "a SQLite database"),
     *((bytes([0x80, n]), "a Python pickle, which is never read") for n in range(2, 6)),
 )
+
+
+class ReadsLines(Protocol):
+    """A file of lines, or a stretch of one."""
+
+    def readline(self, limit: int, /) -> bytes: ...
 
 
 def too_long(unit: str = "line") -> Problem:
@@ -97,15 +103,15 @@ def lines(f: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
             yield number, line
 
 
-def _skip_line(f: BinaryIO) -> None:
+def _skip_line(f: ReadsLines) -> None:
     while (rest := f.readline(_CHUNK)) and not rest.endswith(b"\n"):
         pass
 
 
-def jsonl(f: BinaryIO) -> Iterator[Record]:
+def jsonl(f: ReadsLines, lines_before: int = 0) -> Iterator[Record]:
     """One JSON object a line; blank lines are passed over."""
     strict = StrictJson()
-    number = 0
+    number = lines_before
     for line in iter(lambda: f.readline(MAX_ROW_BYTES + 1), b""):
         number += 1
         if len(line) > MAX_ROW_BYTES and not line.endswith(b"\n"):

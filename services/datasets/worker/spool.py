@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_ENTRY = struct.Struct("<16sQQIIIHHBB")
+_ENTRY = struct.Struct("<16sQQIIIIHBB")
 ENTRY = np.dtype(
     [
         ("content", "<u8", 2),
@@ -24,16 +24,16 @@ ENTRY = np.dtype(
         ("size", "<u4"),
         ("characters", "<u4"),
         ("words", "<u4"),
+        ("stratum", "<u4"),
         ("file", "<u2"),
-        ("stratum", "<u2"),
         ("side", "u1"),
         ("form", "u1"),
     ]
 )
 """What is known of a row; `size` counts its newline."""
 MAX_FILES = 1 << 16
-MAX_STRATA = 1 << 16
 _BLOCK_ROWS = 1 << 16
+_BLOCK_BYTES = 16 << 20
 
 Array = npt.NDArray[Any]
 
@@ -61,7 +61,7 @@ class Segment:
         """Appends a row: its line without newline, and where it came from; `size` is characters and words."""
         self._lines.write(line)
         self._lines.write(b"\n")
-        self._entries.write(_ENTRY.pack(content, at, row, len(line) + 1, *size, file, stratum, side, form))
+        self._entries.write(_ENTRY.pack(content, at, row, len(line) + 1, *size, stratum, file, side, form))
         self.rows += 1
 
     def close(self) -> None:
@@ -85,6 +85,8 @@ class Block:
     """Some rows in order: the first one's place, their entries, and where their lines lie."""
 
     first: int
+    rows_before: int
+    """Records of the file that came before the segment."""
     entries: Array
     path: pathlib.Path
     offset: int
@@ -96,13 +98,24 @@ class Block:
             return f.read(int(self.entries["size"].sum()))
 
 
+def _bounded(entries: Array) -> Iterator[Array]:
+    """The entries in pieces whose lines are few bytes, or one line."""
+    ends = np.cumsum(entries["size"], dtype=np.int64)
+    begin = 0
+    while begin < len(entries):
+        taken = int(ends[begin - 1]) if begin else 0
+        end = max(begin + 1, int(np.searchsorted(ends, taken + _BLOCK_BYTES, side="right")))
+        yield entries[begin:end]
+        begin = end
+
+
 class Spool:
     """All rows that were written, in order of their segments."""
 
-    def __init__(self, folder: pathlib.Path, segments: Sequence[int]) -> None:
+    def __init__(self, folder: pathlib.Path, rows_before: Sequence[int]) -> None:
         self._folder = folder
-        self._segments = list(segments)
-        self.rows = sum(self._size(n) for n in self._segments)
+        self._rows_before = rows_before
+        self.rows = sum(self._size(n) for n in range(len(rows_before)))
 
     def _size(self, number: int) -> int:
         return entries_path(self._folder, number).stat().st_size // ENTRY.itemsize
@@ -110,18 +123,18 @@ class Spool:
     def blocks(self) -> Iterator[Block]:
         """Every row, some thousands at a time."""
         first = 0
-        for number in self._segments:
+        for number, before in enumerate(self._rows_before):
             offset = 0
             with entries_path(self._folder, number).open("rb") as f:
                 while data := f.read(_BLOCK_ROWS * ENTRY.itemsize):
-                    entries = np.frombuffer(data, ENTRY)
-                    yield Block(first, entries, rows_path(self._folder, number), offset)
-                    first += len(entries)
-                    offset += int(entries["size"].sum())
+                    for entries in _bounded(np.frombuffer(data, ENTRY)):
+                        yield Block(first, before, entries, rows_path(self._folder, number), offset)
+                        first += len(entries)
+                        offset += int(entries["size"].sum())
 
     def lines(self) -> Iterator[bytes]:
         """Every line in order, without its newline."""
-        for number in self._segments:
+        for number in range(len(self._rows_before)):
             with rows_path(self._folder, number).open("rb", buffering=1 << 20) as f:
                 for line in f:
                     yield line[:-1]

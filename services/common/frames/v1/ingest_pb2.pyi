@@ -358,6 +358,204 @@ class IngestDone(_message.Message):
 Global___IngestDone: _TypeAlias = IngestDone  # noqa: Y015
 
 @_typing.final
+class StretchOrder(_message.Message):
+    """One stretch of a large file, for an ingest worker's mate, which takes any number of them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    BEGIN_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    LINES_BEFORE_FIELD_NUMBER: _builtins.int
+    FILE_FIELD_NUMBER: _builtins.int
+    FILENAME_FIELD_NUMBER: _builtins.int
+    SIDE_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    SCRATCH_FIELD_NUMBER: _builtins.int
+    SEGMENT_FIELD_NUMBER: _builtins.int
+    STOP_AT_ERRORS_FIELD_NUMBER: _builtins.int
+    REQUEST_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """The file."""
+    begin: _builtins.int
+    """First byte."""
+    end: _builtins.int
+    """The byte behind the last."""
+    lines_before: _builtins.int
+    """Lines of the file before it."""
+    file: _builtins.int
+    """Number of the file, and the name it has in findings."""
+    filename: _builtins.str
+    """Its name."""
+    side: _builtins.int
+    """The side that its rows go to, where the source decides."""
+    format: _datasets_pb2.RowFormat.ValueType
+    """The form of its rows."""
+    scratch: _builtins.str
+    """Where segments and notes are written."""
+    segment: _builtins.int
+    """Number of the segment, and of the notes, to write."""
+    stop_at_errors: _builtins.bool
+    """End at the thousandth error."""
+    @_builtins.property
+    def request(self) -> _datasets_pb2.CreateDatasetRequest:
+        """The request: steps, repairs, columns and stratify_by count."""
+
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        begin: _builtins.int = ...,
+        end: _builtins.int = ...,
+        lines_before: _builtins.int = ...,
+        file: _builtins.int = ...,
+        filename: _builtins.str = ...,
+        side: _builtins.int = ...,
+        format: _datasets_pb2.RowFormat.ValueType = ...,
+        scratch: _builtins.str = ...,
+        segment: _builtins.int = ...,
+        stop_at_errors: _builtins.bool = ...,
+        request: _datasets_pb2.CreateDatasetRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "end", b"end", "file", b"file", "filename", b"filename", "format", b"format", "lines_before", b"lines_before", "path", b"path", "request", b"request", "scratch", b"scratch", "segment", b"segment", "side", b"side", "stop_at_errors", b"stop_at_errors"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StretchOrder: _TypeAlias = StretchOrder  # noqa: Y015
+
+@_typing.final
+class StretchReport(_message.Message):
+    """What became of a stretch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class RepairedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class DroppedByStepEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class ChangedByStepEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    REFUSAL_FIELD_NUMBER: _builtins.int
+    RECORDS_FIELD_NUMBER: _builtins.int
+    SKIPPED_FIELD_NUMBER: _builtins.int
+    STEPPED_OUT_FIELD_NUMBER: _builtins.int
+    COLUMNS_MET_FIELD_NUMBER: _builtins.int
+    REPAIRED_FIELD_NUMBER: _builtins.int
+    DROPPED_BY_STEP_FIELD_NUMBER: _builtins.int
+    CHANGED_BY_STEP_FIELD_NUMBER: _builtins.int
+    FINDING_COUNTS_FIELD_NUMBER: _builtins.int
+    FIRST_ERRORS_JSON_FIELD_NUMBER: _builtins.int
+    records: _builtins.int
+    """Records read."""
+    skipped: _builtins.int
+    """Rows left out because of an error."""
+    stepped_out: _builtins.int
+    """Rows left out by a step."""
+    first_errors_json: _builtins.bytes
+    """The first errors, as a JSON list."""
+    @_builtins.property
+    def refusal(self) -> Global___WorkerRefusal:
+        """Refused; nothing else counts then."""
+
+    @_builtins.property
+    def columns_met(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Columns of the request that were met."""
+
+    @_builtins.property
+    def repaired(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Rows by repair."""
+
+    @_builtins.property
+    def dropped_by_step(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Rows by the step that left them out."""
+
+    @_builtins.property
+    def changed_by_step(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Rows by the step that changed them."""
+
+    @_builtins.property
+    def finding_counts(self) -> _containers.RepeatedCompositeFieldContainer[Global___FindingCount]:
+        """Findings."""
+
+    def __init__(
+        self,
+        *,
+        refusal: Global___WorkerRefusal | None = ...,
+        records: _builtins.int = ...,
+        skipped: _builtins.int = ...,
+        stepped_out: _builtins.int = ...,
+        columns_met: _abc.Iterable[_builtins.str] | None = ...,
+        repaired: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        dropped_by_step: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        changed_by_step: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        finding_counts: _abc.Iterable[Global___FindingCount] | None = ...,
+        first_errors_json: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["refusal", b"refusal"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed_by_step", b"changed_by_step", "columns_met", b"columns_met", "dropped_by_step", b"dropped_by_step", "finding_counts", b"finding_counts", "first_errors_json", b"first_errors_json", "records", b"records", "refusal", b"refusal", "repaired", b"repaired", "skipped", b"skipped", "stepped_out", b"stepped_out"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StretchReport: _TypeAlias = StretchReport  # noqa: Y015
+
+@_typing.final
 class FindingCount(_message.Message):
     """How often a rule found something."""
 

@@ -1,0 +1,203 @@
+"""From sources to spooled rows: each file's form is found, its rows are parsed, and all of it is told.
+
+Law of this room: sources are read in order; segments, and the notes of each,
+are numbered in that order, whoever writes them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+
+from qlorad.v1 import datasets_pb2
+from services.common.artifacts import sha256_file
+from services.common.frames.v1 import ingest_pb2
+from services.datasets.forms import NAMES, Form
+from services.datasets.worker import findings, forms, language, mate, stretches
+from services.datasets.worker.findings import Noted, Notes, Tally
+from services.datasets.worker.found import INFO, Problem, Record, Unreadable, clip
+from services.datasets.worker.parents import Parent
+from services.datasets.worker.parse import ENOUGH_ERRORS, Parser, Place, notes_path
+from services.datasets.worker.repairs import Repairs
+from services.datasets.worker.sources import Source, open_source
+from services.datasets.worker.split import SIDES
+from services.datasets.worker.spool import Segment, Spool
+from services.datasets.worker.steps import Pipeline
+
+_PEEK = 100
+_TABLES = ("csv", "tsv", "parquet", "arrow")
+
+Tell = Callable[[str, int, int], None]
+
+
+class Reading:
+    """What was read so far."""
+
+    def __init__(self, order: ingest_pb2.IngestOrder, stop_at_errors: bool, tell: Tell) -> None:
+        request = order.request
+        self._order = order
+        self._request = request
+        self._scratch = pathlib.Path(order.scratch)
+        self._tell = tell
+        self._stop = stop_at_errors
+        self._rows_before: list[int] = []
+        """For each segment: records of its file before it."""
+        self.lineage = datasets_pb2.DatasetLineage()
+        self.tallies: list[Tally] = []
+        self.sides = {SIDES[0]}
+        """That sources name."""
+        self.parser = Parser(
+            request.split.stratify_by,
+            Repairs(request.repairs),
+            Pipeline.load(request.steps),
+            language.of,
+            stop_at_errors,
+        )
+
+    def read(self, number: int, told: ingest_pb2.IngestSource) -> None:
+        """Spools a source. Unreadable is noted, and raised where errors end the run."""
+        if told.sealed:
+            self._parent(number, told)
+            return
+        with open_source(pathlib.Path(told.path), told.filename, self._order.max_unpacked_bytes) as source:
+            self._file(number, told, source)
+
+    def refuse(self, number: int, error: Unreadable) -> None:
+        """Notes why a source cannot be read on."""
+        notes = self._open(0)
+        notes.add(error.problem, number, error.line, 0)
+        notes.close()
+
+    def spool(self) -> Spool:
+        """All rows that were spooled."""
+        return Spool(self._scratch, self._rows_before)
+
+    def notes(self) -> list[Iterator[Noted]]:
+        """The notes of each segment, in order."""
+        return [findings.read(notes_path(self._scratch, n), before) for n, before in enumerate(self._rows_before)]
+
+    def _side(self, told: ingest_pb2.IngestSource) -> int:
+        if not self._request.split.keep_source or told.split not in SIDES:
+            return 0
+        self.sides.add(told.split)
+        return SIDES.index(told.split)
+
+    def _parent(self, number: int, told: ingest_pb2.IngestSource) -> None:
+        form = datasets_pb2.ROW_FORMAT_CANONICAL
+        place = Place(number, told.filename, self._side(told), form, {}, is_ours=True)
+        rows = Parent(pathlib.Path(told.path), told.split)
+        self._parse(place, rows, self._open(0), None, len(rows))
+
+    def _file(self, number: int, told: ingest_pb2.IngestSource, source: Source) -> None:
+        path = pathlib.Path(told.path)
+        size = path.stat().st_size
+        notes = self._open(0)
+        form, first = self._settle(number, source, notes)
+        place = Place(number, told.filename, self._side(told), form, dict(self._request.columns))
+        self.lineage.files.add(
+            file=told.filename,
+            sha256=told.sha256 or sha256_file(path),
+            size_bytes=size,
+            format=form,
+            container=source.container,
+        )
+        if form and stretches.worth_it(source.container, size):
+            notes.close()
+            Segment(self._scratch, len(self._rows_before) - 1).close()
+            self._in_stretches(place, path, size)
+        else:
+            self._parse(place, itertools.chain(first, source.records), notes, source.position, size)
+
+    def _open(self, rows_before: int) -> Notes:
+        notes = Notes(notes_path(self._scratch, len(self._rows_before)))
+        self._rows_before.append(rows_before)
+        self.tallies.append(notes.tally)
+        return notes
+
+    def _parse(
+        self, place: Place, records: Iterable[Record], notes: Notes, position: Callable[[], int] | None, total: int
+    ) -> None:
+        segment = Segment(self._scratch, len(self._rows_before) - 1)
+        try:
+            for _ in self.parser.run(place, records, segment, notes):
+                self._tell("parse", position() if position else segment.rows, total)
+        except Unreadable as e:
+            notes.add(e.problem, place.file, e.line, 0)
+            if self._stop:
+                raise
+        finally:
+            segment.close()
+            notes.close()
+
+    def _in_stretches(self, place: Place, path: pathlib.Path, size: int) -> None:
+        done, errors = 0, sum(t.error_count for t in self.tallies)
+        lengths: dict[int, int] = {}
+
+        def orders() -> Iterator[ingest_pb2.StretchOrder]:
+            # A byte order mark is no part of the first line.
+            begin = 3 if path.open("rb").read(3) == b"\xef\xbb\xbf" else 0
+            for number, stretch in enumerate(stretches.cut(path, begin), len(self._rows_before)):
+                lengths[number] = stretch.end - stretch.begin
+                yield ingest_pb2.StretchOrder(
+                    path=str(path),
+                    begin=stretch.begin,
+                    end=stretch.end,
+                    lines_before=stretch.lines_before,
+                    file=place.file,
+                    filename=place.name,
+                    side=place.side,
+                    format=place.form,
+                    scratch=str(self._scratch),
+                    segment=number,
+                    stop_at_errors=self._stop,
+                    request=self._request,
+                )
+
+        def told(order: ingest_pb2.StretchOrder, report: ingest_pb2.StretchReport) -> bool:
+            nonlocal done, errors
+            done += lengths[order.segment]
+            errors += stretches.tally_of(report).error_count
+            self._tell("parse", done, size)
+            return self._stop and errors >= ENOUGH_ERRORS
+
+        before = 0
+        for report in stretches.parse_all(orders(), mate.parse, told):
+            self._rows_before.append(before)
+            before += report.records
+            self.tallies.append(stretches.tally_of(report))
+            counts = self.parser.counts
+            counts.records += report.records
+            counts.skipped += report.skipped
+            counts.stepped_out += report.stepped_out
+            counts.columns_met.update(report.columns_met)
+            self.parser.repairs.applied.update(report.repaired)
+            self.parser.pipeline.dropped.update(report.dropped_by_step)
+            self.parser.pipeline.changed.update(report.changed_by_step)
+
+    def _settle(self, number: int, source: Source, notes: Notes) -> tuple[Form, list[Record]]:
+        """Finds the form of rows by the first ones, says it with its evidence, and gives them back."""
+        first = list(itertools.islice(source.records, _PEEK))
+        readable = [r.row for r in first if r.row is not None]
+        columns = dict(self._request.columns)
+        keys = list(readable[0]) if readable else None
+        if keys is not None and source.container.partition(".")[0] in _TABLES:
+            missing = [c for c in columns.values() if c not in keys]
+            if missing:
+                hint = f"columns of the file: {', '.join(clip(k) for k in keys)}"
+                told = f"there is no column {', '.join(map(clip, missing))}"
+                raise Unreadable(Problem("unknown_column", told, hint, missing[0]))
+        said = list(source.said)
+        form = self._request.format
+        if form:
+            told = f"read as {source.container} with {NAMES[form]} rows, as asked"
+            said.append(Problem("format", told, "", "", INFO))
+        elif readable:
+            form, evidence = forms.sniff(readable, columns)
+            if not form:
+                raise Unreadable(forms.unknown_form(keys or []))
+            told = f"read as {source.container} with {NAMES[form]} rows: {evidence}"
+            said.append(Problem("format", told, "name the format if this is wrong", "", INFO))
+        for problem in said:
+            notes.add(problem, number, 0, 0)
+        return form, first
