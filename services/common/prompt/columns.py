@@ -8,6 +8,7 @@ SPLIT.place holds one record a row, so it needs no .at.
 from __future__ import annotations
 
 import pathlib
+import struct
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -25,6 +26,7 @@ _TYPES: Mapping[str, np.dtype[Any]] = {
 Array = npt.NDArray[Any]
 PLACE = np.dtype([("row", "<u8"), ("line", "<u8"), ("file", "<u4"), ("piece", "<u4")])
 """Number of the source row, its line, the number of its file, which piece of it."""
+_PLACE = struct.Struct("<QQII")
 
 
 class ColumnWriter:
@@ -39,8 +41,9 @@ class ColumnWriter:
 
     def add(self, values: Sequence[int] | Array | bytes) -> None:
         """Appends one row."""
-        self._values.write(values if isinstance(values, bytes) else np.asarray(values, dtype=self._type).tobytes())
-        self._end += len(values)
+        if len(values):
+            self._values.write(values if isinstance(values, bytes) else np.asarray(values, dtype=self._type).tobytes())
+            self._end += len(values)
         self._mark()
 
     def close(self) -> None:
@@ -89,7 +92,7 @@ class PlaceWriter:
     def add(self, row: int, file: str, line: int, piece: int) -> None:
         """Appends one row."""
         number = self._files.setdefault(file, len(self._files))
-        self._out.write(np.array((row, line, number, piece), PLACE).tobytes())
+        self._out.write(_PLACE.pack(row, line, number, piece))
 
     def __enter__(self) -> PlaceWriter:
         return self

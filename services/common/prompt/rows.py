@@ -32,7 +32,7 @@ from qlorad.v1 import datasets_pb2
 from services.common.prompt.body import Body, Chat, Gap, Pair, Text, body_of
 from services.common.prompt.example import ExampleError
 from services.common.prompt.render import Renderer, RenderError
-from services.common.prompt.tokens import INFILL_TOKENS, Encoded, Tokenizer
+from services.common.prompt.tokens import INFILL_TOKENS, Encoded, Spelled, Tokenizer
 
 OVER_LENGTH = "over_length"
 NOTHING_TRAINED = "nothing_trained"
@@ -210,7 +210,7 @@ def _draft_chat(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | No
     return Draft(rendered.text, spans)
 
 
-def whole_row(draft: Draft, encoded: Encoded, tokenizer: Tokenizer) -> Whole:
+def whole_row(draft: Draft, encoded: Encoded | Spelled, tokenizer: Tokenizer) -> Whole:
     """All tokens of a draft, and which are trained; RowError where none is, or where it cannot end."""
     ids, ranges = encoded.ids, ranges_of(encoded, draft.spans)
     if draft.lead and (lead := tokenizer.lead_ids):
@@ -273,20 +273,23 @@ def _windows(whole: Whole, tokenizer: Tokenizer, size: int) -> tuple[Row, ...]:
 
 
 def _text(draft: Draft, tokenizer: Tokenizer) -> str:
+    if not (draft.lead or draft.end):
+        return draft.text
     lead = tokenizer.pieces(tokenizer.lead_ids) if draft.lead else []
     end = tokenizer.pieces([tokenizer.eos_id]) if draft.end and tokenizer.eos_id is not None else []
     return "".join([*lead, draft.text, *end])
 
 
-def ranges_of(encoded: Encoded, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def ranges_of(encoded: Encoded | Spelled, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Runs of tokens that share a character with a span."""
     found = []
     for begin, end in spans:
         if begin < end:
             place = encoded.range_of(begin, end)
-            if place is None:  # a character that no token holds: all offsets must tell
+            if place is None and isinstance(encoded, Encoded):  # a character that no token holds: all offsets must tell
                 mask = mask_of(encoded.offsets, spans)
                 return _joined([(n, n + 1) for n, trained in enumerate(mask) if trained])
+            assert place is not None
             found.append(place)
     return _joined(found)
 

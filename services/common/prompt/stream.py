@@ -7,7 +7,7 @@ tokenizer's own threads, without Python's lock) the next is rendered.
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 from services.common.errors import corrupt
@@ -15,7 +15,7 @@ from services.common.prompt import rows
 from services.common.prompt.body import Place, read
 from services.common.prompt.example import ExampleError
 from services.common.prompt.render import Renderer
-from services.common.prompt.tokens import Encoded, Tokenizer
+from services.common.prompt.tokens import Encoded, Spelled, Tokenizer
 from services.common.shards import ShardReader
 
 BATCH_ROWS = 512
@@ -38,10 +38,10 @@ _Drafted = tuple[int, Place, rows.Draft | rows.RowError]
 def batches(reader: ShardReader, renderer: Renderer, tokenizer: Tokenizer) -> Generator[list[Found]]:
     """Every row of a split in order; DATA_LOSS where a line is no example."""
     with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="encode") as pool:
-        waiting: tuple[list[_Drafted], concurrent.futures.Future[list[Encoded]]] | None = None
+        waiting: tuple[list[_Drafted], concurrent.futures.Future[Sequence[Encoded | Spelled]]] | None = None
         for drafted in _drafted(reader, renderer, tokenizer):
             texts = [d.text for _, _, d in drafted if isinstance(d, rows.Draft)]
-            encoding = pool.submit(tokenizer.encode_batch, texts)
+            encoding = pool.submit(tokenizer.encode_many, texts)
             if waiting is not None:
                 yield _finish(waiting[0], waiting[1].result(), tokenizer)
             waiting = drafted, encoding
@@ -77,7 +77,7 @@ def _draft(line: bytes, renderer: Renderer, tokenizer: Tokenizer) -> tuple[Place
         return place, e
 
 
-def _finish(drafted: list[_Drafted], encoded: list[Encoded], tokenizer: Tokenizer) -> list[Found]:
+def _finish(drafted: list[_Drafted], encoded: Sequence[Encoded | Spelled], tokenizer: Tokenizer) -> list[Found]:
     left = iter(encoded)
     found = []
     for number, place, draft in drafted:

@@ -7,8 +7,11 @@ the token that holds it.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
 import pathlib
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -60,6 +63,27 @@ class Encoded:
         return first, last
 
 
+class Spelled:
+    """The same where tokens joined are the text, byte for byte: places follow from how many bytes each spells."""
+
+    __slots__ = ("_begins", "_text", "ids")
+
+    def __init__(self, text: str, ids: list[int], begins: list[int]) -> None:
+        self.ids = ids
+        self._text = text
+        self._begins = begins
+        """The byte at which each token begins, and the number of all bytes."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def range_of(self, begin: int, end: int) -> tuple[int, int]:
+        """As Encoded tells it."""
+        if not self._text.isascii():
+            begin, end = len(self._text[:begin].encode()), len(self._text[:end].encode())
+        return bisect.bisect_right(self._begins, begin) - 1, bisect.bisect_left(self._begins, end)
+
+
 @dataclass(frozen=True, slots=True)
 class Infill:
     """How a model was taught to fill gaps: its own tokens, as text."""
@@ -85,7 +109,7 @@ INFILL_TOKENS = "; ".join(" ".join((i.prefix, i.suffix, i.middle)) for i in _INF
 class Tokenizer:
     """The tokenizer of one model. Safe to share between threads; holds no settings that calls change."""
 
-    __slots__ = ("_added", "_byte_level", "_bytes", "_tokenizer", "eos_id", "infill", "lead_ids")
+    __slots__ = ("_added", "_byte_level", "_bytes", "_spells", "_tokenizer", "_widths", "eos_id", "infill", "lead_ids")
 
     eos_id: int | None
     """The end token that tokenizer_config.json names; None if it names none."""
@@ -110,6 +134,8 @@ class Tokenizer:
         if self.infill is not None and self.infill.end not in known:
             self.infill = replace(self.infill, end="")
         self._byte_level = _is_byte_level(tokenizer)
+        self._spells = _spells(tokenizer)
+        self._widths: list[int] = []
         self._bytes = _bytes_of_characters()
 
     @classmethod
@@ -139,6 +165,36 @@ class Tokenizer:
         """Many texts, each as encode gives it."""
         found = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [Encoded(e) for e in found]
+
+    def encode_many(self, texts: Sequence[str]) -> Sequence[Encoded | Spelled]:
+        """Many texts, each as encode gives it, by the quicker way where that is certain to give the same.
+
+        Not for several threads at once.
+        """
+        if not self._spells:
+            return self.encode_batch(texts)
+        if not self._widths:
+            self._widths = self._count_bytes()
+        found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [self._spelled(text, e.ids) for text, e in zip(texts, found, strict=True)]
+
+    def _spelled(self, text: str, ids: list[int]) -> Encoded | Spelled:
+        begins = list(itertools.accumulate(map(self._widths.__getitem__, ids), initial=0))
+        plain = text.isascii()
+        sure = begins[-1] == (len(text) if plain else len(text.encode()))
+        if sure and (plain or unicodedata.is_normalized("NFC", text)):
+            return Spelled(text, ids, begins)
+        return self.encode(text)
+
+    def _count_bytes(self) -> list[int]:
+        """How many bytes each id spells; in byte-level vocabularies a character stands for a byte."""
+        vocabulary = self._tokenizer.get_vocab()
+        widths = [0] * (max(vocabulary.values(), default=0) + 1)
+        for token, number in vocabulary.items():
+            widths[number] = len(token)
+        for number, content in self._added.items():
+            widths[number] = len(content.encode())
+        return widths
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """A plain prompt (no chat) as a model is trained on it: lead_ids, then the text."""
@@ -174,6 +230,22 @@ def _lead(tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
             break
         lead.append(token_id)
     return tuple(lead)
+
+
+def _spells(tokenizer: tokenizers.Tokenizer) -> bool:
+    """Whether tokens joined are the text: byte-level, nothing normalised but NFC, no blank set before, no unknowns."""
+    told = json.loads(tokenizer.to_str())
+    steps = told["pre_tokenizer"] or {}
+    levels = [s for s in [steps, *steps.get("pretokenizers", [])] if s.get("type") == "ByteLevel"]
+    normalizer = told["normalizer"]
+    return (
+        _is_byte_level(tokenizer)
+        and bool(levels)
+        and not any(s.get("add_prefix_space", True) for s in levels)
+        and (normalizer is None or normalizer["type"] == "NFC")
+        and told["model"]["type"] == "BPE"
+        and not told["model"].get("unk_token")
+    )
 
 
 def _is_byte_level(tokenizer: tokenizers.Tokenizer) -> bool:

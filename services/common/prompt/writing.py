@@ -92,18 +92,19 @@ class _Split:
             count.dropped_rows += 1
             return
         for row in made:
-            ids, cut = np.array(row.ids, np.uint32), np.array(row.cut_ids, np.uint32)
+            ids = np.array(row.ids, np.uint32)
             self._seen.add(ids)
-            self._seen.add(cut)
+            if row.cut_ids:
+                self._seen.add(np.array(row.cut_ids, np.uint32))
             self.number = tally.plus(self.number, tally.row_number(ids, row.mask))
             self.lengths[len(ids)] += 1
             count.rows += 1
             count.tokens += len(ids)
             count.trained_tokens += row.trained_tokens
-            count.cut_tokens += len(cut)
+            count.cut_tokens += len(row.cut_ids)
             self._columns["ids"].add(ids)
             self._columns["mask"].add(row.mask)
-            self._columns["cut"].add(cut)
+            self._columns["cut"].add(row.cut_ids)
             self._columns["text"].add(row.text.encode())
             self._places.add(source.row, source.place.file, source.place.line, row.piece)
 
