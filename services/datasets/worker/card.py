@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from services.common.errors import Fault, invalid_field, show
+from services.common.errors import Fault, Violation, invalid, show
 
 MAX_BYTES = 1 << 18
 _SPLIT = re.compile(r"\w[\w.-]{0,63}")
@@ -30,6 +30,11 @@ class Config:
     """Where its files lie, "" = at the top."""
     splits: tuple[tuple[str, tuple[str, ...]], ...] | None
     """Patterns by split; None = by the usual conventions below its folder."""
+
+
+def unusable(field: str, given: str, accepted: str) -> Fault:
+    """INVALID_ARGUMENT for a source that is well named but cannot be taken, told in full."""
+    return invalid([Violation(field, given, accepted)])
 
 
 class _Loader(yaml.SafeLoader):
@@ -110,4 +115,4 @@ def _splits(files: Any, name: str, field: str) -> list[tuple[str, tuple[str, ...
 
 
 def _odd(field: str, told: str) -> Fault:
-    return invalid_field(field, f"README.md, but {told}", "patterns in `files`, which are taken instead of the card")
+    return unusable(field, f"README.md, but {told}", "patterns in `files`, which are taken instead of the card")

@@ -12,9 +12,10 @@ import pathlib
 from collections.abc import Callable
 
 from qlorad.v1 import errors_pb2
-from services.common.errors import Fault, invalid_field, show, too_large
+from services.common.errors import Fault, show, too_large
 from services.common.frames.v1 import ingest_pb2
 from services.datasets.worker import layout
+from services.datasets.worker.card import unusable
 from services.datasets.worker.layout import Ask
 
 MAX_ENTRIES = 200_000
@@ -49,11 +50,11 @@ def walk(root: pathlib.Path) -> list[str]:
                     continue
                 if not entry.name.isprintable():
                     if layout.kind_of(path):
-                        raise invalid_field("folder.path", f"{root}, which holds {show(path)}", "printable file names")
+                        raise unusable("folder.path", f"{root}, which holds {show(path)}", "printable file names")
                     continue
                 if entry.is_symlink() and not pathlib.Path(entry.path).resolve().is_relative_to(root):
                     accepted = "a folder whose links stay inside of it; copy the file there"
-                    raise invalid_field("folder.path", f"{root}, where {show(path)} is a link out of it", accepted)
+                    raise unusable("folder.path", f"{root}, where {show(path)} is a link out of it", accepted)
                 if entry.is_dir(follow_symlinks=False):
                     waiting.append(f"{path}/")
                 elif entry.is_file():
@@ -68,7 +69,7 @@ def _text(root: pathlib.Path, path: str) -> bytes:
         text = f.read(layout.MAX_TEXT_BYTES + 1)
     if len(text) > layout.MAX_TEXT_BYTES:
         accepted = f"at most {layout.MAX_TEXT_BYTES} bytes; or patterns in folder.files, which are taken instead"
-        raise invalid_field("folder.path", f"{path} of more than {layout.MAX_TEXT_BYTES} bytes", accepted)
+        raise unusable("folder.path", f"{path} of more than {layout.MAX_TEXT_BYTES} bytes", accepted)
     return text
 
 
@@ -76,9 +77,7 @@ def _real(root: pathlib.Path, path: str) -> pathlib.Path:
     """Where a file really lies; looked at again, since a link may have been put there meanwhile."""
     real = (root / path).resolve()
     if not real.is_relative_to(root) or not real.is_file():
-        raise invalid_field(
-            "folder.path", f"{root}, where {show(path)} is no file of it", "files that stay as they are"
-        )
+        raise unusable("folder.path", f"{root}, where {show(path)} is no file of it", "files that stay as they are")
     return real
 
 

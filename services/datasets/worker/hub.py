@@ -30,9 +30,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from qlorad.v1 import errors_pb2
-from services.common.errors import Fault, corrupt, invalid_field, show, too_large
+from services.common.errors import Fault, corrupt, show, too_large
 from services.common.frames.v1 import ingest_pb2
 from services.datasets.worker import layout
+from services.datasets.worker.card import unusable
 from services.datasets.worker.layout import Ask
 
 MAX_PATHS = 200_000
@@ -145,7 +146,7 @@ class Repository:
             path = sibling.rfilename
             if not is_inside(path):
                 accepted = "a repository whose files lie inside of it, under names without control characters"
-                raise invalid_field("hub.repo", f"{self.repo}, which lists {show(path)}", accepted)
+                raise unusable("hub.repo", f"{self.repo}, which lists {show(path)}", accepted)
             oid = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
             size = sibling.lfs.size if sibling.lfs else sibling.size
             pattern = _SHA256 if sibling.lfs else _BLOB
@@ -330,5 +331,5 @@ def _tell_on(tell: Callable[[int, int], None], before: int, total: int, done: in
 def _text(repository: Repository, entry: Entry, commit: str, objects: pathlib.Path) -> bytes:
     if entry.size > layout.MAX_TEXT_BYTES:
         accepted = f"at most {layout.MAX_TEXT_BYTES} bytes; or patterns in hub.files, which are taken instead"
-        raise invalid_field("hub.repo", f"{entry.path} of {entry.size} bytes", accepted)
+        raise unusable("hub.repo", f"{entry.path} of {entry.size} bytes", accepted)
     return repository.bring(entry, commit, objects, lambda _: None)[0].read_bytes()

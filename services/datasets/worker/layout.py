@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlorad.v1 import errors_pb2
-from services.common.errors import Fault, invalid_field, show
+from services.common.errors import Fault, show
 from services.datasets.worker import card, globs
+from services.datasets.worker.card import unusable
 
 MAX_TEXT_BYTES = 4 << 20
 MAX_FILES = 10_000
@@ -100,7 +101,7 @@ def choose(paths: Sequence[str], texts: Mapping[str, bytes], ask: Ask) -> Choice
         choice = _by_card(paths, texts.get("README.md", b""), ask)
     chosen = _wanted(choice.files, ask)
     if len(chosen) > MAX_FILES:
-        raise invalid_field(f"{ask.place}.files", f"{len(chosen)} files", f"patterns of at most {MAX_FILES}")
+        raise unusable(f"{ask.place}.files", f"{len(chosen)} files", f"patterns of at most {MAX_FILES}")
     return Choice(chosen, choice.left_out)
 
 
@@ -148,11 +149,11 @@ def _named(paths: Sequence[str], ask: Ask) -> Iterable[File]:
         if not matched:
             raise _missing(f"{ask.place}.files", pattern, ask, sorted(filter(kind_of, paths), key=natural))
         if not read:
-            raise invalid_field(
+            raise unusable(
                 f"{ask.place}.files", f"{pattern}, which is {matched[0]}", f"files that end in {', '.join(_SUFFIXES)}"
             )
         found.update(dict.fromkeys(read))
-    return [File(p, _split_by_name(p)) for p in found]
+    return [File(p, _split_by_name(p) or "train") for p in found]
 
 
 # A dataset saved to disk
@@ -203,7 +204,7 @@ def _json(text: bytes, name: str, ask: Ask) -> dict[str, Any]:
 
 
 def _broken(name: str, told: str, ask: Ask) -> Fault:
-    return invalid_field(ask.place, f"{ask.name}, whose {name} {told}", "a dataset as save_to_disk leaves it")
+    return unusable(ask.place, f"{ask.name}, whose {name} {told}", "a dataset as save_to_disk leaves it")
 
 
 # By card and convention
@@ -225,7 +226,7 @@ def _by_card(paths: Sequence[str], readme: bytes, ask: Ask) -> Choice:
     for split, pattern, found in files:
         if not found:
             given = f"README.md, whose config {show(config.name)} names {show(pattern)} for {split}, which is not there"
-            raise invalid_field(ask.place, given, "patterns in `files`, which are taken instead of the card")
+            raise unusable(ask.place, given, "patterns in `files`, which are taken instead of the card")
     taken: dict[str, File] = {}
     for split, _, found in files:
         for path in found:
@@ -233,7 +234,7 @@ def _by_card(paths: Sequence[str], readme: bytes, ask: Ask) -> Choice:
     odd = next((p for p in taken if not kind_of(p)), None)
     if odd is not None:
         given = f"README.md, whose config {show(config.name)} names {show(odd)}, which holds no rows that are read here"
-        raise invalid_field(ask.place, given, f"files that end in {', '.join(_SUFFIXES)}, by patterns in `files`")
+        raise unusable(ask.place, given, f"files that end in {', '.join(_SUFFIXES)}, by patterns in `files`")
     return Choice(tuple(taken.values()))
 
 
@@ -251,7 +252,7 @@ def _config(configs: Sequence[card.Config], ask: Ask) -> card.Config:
         return by_name[ask.config]
     marked = next((c for c in configs if c.is_default), by_name.get("default"))
     if marked is None and len(configs) > 1:
-        raise invalid_field(f"{ask.place}.config", "", f"one of {', '.join(map(show, list(by_name)[:50]))}")
+        raise unusable(f"{ask.place}.config", "", f"one of {', '.join(map(show, list(by_name)[:50]))}")
     return marked or configs[0]
 
 
@@ -276,7 +277,7 @@ def _by_convention(paths: Sequence[str], base: str, ask: Ask) -> Choice:
         given = (
             f"{ask.name}, where {counts[kind]} files are {kind} but {show(lost)} of {splits[lost]} is {kind_of(lost)}"
         )
-        raise invalid_field(ask.place, given, "patterns of the files to read in `files`")
+        raise unusable(ask.place, given, "patterns of the files to read in `files`")
     return Choice(tuple(files), tuple(sorted(left, key=natural)))
 
 
@@ -298,6 +299,6 @@ def _no_rows(paths: Sequence[str], ask: Ask) -> Fault:
     accepted = f"files that end in {', '.join(_SUFFIXES)}, also packed ({', '.join(_PACKED)})"
     if script is not None:
         given = f"{ask.name}, which has no data files, only the script {show(script)}; scripts are never run"
-        return invalid_field(ask.place, given, accepted)
+        return unusable(ask.place, given, accepted)
     some = ", ".join(map(show, sorted(paths)[:5])) or "nothing"
-    return invalid_field(ask.place, f"{ask.name}, which holds {some}", accepted)
+    return unusable(ask.place, f"{ask.name}, which holds {some}", accepted)
