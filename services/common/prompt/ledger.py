@@ -202,7 +202,7 @@ class LedgerSplitReader:
 
     def row(self, row: int) -> datasets_pb2.LedgerRow:
         """Everything about one row."""
-        ids, pieces = self.ids(row).tolist(), self._pieces()
+        ids, cut, pieces = self.ids(row).tolist(), self.cut_ids(row).tolist(), self._pieces()
         source_row, piece, origin = row, 0, None
         if self._places is not None:
             source_row, line, file, piece = self._places[row].tolist()
@@ -215,8 +215,9 @@ class LedgerSplitReader:
             text=self._columns["text"][row].tobytes().decode(),
             ids=ids,
             trained=[bool(m) for m in self.mask(row)],
-            cut_ids=self.cut_ids(row).tolist(),
+            cut_ids=cut,
             pieces=[pieces[str(i)] for i in ids],
+            cut_pieces=[pieces[str(i)] for i in cut],
         )
 
 

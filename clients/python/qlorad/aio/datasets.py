@@ -24,6 +24,7 @@ from qlorad._wire_core import (
 )
 from qlorad.aio._wire import Wire, in_thread, read_file, sleep
 from qlorad.v1 import datasets_pb2 as pb
+from qlorad.v1 import messages_pb2
 from qlorad.v1.datasets_pb2_grpc import DatasetServiceStub
 
 if TYPE_CHECKING:
@@ -179,18 +180,44 @@ class Datasets:
         *,
         max_length_tokens: int = 512,
         over_length: str | int = 0,
+        prompt_format: str | int = 0,
         progress: Progress = silent,
         patience_seconds: float = DEFAULT_PATIENCE_SECONDS,
     ) -> pb.Ledger:
-        """Seals, or finds, the training rows of a dataset for a model."""
+        """Seals, or finds, the training rows of a dataset for a model.
+
+        `prompt_format` is how conversations become text, as in "chatml"; the
+        model's own template otherwise.
+        """
         request = pb.BuildLedgerRequest(
             dataset=full_name("datasets", dataset),
             model=full_name("models", model),
             max_length_tokens=max_length_tokens,
             over_length=enum_value(pb.OverLength, "OVER_LENGTH_", "over_length", over_length),
+            prompt_format=enum_value(messages_pb2.PromptFormat, "PROMPT_FORMAT_", "prompt_format", prompt_format),
         )
         last = await self._wire.work(lambda: self._stub.BuildLedger, request, progress, patience_seconds)
         return last.ledger
+
+    async def measure(
+        self,
+        dataset: str,
+        model: str,
+        *,
+        prompt_format: str | int = 0,
+        max_length_tokens: Sequence[int] = (),
+        progress: Progress = silent,
+        patience_seconds: float = DEFAULT_PATIENCE_SECONDS,
+    ) -> pb.DatasetMeasure:
+        """Counts a dataset's tokens for a model and forecasts what each maximal length would cut; seals nothing."""
+        request = pb.MeasureDatasetRequest(
+            dataset=full_name("datasets", dataset),
+            model=full_name("models", model),
+            prompt_format=enum_value(messages_pb2.PromptFormat, "PROMPT_FORMAT_", "prompt_format", prompt_format),
+            max_length_tokens=max_length_tokens,
+        )
+        last = await self._wire.work(lambda: self._stub.MeasureDataset, request, progress, patience_seconds)
+        return last.measure
 
     async def ledger_rows(
         self, ledger: str, *, split: str = "train", first_row: int = 0, max_rows: int = 0

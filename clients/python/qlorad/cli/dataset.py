@@ -163,19 +163,28 @@ def ledger(
     name: Name,
     model: Annotated[str, typer.Option(help="The model whose tokenizer and template render the rows.")],
     max_length: Annotated[int, typer.Option(min=1, help="Longest row in tokens.")] = 512,
-    over_length: Annotated[str, typer.Option(help="error, truncate or drop.")] = "error",
+    over_length: Annotated[str, typer.Option(help="error, truncate, drop or split.")] = "error",
+    prompt_format: Annotated[
+        str,
+        typer.Option(help="chatml, alpaca, llama2, mistral, phi2, phi3, vicuna or plain; else the model's template."),
+    ] = "",
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
     row: Annotated[int, typer.Option(min=0, help="First row to show.")] = 0,
     rows: Annotated[int, typer.Option(min=0, help="How many rows to show.")] = 1,
     output: Output = Format.table,
 ) -> None:
-    """Tells of every token whether it is seen, trained on or cut. Trained text is [[marked]]."""
+    """Tells of every token whether it is seen, trained on or cut. Trained text is [[marked]], cut text {{marked}}."""
     from qlorad.cli import progress
 
     with connected() as client:
         with progress.shown("ledger") as tell:
             made = client.datasets.ledger(
-                name, model, max_length_tokens=max_length, over_length=over_length, progress=tell
+                name,
+                model,
+                max_length_tokens=max_length,
+                over_length=over_length,
+                prompt_format=prompt_format,
+                progress=tell,
             )
         read = list(client.datasets.ledger_rows(made.digest, split=split, first_row=row, max_rows=rows)) if rows else []
     if output is not Format.table:
@@ -183,34 +192,45 @@ def ledger(
         return
     print(f"ledger {made.digest}, at most {made.max_length_tokens} tokens a row")
     out.table(
-        ["SPLIT", "ROWS", "TOKENS", "TRAINED", "TRUNCATED", "CUT", "DROPPED", "LONGEST"],
+        ["SPLIT", "ROWS", "TOKENS", "TRAINED", "TRUNCATED", "SPLIT UP", "CUT", "DROPPED", "LONGEST", "PACKED", "FILL"],
         [
             [s.split]
             + [
                 str(v)
                 for v in (
-                    s.rows, s.tokens, s.trained_tokens, s.truncated_rows, s.cut_tokens, s.dropped_rows,
-                    s.longest_tokens,
+                    s.rows, s.tokens, s.trained_tokens, s.truncated_rows, s.split_rows, s.cut_tokens, s.dropped_rows,
+                    s.longest_tokens, s.packed_sequences,
                 )
             ]
+            + [f"{s.packing_fill:.1%}"]
             for s in made.splits
         ],
     )  # fmt: skip
     for one in read:
-        print(f"--- row {one.row}: {len(one.ids)} tokens, {sum(one.trained)} trained, {len(one.cut_ids)} cut")
+        told = f"{len(one.ids)} tokens, {sum(one.trained)} trained, {len(one.cut_ids)} cut"
+        print(f"--- row {one.row}{_came_from(one)}: {told}")
         print(_marked(one))
 
 
+def _came_from(row: datasets_pb2.LedgerRow) -> str:
+    if not row.HasField("origin"):
+        return ""
+    return f" ({row.origin.file}:{row.origin.line}{f', piece {row.piece}' if row.piece else ''})"
+
+
 def _marked(row: datasets_pb2.LedgerRow) -> str:
-    """The row's text with what is trained in bold on a terminal, in [[brackets]] elsewhere."""
-    on, off = ("\x1b[1;32m", "\x1b[0m") if out.terminal(sys.stdout) else ("[[", "]]")
+    """The row's text: trained in bold on a terminal, in [[brackets]] elsewhere; cut struck, or in {{braces}}."""
+    colour = out.terminal(sys.stdout)
+    on, off = ("\x1b[1;32m", "\x1b[0m") if colour else ("[[", "]]")
+    cut_on, cut_off = ("\x1b[9;31m", "\x1b[0m") if colour else ("{{", "}}")
     text, inside = "", False
     for piece, trained in zip(row.pieces, row.trained, strict=True):
         if trained != inside:
             text += on if trained else off
             inside = trained
         text += piece
-    return text + (off if inside else "")
+    text += off if inside else ""
+    return text + (cut_on + "".join(row.cut_pieces) + cut_off if row.cut_ids else "")
 
 
 def _show(wanted: Format, dataset: datasets_pb2.Dataset) -> None:

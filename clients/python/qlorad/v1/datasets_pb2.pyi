@@ -2300,6 +2300,7 @@ class LedgerRow(_message.Message):
     ORIGIN_FIELD_NUMBER: _builtins.int
     SOURCE_ROW_FIELD_NUMBER: _builtins.int
     PIECE_FIELD_NUMBER: _builtins.int
+    CUT_PIECES_FIELD_NUMBER: _builtins.int
     row: _builtins.int
     """Its number in the split."""
     text: _builtins.str
@@ -2328,6 +2329,10 @@ class LedgerRow(_message.Message):
     def origin(self) -> Global___Origin:
         """Where the row came from."""
 
+    @_builtins.property
+    def cut_pieces(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Each cut id as text."""
+
     def __init__(
         self,
         *,
@@ -2340,10 +2345,11 @@ class LedgerRow(_message.Message):
         origin: Global___Origin | None = ...,
         source_row: _builtins.int = ...,
         piece: _builtins.int = ...,
+        cut_pieces: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["origin", b"origin"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cut_ids", b"cut_ids", "ids", b"ids", "origin", b"origin", "piece", b"piece", "pieces", b"pieces", "row", b"row", "source_row", b"source_row", "text", b"text", "trained", b"trained"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cut_ids", b"cut_ids", "cut_pieces", b"cut_pieces", "ids", b"ids", "origin", b"origin", "piece", b"piece", "pieces", b"pieces", "row", b"row", "source_row", b"source_row", "text", b"text", "trained", b"trained"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
