@@ -70,38 +70,45 @@ def weigh(example: Plain) -> tuple[bytes, int, int]:
     if "chat" in example:
         chat = example["chat"]
         said, characters, taught = _weigh_messages(chat.get("messages", ()))
-        said.append(chat.get("tools"))
+        if "tools" in chat:
+            said.append(_line(chat["tools"]))
     elif "preference" in example:
         told = example["preference"]
         prompt = told.get("prompt", {})
-        said, characters, taught = _weigh_messages(prompt.get("messages", ()))
-        better, more, learnt = _weigh_messages(told.get("chosen", ()))
+        said, characters, _ = _weigh_messages(prompt.get("messages", ()))
+        better, more, taught = _weigh_messages(told.get("chosen", ()))
         worse, less, _ = _weigh_messages(told.get("rejected", ()))
-        said = [said, better, worse, prompt.get("tools")]
-        characters, taught = characters + more + less, learnt
+        said = ["preference", *said, _BORDER, *better, _BORDER, *worse, _line(prompt.get("tools"))]
+        characters += more + less
     else:
         name = body_of(example)
         body = example.get(name, {})
-        said = [name, body]
+        said = [name, _line(body)]
         characters = sum(map(len, body.values()))
         taught = words(body.get("middle" if name == "infill" else "completion", ""))
-    told = orjson.dumps(said, option=orjson.OPT_SORT_KEYS)
-    return hashlib.blake2b(told, digest_size=16).digest(), characters, taught
+    # No text holds NUL, so what stands between two of them cannot be mistaken.
+    return hashlib.blake2b("\0".join(said).encode(), digest_size=16).digest(), characters, taught
 
 
-def _weigh_messages(messages: Sequence[Plain]) -> tuple[list[Any], int, int]:
-    said: list[Any] = []
+_BORDER = "\0"
+
+
+def _line(value: Any) -> str:
+    return orjson.dumps(value, option=orjson.OPT_SORT_KEYS).decode()
+
+
+def _weigh_messages(messages: Sequence[Plain]) -> tuple[list[str], int, int]:
+    said: list[str] = []
     characters = taught = 0
     for message in messages:
-        role, parts = message.get("role"), message.get("parts")
+        role, parts = message.get("role", ""), message.get("parts")
         text = "" if not parts else parts[0]["text"] if len(parts) == 1 else "".join([p["text"] for p in parts])
-        said.append(role)
-        said.append(text)
+        said += (role, text)
         characters += len(text)
         if role == "ROLE_ASSISTANT":
             taught += words(text)
         if len(message) > 2 or (parts is None and len(message) > 1):
-            said.append({k: v for k, v in message.items() if k not in ("role", "parts")})
+            said.append(_line({k: v for k, v in message.items() if k not in ("role", "parts")}))
             for call in message.get("tool_calls", ()):
                 arguments = call.get("arguments_json", "")
                 characters += len(arguments)
@@ -110,7 +117,10 @@ def _weigh_messages(messages: Sequence[Plain]) -> tuple[list[Any], int, int]:
 
 
 def words(text: str) -> int:
-    """Runs of characters between blanks, as str.split counts them, without making them where that is safe."""
-    if text.isascii() and "  " not in text and text.isprintable() and text:
-        return text.count(" ") + 1 - (text[0] == " ") - (text[-1] == " ") if text != " " else 0
-    return len(text.split())
+    """Runs of characters between blanks. Counted by their borders where each is one plain blank."""
+    if "  " in text or "\n" in text or "\t" in text or not text.isascii():
+        return len(text.split())
+    count = text.count(" ") + 1
+    if text[:1] in ("", " "):
+        count -= 1
+    return count - 1 if text[-1:] == " " and count > 0 else count

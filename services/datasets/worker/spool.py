@@ -6,6 +6,7 @@ blocks; memory does not grow with them. Nothing here knows what a row means.
 
 from __future__ import annotations
 
+import os
 import pathlib
 import struct
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,7 @@ ENTRY = np.dtype(
 )
 """What is known of a row; `size` counts its newline."""
 MAX_FILES = 1 << 16
+_FLUSH_BYTES = 1 << 19
 _BLOCK_ROWS = 1 << 16
 _BLOCK_BYTES = 16 << 20
 
@@ -43,8 +45,11 @@ class Segment:
 
     def __init__(self, folder: pathlib.Path, number: int) -> None:
         self.rows = 0
-        self._lines = rows_path(folder, number).open("wb", buffering=1 << 20)
-        self._entries = entries_path(folder, number).open("wb", buffering=1 << 18)
+        self._lines: list[bytes] = []
+        self._entries: list[bytes] = []
+        self._bytes = 0
+        self._lines_file = rows_path(folder, number).open("wb", buffering=0)
+        self._entries_file = entries_path(folder, number).open("wb", buffering=0)
 
     def add(
         self,
@@ -59,15 +64,33 @@ class Segment:
         form: int,
     ) -> None:
         """Appends a row: its line without newline, and where it came from; `size` is characters and words."""
-        self._lines.write(line)
-        self._lines.write(b"\n")
-        self._entries.write(_ENTRY.pack(content, at, row, len(line) + 1, *size, stratum, file, side, form))
+        self._lines.append(line)
+        self._entries.append(_ENTRY.pack(content, at, row, len(line) + 1, *size, stratum, file, side, form))
         self.rows += 1
+        self._bytes += len(line)
+        if self._bytes > _FLUSH_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._lines:
+            self._lines.append(b"")
+            _write_all(self._lines_file.fileno(), b"\n".join(self._lines))
+            _write_all(self._entries_file.fileno(), b"".join(self._entries))
+            self._lines, self._entries, self._bytes = [], [], 0
 
     def close(self) -> None:
         """Ends the segment."""
-        self._lines.close()
-        self._entries.close()
+        try:
+            self._flush()
+        finally:
+            self._lines_file.close()
+            self._entries_file.close()
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
 
 
 def rows_path(folder: pathlib.Path, number: int) -> pathlib.Path:
