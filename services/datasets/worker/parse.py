@@ -22,7 +22,7 @@ from services.datasets.worker.plain import Plain, body_of, weigh
 from services.datasets.worker.records import MAX_ROW_BYTES, too_long
 from services.datasets.worker.repairs import Repairs
 from services.datasets.worker.spool import Segment
-from services.datasets.worker.steps import Pipeline
+from services.datasets.worker.steps import Pipeline, StepFailed
 
 ENOUGH_ERRORS = 1000
 _LANGUAGE = "language"
@@ -108,15 +108,24 @@ class Parser:
         if any(p.severity == ERROR for p in problems):
             self._leave_out(problems, place, at, row, notes)
             return
+        form = forms.of_body(example) if place.is_ours else place.form
+        checked = place.form
         if self.pipeline:
-            stepped = self.pipeline.apply(example)
+            try:
+                stepped = self.pipeline.apply(example)
+            except StepFailed as e:
+                self._leave_out([*problems, e.problem], place, at, row, notes)
+                return
             if stepped is None:
                 self.counts.stepped_out += 1
                 for problem in problems:
                     notes.add(problem, place.file, at, row)
                 return
-            example = stepped
-        problems += rules.check(example, place.form)
+            if stepped is not example:  # its fields may not be where the form has them
+                checked = forms.of_body(stepped)
+                form = form if body_of(stepped) == body_of(example) else checked
+                example = stepped
+        problems += rules.check(example, checked)
         problems += private.scan(example)
         if problems:
             if any(p.severity == ERROR for p in problems):
@@ -124,14 +133,16 @@ class Parser:
                 return
             for problem in problems:
                 notes.add(problem, place.file, at, row)
-        self._spool(place, example, at, row, segment, notes)
+        self._spool(place, example, form, at, row, segment, notes)
 
     def _leave_out(self, problems: Iterable[Problem], place: Place, at: int, row: int, notes: Notes) -> None:
         for problem in problems:
             notes.add(problem, place.file, at, row)
         self.counts.skipped += 1
 
-    def _spool(self, place: Place, example: Plain, at: int, row: int, segment: Segment, notes: Notes) -> None:
+    def _spool(
+        self, place: Place, example: Plain, form: Form, at: int, row: int, segment: Segment, notes: Notes
+    ) -> None:
         content, characters, taught = weigh(example)
         if "origin" not in example:  # a row of a parent keeps its own
             example["origin"] = {"file": place.name, "line": str(at)} if at else {"file": place.name}
@@ -140,7 +151,6 @@ class Parser:
             self._leave_out([too_long("canonical row")], place, at, row, notes)
             return
         stratum = zlib.crc32(self._kind(place, example).encode()) if self._stratify_by else 0
-        form = forms.of_body(example) if place.is_ours else place.form
         segment.add(line, content, at, row, (characters, taught), place.file, stratum, place.side, form)
 
     def _kind(self, place: Place, example: Plain) -> str:

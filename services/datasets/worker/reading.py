@@ -50,7 +50,7 @@ class Reading:
         self.parser = Parser(
             request.split.stratify_by,
             Repairs(request.repairs),
-            Pipeline.load(request.steps),
+            Pipeline.load(request.steps, "plan." if order.validate_only else ""),
             language.of,
             stop_at_errors,
         )
@@ -93,8 +93,8 @@ class Reading:
         path = pathlib.Path(told.path)
         size = path.stat().st_size
         notes = self._open(0)
-        form, first = self._settle(number, source, notes)
-        place = Place(number, told.filename, self._side(told), form, dict(self._request.columns))
+        form, columns, first = self._settle(number, source, notes)
+        place = Place(number, told.filename, self._side(told), form, columns)
         self.lineage.files.add(
             file=told.filename,
             sha256=told.sha256 or sha256_file(path),
@@ -133,6 +133,9 @@ class Reading:
     def _in_stretches(self, place: Place, path: pathlib.Path, size: int) -> None:
         done, errors = 0, sum(t.error_count for t in self.tallies)
         lengths: dict[int, int] = {}
+        request = datasets_pb2.CreateDatasetRequest()
+        request.CopyFrom(self._request)
+        request.columns.update(place.columns)  # those that were sniffed too
 
         def orders() -> Iterator[ingest_pb2.StretchOrder]:
             # A byte order mark is no part of the first line.
@@ -151,7 +154,7 @@ class Reading:
                     scratch=str(self._scratch),
                     segment=number,
                     stop_at_errors=self._stop,
-                    request=self._request,
+                    request=request,
                 )
 
         def told(order: ingest_pb2.StretchOrder, report: ingest_pb2.StretchReport) -> bool:
@@ -175,8 +178,8 @@ class Reading:
             self.parser.pipeline.dropped.update(report.dropped_by_step)
             self.parser.pipeline.changed.update(report.changed_by_step)
 
-    def _settle(self, number: int, source: Source, notes: Notes) -> tuple[Form, list[Record]]:
-        """Finds the form of rows by the first ones, says it with its evidence, and gives them back."""
+    def _settle(self, number: int, source: Source, notes: Notes) -> tuple[Form, dict[str, str], list[Record]]:
+        """Finds form and field names of rows by the first ones, says it with its evidence, and gives them back."""
         first = list(itertools.islice(source.records, _PEEK))
         readable = [r.row for r in first if r.row is not None]
         columns = dict(self._request.columns)
@@ -188,16 +191,16 @@ class Reading:
                 told = f"there is no column {', '.join(map(clip, missing))}"
                 raise Unreadable(Problem("unknown_column", told, hint, missing[0]))
         said = list(source.said)
-        form = self._request.format
-        if form:
-            told = f"read as {source.container} with {NAMES[form]} rows, as asked"
+        sniffed = forms.sniff(readable, columns, self._request.format)
+        evidence = f": {sniffed.evidence}" if sniffed.evidence else ""
+        if self._request.format:
+            told = f"read as {source.container} with {NAMES[sniffed.form]} rows, as asked{evidence}"
             said.append(Problem("format", told, "", "", INFO))
         elif readable:
-            form, evidence = forms.sniff(readable, columns)
-            if not form:
+            if not sniffed.form:
                 raise Unreadable(forms.unknown_form(keys or []))
-            told = f"read as {source.container} with {NAMES[form]} rows: {evidence}"
+            told = f"read as {source.container} with {NAMES[sniffed.form]} rows{evidence}"
             said.append(Problem("format", told, "name the format if this is wrong", "", INFO))
         for problem in said:
             notes.add(problem, number, 0, 0)
-        return form, first
+        return sniffed.form, dict(sniffed.columns), first

@@ -31,6 +31,9 @@ PATTERNS: Mapping[str, re.Pattern[str]] = {
     "genes": GENES,
     "greek": re.compile(r"[\u0370-\u03ff\u1f00-\u1fff\u2126\u00b5][\u0300-\u036f]*"),
     "scripts": re.compile(r"[\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209c\u2150-\u215e\u2189]+"),
+    "math": re.compile(
+        r"\\\(.*?\\\)|\\\[.*?\\\]|\$\$.*?\$\$|\$(?=[^\s$\d])[^$\n]{1,300}?(?<=[^\s$\\])\$(?!\d)", re.DOTALL
+    ),
     "links": re.compile(r"(?:https?|ftp)://[^\s<>\"]+|\bwww\.[^\s<>\"]+|\bdoi:\s*10\.\S+|\b10\.\d{4,9}/\S+"),
 }
 Spans = tuple[list[int], list[int]]
@@ -73,7 +76,8 @@ def replace(pattern: re.Pattern[str], change: Callable[[re.Match[str]], str], te
 
 def between(text: str, names: Iterable[str], change: Callable[[str], str]) -> str:
     """The text with all changed that is not protected."""
-    pieces, at = [], 0
+    pieces: list[str] = []
+    at = 0
     for begin, end in zip(*spans(text, names), strict=True):
         pieces += (change(text[at:begin]), text[begin:end])
         at = end

@@ -1,0 +1,40 @@
+"""The describe worker: loads every step, plug-ins too, and tells what they are.
+
+Law of this room: it runs strangers' code, so it ends when it has told.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from services.common.errors import worker_lost
+from services.common.frames.v1 import ingest_pb2
+from services.datasets.worker.bound import Bench
+from services.datasets.worker.steps.kinds import Broken, Kinds
+
+
+def report() -> ingest_pb2.StepsReport:
+    """Every step by name; WORKER_LOST that names each step which cannot be loaded."""
+    kinds, told, broken = Kinds(), [], []
+    for name in kinds.names():
+        try:
+            kind = kinds.load(name)
+        except Broken as e:
+            broken.append(str(e))
+        else:
+            assert kind is not None
+            told.append(kind.told())
+    if broken:
+        raise worker_lost("the list of steps", "the step " + "; the step ".join(broken))
+    return ingest_pb2.StepsReport(steps=told)
+
+
+def main() -> None:
+    logging.basicConfig()
+    bench = Bench.open()
+    with bench.refusing(lambda refusal: bench.send(ingest_pb2.StepsReport(refusal=refusal))):
+        bench.send(report())
+
+
+if __name__ == "__main__":
+    main()
