@@ -36,13 +36,13 @@ def check_hub(source: datasets_pb2.HubSource) -> list[Violation]:
     return wrong + _choice("hub", source.config, source.splits, source.files)
 
 
-def check_folder(source: datasets_pb2.FolderSource, roots: Sequence[pathlib.Path]) -> list[Violation]:
+def check_folder(source: datasets_pb2.FolderSource, roots: Sequence[pathlib.Path] = ()) -> list[Violation]:
     """Violations of a folder source; who gives no absolute path is told the roots. Who leaves them is refused later."""
     wrong = []
     path = source.path
     if not path.startswith("/") or ".." in path.split("/") or _CONTROL.search(path) or len(path) > 4096:
-        below = ", ".join(map(str, roots))
-        wrong.append(Violation("folder.path", show(path), f"an absolute path without '..', below {below}"))
+        below = f", below {', '.join(map(str, roots))}" if roots else ""
+        wrong.append(Violation("folder.path", show(path), f"an absolute path without '..'{below}"))
     return wrong + _choice("folder", source.config, source.splits, source.files)
 
 

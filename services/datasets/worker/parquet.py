@@ -8,11 +8,12 @@ named problem of its row.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
-os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # the others reserve more than a worker may address
 import orjson
 import pyarrow as pa
 import pyarrow.ipc
@@ -36,6 +37,7 @@ Opened = tuple[Iterator[Record], Callable[[], int]]
 
 def open_parquet(f: BinaryIO, max_bytes: int) -> Opened:
     """Rows of a Parquet file, and how much of the file has gone by."""
+    _settle()
     size = f.seek(0, os.SEEK_END)
     _check_footer(f, size)
     f.seek(0)
@@ -65,6 +67,7 @@ def open_parquet(f: BinaryIO, max_bytes: int) -> Opened:
 
 def open_arrow(f: BinaryIO, max_bytes: int) -> Opened:
     """Rows of an Arrow file or stream, and how much of the file has gone by."""
+    _settle()
     is_file = f.read(6) == b"ARROW1"
     f.seek(0)
     with _named("Arrow"):
@@ -81,21 +84,25 @@ def open_arrow(f: BinaryIO, max_bytes: int) -> Opened:
     return _records(batches(), columns, max_bytes, [0]), f.tell
 
 
-class _named:
-    """Arrow's own errors as those of a file. Memory that ran out is no fault of the file's form and passes."""
+def _settle() -> None:
+    """Arrow's own pools reserve more than a worker may address, and keep what was freed."""
+    pa.set_memory_pool(pa.system_memory_pool())
 
-    def __init__(self, kind: str) -> None:
-        self._kind = kind
 
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        if isinstance(error, (Unreadable, MemoryError)) or error is None:
-            return
-        if isinstance(error, (pa.ArrowException, OSError, ValueError, TypeError)) and not getattr(error, "errno", None):
-            told = f"the {self._kind} cannot be read: {clip(str(error).splitlines()[0] if str(error) else error, 200)}"
-            raise Unreadable(Problem("broken_table", told, "write the file anew; it may have been cut")) from None
+@contextlib.contextmanager
+def _named(kind: str) -> Iterator[None]:
+    """Arrow's own errors as those of a file. Memory that ran out is no fault of the file's form."""
+    try:
+        yield
+    except (Unreadable, MemoryError):
+        raise
+    except (pa.ArrowException, OSError, ValueError, TypeError) as e:
+        if isinstance(e, OSError) and e.errno == errno.ENOMEM:
+            raise MemoryError(str(e)) from None
+        if isinstance(e, OSError) and e.errno:
+            raise
+        told = f"the {kind} cannot be read: {clip((str(e).splitlines() or [''])[0], 200)}"
+        raise Unreadable(Problem("broken_table", told, "write the file anew; it may have been cut")) from None
 
 
 def _check_footer(f: BinaryIO, size: int) -> None:
