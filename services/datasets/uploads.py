@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import hashlib
 import os
 import pathlib
 import secrets
@@ -46,6 +47,7 @@ _NOW = "(julianday('now') - 2440587.5) * 86400.0"
 KEEP_SECONDS = 7 * 86400.0
 _SYNC_BYTES = 16 << 20
 _SYNC_SECONDS = 2.0
+_MAX_UNSAFE_BYTES = 4 * _SYNC_BYTES
 _METHOD = "StartUpload"
 
 
@@ -61,6 +63,12 @@ class _Open:
     synced_at: float
     streams: int = 0
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Of who writes."""
+    safe_turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Of who makes what was written safe; others may write meanwhile."""
+    syncing: asyncio.Task[None] | None = None
+    digest: Any = None
+    """sha256 of all bytes so far, where all of them went by here."""
 
 
 class Uploads:
@@ -196,24 +204,41 @@ class Uploads:
         if data:
             await _unbroken(self._put(ident, file, at, data))
         self._metrics.upload_bytes.inc(len(data))
-        if file.end - file.safe >= _SYNC_BYTES or time.monotonic() - file.synced_at >= _SYNC_SECONDS:
-            await self._sync(ident, file)
+        await self._sync_now_and_then(ident, file)
         return at + len(data)
+
+    async def _sync_now_and_then(self, ident: str, file: _Open) -> None:
+        """Has bytes made safe while others arrive; waits only where too many are not."""
+        if file.end - file.safe < _SYNC_BYTES and time.monotonic() - file.synced_at < _SYNC_SECONDS:
+            return
+        if file.syncing is not None and file.syncing.done():
+            await self._synced(file)
+        if file.syncing is None:
+            file.syncing = asyncio.create_task(self._make_safe(ident, file))
+        if file.end - file.safe >= _MAX_UNSAFE_BYTES:
+            await asyncio.shield(file.syncing)
 
     async def _put(self, ident: str, file: _Open, at: int, data: bytes) -> None:
         async with file.turn:
             if file.end != at:  # another stream writes to the same upload
                 raise _wrong_offset(ident, at, file.end)
             with _space():
-                await asyncio.to_thread(_write_all, file.fd, data)
+                await asyncio.to_thread(_write_all, file.fd, data, file.digest)
             file.end += len(data)
 
+    async def _synced(self, file: _Open) -> None:
+        """The end of what is being made safe beside; raises what it met."""
+        task, file.syncing = file.syncing, None
+        if task is not None:
+            await _unbroken(task)
+
     async def _sync(self, ident: str, file: _Open) -> None:
+        await self._synced(file)
         if file.end != file.safe:
             await _unbroken(self._make_safe(ident, file))
 
     async def _make_safe(self, ident: str, file: _Open) -> None:
-        async with file.turn:
+        async with file.safe_turn:
             end = file.end
             if end != file.safe:
                 with _space():
@@ -232,7 +257,10 @@ class Uploads:
 
     async def _finish(self, ident: str, file: _Open, row: sqlite3.Row) -> sqlite3.Row:
         async with file.turn:
-            found = await asyncio.to_thread(sha256_file, self.path(ident))
+            if file.digest is not None:
+                found = str(file.digest.hexdigest())
+            else:
+                found = await asyncio.to_thread(sha256_file, self.path(ident))
             if found == row["sha256"]:
                 await self._count(ident, file.end, complete=True)
                 self._metrics.uploads.labels("completed").inc()
@@ -240,11 +268,12 @@ class Uploads:
             await self._count(ident, 0, complete=False)
             await asyncio.to_thread(os.ftruncate, file.fd, 0)
             file.end = file.safe = 0
+            file.digest = hashlib.sha256()
         self._metrics.uploads.labels("corrupt").inc()
         raise corrupt(f"uploads/{ident}", f"sha256 is {found}, announced was {row['sha256']}; start again at 0")
 
 
-async def _unbroken(work: Coroutine[Any, Any, T]) -> T:
+async def _unbroken(work: Coroutine[Any, Any, T] | asyncio.Task[T]) -> T:
     """Does the work to its end, even if the caller is cancelled meanwhile."""
     return await asyncio.shield(asyncio.ensure_future(work))
 
@@ -261,11 +290,11 @@ def _open_at(path: pathlib.Path, safe: int) -> _Open:
     except BaseException:
         os.close(fd)
         raise
-    return _Open(fd, safe, safe, time.monotonic())
+    return _Open(fd, safe, safe, time.monotonic(), digest=None if safe else hashlib.sha256())
 
 
-def _write_all(fd: int, data: bytes) -> None:
-    """All of it or nothing: a torn piece is cut off again."""
+def _write_all(fd: int, data: bytes, digest: Any) -> None:
+    """All of it or nothing: a torn piece is cut off again. The digest hears of what was written."""
     begun = os.fstat(fd).st_size
     view = memoryview(data)
     try:
@@ -274,6 +303,8 @@ def _write_all(fd: int, data: bytes) -> None:
     except OSError:
         os.ftruncate(fd, begun)
         raise
+    if digest is not None:
+        digest.update(data)
 
 
 @contextlib.contextmanager

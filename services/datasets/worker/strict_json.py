@@ -17,6 +17,7 @@ from services.datasets.worker.found import Problem, clip
 
 MAX_DEPTH = 24
 _DIGITS = b"0123456789"
+_EXACT = 1 << 53
 _LONG_NUMBER = re.compile(rb"[0-9]{16}")
 
 
@@ -25,24 +26,29 @@ def quick(line: bytes) -> Any:
 
     A key twice shows in the count of colons: each key has one, and every colon
     that is no key's stands inside a text. Numbers of sixteen digits might be
-    rounded, escapes might hide what is no text, many brackets might be deep.
+    rounded (a whole number beyond what is exact may come as a float), escapes might hide what is no text, many brackets might be deep.
     """
     try:
         value = orjson.loads(line)
     except orjson.JSONDecodeError:
         return None
-    if type(value) is not dict or b"\\u" in line:
+    if type(value) is not dict or (b"\\" in line and b"\\u" in line):
         return None
     keys = len(value)
     for inner in value.values():
-        if type(inner) is dict or type(inner) is list:
+        kind = type(inner)
+        if kind is str:
+            continue
+        if kind is float and not -_EXACT < inner < _EXACT:
+            return None
+        if kind is dict or kind is list:
             if line.count(b"{") + line.count(b"[") > MAX_DEPTH and depth(value) > MAX_DEPTH:
+                return None
+            if len(line) - len(line.translate(None, _DIGITS)) >= 16 and _LONG_NUMBER.search(line):
                 return None
             keys = _keys(value)
             break
     if line.count(b":") != keys and (line.count(b'":') != keys or _has_blank_colon(line)):
-        return None
-    if len(line) - len(line.translate(None, _DIGITS)) >= 16 and _LONG_NUMBER.search(line):
         return None
     return value
 
