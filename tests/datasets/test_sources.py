@@ -1,0 +1,153 @@
+"""Every kind of source through the door: packed uploads, tables, hubs, folders; sealed with what they came from."""
+
+from __future__ import annotations
+
+import gzip
+import pathlib
+from collections.abc import Callable, Iterator
+
+import grpc
+import pyarrow as pa
+import pytest
+import zstandard
+
+from qlorad.v1 import datasets_pb2
+from tests.datasets.kit import Door, jsonl, numbered, open_door, refusal
+from tests.datasets.test_parquet import arrow, parquet
+from tests.house import House, eventually, house
+from tests.hub.kit import Server, serving
+
+ROWS = numbered(30)
+TABLE = pa.Table.from_pylist(ROWS)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("hub")) as server:
+        server.put(
+            "lab/notes",
+            {
+                "data/train.parquet": parquet(TABLE),
+                "data/test.parquet": parquet(pa.Table.from_pylist(numbered(5, 900))),
+            },
+        )
+        server.put("lab/bad", {"train.jsonl.gz": gzip.compress(jsonl(ROWS))[:-20]})
+        server.put("lab/slow", {"train.jsonl.gz": gzip.compress(jsonl(numbered(3000)), 0)})
+        yield server
+
+
+@pytest.fixture(scope="module")
+def far(tmp_path_factory: pytest.TempPathFactory, hub: Server) -> Iterator[Door]:
+    """A daemon that knows the hub, and folders below one root."""
+    root = tmp_path_factory.mktemp("far")
+    (root / "open").mkdir()
+    with house(root / "home") as h:
+        yield open_door(h, "--hub-endpoint", hub.url, "--import-roots", str(root / "open"))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "container"),
+    [
+        ("rows.jsonl.gz", gzip.compress(jsonl(ROWS)), "jsonl.gz"),
+        ("rows.jsonl.zst", zstandard.compress(jsonl(ROWS)), "jsonl.zst"),
+        ("rows.parquet", parquet(TABLE), "parquet"),
+        ("rows.arrow", arrow(TABLE, False), "arrow"),
+        ("wrong.jsonl", parquet(TABLE), "parquet"),
+    ],
+)
+def test_uploads_of_every_packing(door: Door, name: str, data: bytes, container: str) -> None:
+    dataset = door.make(f"packed-{container}-{name.partition('.')[0]}", data, filename=name)
+    assert dataset.stats.rows == {"train": 30}
+    (file,) = dataset.lineage.files
+    assert (file.file, file.container, file.size_bytes) == (name, container, len(data))
+    rows = door.export(dataset.name, datasets_pb2.ROW_FORMAT_INSTRUCTION)
+    assert [r["output"] for r in rows] == [r["output"] for r in ROWS]
+    wrong = [f for f in door.findings(dataset.name) if f.rule == "wrong_suffix"]
+    assert len(wrong) == (name == "wrong.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "word"),
+    [
+        ("cut.jsonl.gz", gzip.compress(jsonl(ROWS))[:-20], "cut off"),
+        ("bomb.jsonl.gz", gzip.compress(bytes(64 << 20)) * 3, "1000 times"),
+        ("zip.jsonl", b"PK\x03\x04" + bytes(100), "zip archive"),
+        ("text.parquet", jsonl(ROWS), "no Parquet"),
+        ("cut.parquet", parquet(TABLE)[:-50], "no end"),
+    ],
+)
+def test_what_cannot_be_read_leaves_nothing(door: Door, name: str, data: bytes, word: str) -> None:
+    request = door.request("never", data, filename=name, request_id=f"never-{name}")
+    answer = refusal(lambda: door.updates(request))
+    assert answer.code == "INVALID_ARGUMENT" and word in answer.message and name in answer.message
+    assert "datasets/never" not in door.listed() and door.leftovers() == []
+
+
+def test_a_dataset_of_a_hub(far: Door, hub: Server) -> None:
+    request = far.request(
+        "notes", hub=datasets_pb2.HubSource(repo="lab/notes"), split=datasets_pb2.Split(keep_source=True)
+    )
+    updates = far.updates(request)
+    dataset = updates[-1].dataset
+    assert dataset.stats.rows == {"train": 30, "test": 5}
+    assert dataset.lineage.source.startswith("hub:lab/notes@")
+    assert [(f.file, f.container) for f in dataset.lineage.files] == [
+        ("data/train.parquet", "parquet"),
+        ("data/test.parquet", "parquet"),
+    ]
+    assert far.export(dataset.name, split="test")[0]["origin"] == {"file": "data/test.parquet", "line": "1"}
+    assert far.updates(request)[-1].dataset == dataset
+
+
+def test_refusals_of_a_hub(far: Door, hub: Server) -> None:
+    for i, (source, code, word) in enumerate(
+        (
+            ({"repo": "lab/none"}, "NOT_FOUND", "lab/none"),
+            ({"repo": "lab/notes", "splits": ["dev"]}, "NOT_FOUND", "'train', 'test'"),
+            ({"repo": "../x", "revision": ".."}, "INVALID_ARGUMENT", "hub.revision"),
+            ({"repo": "lab/bad"}, "INVALID_ARGUMENT", "cut off"),
+        )
+    ):
+        request = far.request("never", hub=datasets_pb2.HubSource(**source), request_id=f"hub-{i}")
+        answer = refusal(lambda request=request: far.updates(request))
+        assert answer.code == code and word in answer.message
+    hub.order("throttle", "GET /api", retry_after="1800")
+    request = far.request("never", hub=datasets_pb2.HubSource(repo="lab/notes"), request_id="patience")
+    answer = refusal(lambda: far.updates(request))
+    assert (answer.code, answer.reason) == ("UNAVAILABLE", "UPSTREAM")
+    assert "datasets/never" not in far.listed() and far.leftovers() == []
+
+
+def test_a_folder(far: Door) -> None:
+    root = far.home.parent
+    (root / "open" / "a").mkdir()
+    (root / "open" / "a" / "train.jsonl.zst").write_bytes(zstandard.compress(jsonl(ROWS)))
+    (root / "open" / "a" / "dev.csv").write_text("instruction,output\nSay,It\n")
+    for i, (path, code) in enumerate(
+        ((root, "PERMISSION_DENIED"), (root / "open" / "b", "NOT_FOUND"), ("open", "INVALID_ARGUMENT"))
+    ):
+        request = far.request("never", folder=datasets_pb2.FolderSource(path=str(path)), request_id=f"folder-{i}")
+        assert refusal(lambda request=request: far.updates(request)).code == code
+    folder = datasets_pb2.FolderSource(path=str(root / "open" / "a"), files=["*.zst", "*.csv"])
+    dataset = far.make("folder", folder=folder, split=datasets_pb2.Split(keep_source=True))
+    assert dataset.stats.rows == {"train": 30, "validation": 1}
+    assert dataset.lineage.source == f"folder:{root / 'open' / 'a'}"
+    assert (root / "open" / "a" / "dev.csv").exists()
+
+
+def test_a_killed_daemon_goes_on_where_it_was(
+    tmp_path: pathlib.Path, hub: Server, house_factory: Callable[[pathlib.Path], House]
+) -> None:
+    far = open_door(house_factory(tmp_path / "home"), "--hub-endpoint", hub.url)
+    hub.clear()
+    hub.order("slow", "GET /lfs/.*train", after=50_000, seconds=0.1)
+    request = far.request("slow", hub=datasets_pb2.HubSource(repo="lab/slow"))
+    stream = far.stub.CreateDataset(request, timeout=60)
+    parts = far.home / "state" / "hub"
+    eventually(lambda: any(p.stat().st_size > 60_000 for p in parts.rglob("*.part")))
+    far.kill()
+    with pytest.raises(grpc.RpcError):
+        list(stream)
+    far.again()
+    assert far.updates(request)[-1].dataset.stats.rows == {"train": 3000}
+    assert [e["range"] for e in hub.log("GET /lfs/")][-1].startswith("bytes=")
