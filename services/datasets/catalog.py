@@ -12,18 +12,17 @@ import json
 import logging
 import pathlib
 import sqlite3
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 
 from google.protobuf import json_format
 
 from qlorad.v1 import artifacts_pb2, datasets_pb2
 from services.common import facts, idempotency, names
-from services.common.errors import Fault, Violation, invalid, not_found, rejected, show
-from services.common.prompt import example as canonical
-from services.common.shards import ShardReader, splits_in
+from services.common.errors import Fault, Violation, invalid, not_found, show
+from services.common.shards import splits_in
 from services.common.shelf import Sealed, Shelf
 from services.common.store import Store
-from services.datasets.forms import NAMES, CannotCarry, write
+from services.datasets.export import Export
 
 log = logging.getLogger("qlorad.datasets")
 
@@ -36,7 +35,6 @@ CREATE TABLE deletions (
   freed_bytes INTEGER NOT NULL
 ) WITHOUT ROWID
 """
-_PIECE_BYTES = 256 << 10
 _FINDINGS = 200
 _DELETE = "DeleteDataset"
 
@@ -142,17 +140,22 @@ class Catalog:
                 freed += self._shelf.remove(DATASETS, ledger.digest)
         return freed
 
-    async def export(self, request: datasets_pb2.ExportDatasetRequest) -> AsyncGenerator[bytes, None]:
-        """Rows as JSONL in the form asked for, in pieces; REJECTED names the first row that it cannot carry."""
+    async def export(
+        self, request: datasets_pb2.ExportDatasetRequest
+    ) -> AsyncGenerator[datasets_pb2.ExportDatasetResponse, None]:
+        """Rows as JSONL in the form asked for, in pieces, and at the end what was written and lost."""
         sealed = await asyncio.to_thread(self.open, request.name)
         there = splits_in(sealed.payload)
         if request.split and request.split not in there:
             raise invalid([Violation("split", show(request.split), f"{', '.join(there)}, or empty for all")])
         pin = await asyncio.to_thread(self._shelf.pin, sealed.digest, "export")
         try:
-            lines = _lines(sealed, [request.split] if request.split else there, request.format, request.max_rows)
-            while piece := await asyncio.to_thread(_piece, lines):
-                yield piece
+            splits = [request.split] if request.split else there
+            resource = f"{DATASETS}/{sealed.digest}"
+            rows = Export(resource, sealed.payload, splits, request.format, request.on_loss, request.max_rows)
+            while piece := await asyncio.to_thread(rows.piece):
+                yield datasets_pb2.ExportDatasetResponse(data=piece)
+            yield datasets_pb2.ExportDatasetResponse(summary=rows.summary)
         finally:
             pin.release()
 
@@ -188,32 +191,6 @@ def _position(token: str, position: str) -> tuple[int, str]:
     if not colon or not at.removeprefix("-").isdigit():
         raise invalid([Violation("page_token", show(token), "the next_page_token of the page before")])
     return int(at), name
-
-
-def _lines(sealed: Sealed, splits: list[str], form: datasets_pb2.RowFormat.ValueType, max_rows: int) -> Iterator[bytes]:
-    rows = ((split, i, line) for split in splits for i, line in enumerate(ShardReader(sealed.payload, split)))
-    for split, i, line in itertools.islice(rows, max_rows or None):
-        if form == datasets_pb2.ROW_FORMAT_UNSPECIFIED:
-            yield line + b"\n"
-            continue
-        example = canonical.loads(line)
-        try:
-            yield write(example, form).encode() + b"\n"
-        except CannotCarry as e:
-            origin = f"{example.origin.file}:{example.origin.line}"
-            told = (
-                f"row {i} of {split} (from {origin}), field {e.field}: {e.why}; the {NAMES[form]} form cannot carry it"
-            )
-            raise rejected(f"{DATASETS}/{sealed.digest}", told) from None
-
-
-def _piece(lines: Iterator[bytes]) -> bytes:
-    piece = bytearray()
-    for line in lines:
-        piece += line
-        if len(piece) >= _PIECE_BYTES:
-            break
-    return bytes(piece)
 
 
 def _entry(sealed: Sealed, name: str) -> datasets_pb2.Dataset:

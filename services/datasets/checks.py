@@ -168,6 +168,8 @@ def export_dataset(request: datasets_pb2.ExportDatasetRequest) -> None:
         wrong.append(Violation("format", show(request.format), "a value of RowFormat"))
     if request.max_rows < 0:
         wrong.append(Violation("max_rows", show(request.max_rows), "0 (= all) or more"))
+    if request.on_loss not in datasets_pb2.OnLoss.values():
+        wrong.append(Violation("on_loss", show(request.on_loss), "a value of OnLoss"))
     if wrong:
         raise invalid(wrong)
 

@@ -88,7 +88,7 @@ class DatasetServicer(datasets_pb2_grpc.DatasetServiceServicer):
         checks.export_dataset(request)
         async with contextlib.aclosing(self._catalog.export(request)) as pieces:
             async for piece in pieces:
-                yield datasets_pb2.ExportDatasetResponse(data=piece)
+                yield piece
 
     async def ListFindings(
         self, request: datasets_pb2.ListFindingsRequest, context: Any

@@ -1,204 +1,226 @@
 """Chat rows: messages, tools and tool calls as the contract holds them.
 
 Law of this room: pure. Gives the plain form (the contract's JSON, as data: see
-plain.py). Takes the form that OpenAI's chat API made common;
-fields of a message, call or tool that the contract does not know go to the
-metadata under their place, as in "messages[0].weight", and are named.
+plain.py). Takes the form that OpenAI's chat API made common, its older
+functions too; fields of a message, part, call or tool that the contract does
+not know go to the metadata under their place, as in "messages[0].weight", and
+are named.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from typing import Any
 
-from services.datasets.worker.found import WARNING, Problem, clip
+from services.datasets.worker.found import INFO, Problem, clip
 from services.datasets.worker.plain import ROLES, Plain
+from services.datasets.worker.row import Row
 from services.datasets.worker.strict_json import StrictJson
 
 _KNOWN_MESSAGE = frozenset({"role", "content", "tool_calls", "tool_call_id", "name"})
 _ROLE_HINT = "one of system, user, assistant, tool"
 
 
-def conversation(fields: dict[str, Any], rest: dict[str, Any], problems: list[Problem]) -> Plain:
-    """A conversation of messages and tools; unknown fields go to `rest`."""
+def conversation(row: Row) -> Plain:
+    """The conversation of a chat row."""
     into: Plain = {}
-    messages = _listed("messages", fields.get("messages"), problems)
-    if messages is not None and not messages:
-        problems.append(
-            Problem("missing_field", "there is no message", "at least one question and one answer", "messages")
-        )
-    if messages:
-        into["messages"] = [_message(m, f"messages[{i}]", rest, problems) for i, m in enumerate(messages)]
-    if fields.get("tools") not in (None, ""):
-        tools = _listed("tools", fields["tools"], problems)
-        if tools:
-            into["tools"] = [_tool(t, f"tools[{i}]", rest, problems) for i, t in enumerate(tools)]
+    column = row.named("messages")
+    given = row.take("messages")
+    values = None
+    if given is None:
+        row.missing(column, "a list of messages")
+    elif (values := row.listed(given, column)) == []:
+        row.wrong("missing_field", "there is no message", "at least one question and one answer", column)
+    if values:
+        into["messages"] = messages(values, "messages", row)
+    tools(row, into)
     return into
 
 
-def _listed(name: str, value: Any, problems: list[Problem]) -> list[Any] | None:
-    if isinstance(value, str):  # a CSV field that holds JSON
-        try:
-            value, _, problem = StrictJson().decode(value.strip())
-        except (ValueError, RecursionError):
-            problems.append(Problem("broken_json", f"is not JSON: {clip(value)}", "a JSON list", name))
-            return None
-        if problem is not None:
-            problems.append(problem)
-            return None
-    if isinstance(value, list):
-        return value
-    if value is None:
-        problems.append(Problem("missing_field", "chat form needs it; it is missing", "a list of messages", name))
-    else:
-        problems.append(Problem("wrong_type", f"is {clip(value)}", "a list", name))
-    return None
+def messages(values: Sequence[Any], path: str, row: Row) -> list[Plain]:
+    """Messages in order."""
+    return [_message(m, f"{path}[{i}]", row) for i, m in enumerate(values)]
 
 
-def _message(value: Any, where: str, rest: dict[str, Any], problems: list[Problem]) -> Plain:
+def tools(row: Row, into: Plain) -> None:
+    """The tools on offer, or functions as they were called before."""
+    given = row.take("tools")
+    if given is None and "tools" not in row.given and isinstance(row.rest.get("functions"), list):
+        given = row.rest.pop("functions")
+        _legacy(row, "functions", "tools")
+    if given is None or given == "":
+        return
+    values = row.listed(given, row.named("tools"))
+    if values:
+        into["tools"] = [_tool(t, f"tools[{i}]", row) for i, t in enumerate(values)]
+
+
+def _legacy(row: Row, place: str, now: str) -> None:
+    told = f"an older form of {now}"
+    row.problems.append(Problem("legacy_function_call", told, f"it was read as {now}", place, INFO))
+
+
+def _message(value: Any, where: str, row: Row) -> Plain:
     into: Plain = {}
     if not isinstance(value, dict):
-        problems.append(Problem("wrong_type", f"is {clip(value)}", "an object with role and content", where))
+        row.wrong("wrong_type", f"is {clip(value)}", "an object with role and content", where)
         return into
     role = value.get("role")
-    if not isinstance(role, str) or role not in ROLES:
-        hint = _ROLE_HINT + ("; ShareGPT's from/value are another form" if "from" in value else "")
-        problems.append(Problem("unknown_role", f"the role is {clip(role)}", hint, f"{where}.role"))
-    else:
+    if isinstance(role, str) and role in ROLES:
         into["role"] = ROLES[role]
+    elif role == "function":
+        into["role"] = ROLES["tool"]
+        _legacy(row, f"{where}.role", "the role tool")
+    else:
+        hint = _ROLE_HINT + ("; ShareGPT's from/value are another form" if "from" in value else "")
+        row.wrong("unknown_role", f"the role is {clip(role)}", hint, f"{where}.role")
     content = value.get("content")
     if type(content) is str:
         if content:
             into["parts"] = [{"text": content}]
     elif content is not None:
-        _content(content, f"{where}.content", into, problems)
+        _content(content, f"{where}.content", into, row)
     calls = value.get("tool_calls")
     if calls is not None and not isinstance(calls, list):
-        problems.append(Problem("wrong_type", f"is {clip(calls)}", "a list of calls", f"{where}.tool_calls"))
+        row.wrong("wrong_type", f"is {clip(calls)}", "a list of calls", f"{where}.tool_calls")
     elif calls:
-        into["tool_calls"] = [_call(c, f"{where}.tool_calls[{i}]", rest, problems) for i, c in enumerate(calls)]
+        into["tool_calls"] = [call(c, f"{where}.tool_calls[{i}]", row) for i, c in enumerate(calls)]
     for name in ("tool_call_id", "name"):
         text = value.get(name)
         if isinstance(text, str):
             if text:
                 into[name] = text
         elif text is not None:
-            problems.append(Problem("wrong_type", f"is {clip(text)}", "a string", f"{where}.{name}"))
+            row.wrong("wrong_type", f"is {clip(text)}", "a string", f"{where}.{name}")
     if not value.keys() <= _KNOWN_MESSAGE:
-        _keep(value, _KNOWN_MESSAGE, where, "", rest, problems)
+        _others(value, where, into, row)
     return into
 
 
-def _content(value: Any, where: str, into: Plain, problems: list[Problem]) -> None:
-    parts = []
+def _others(value: dict[str, Any], where: str, into: Plain, row: Row) -> None:
+    for key in [k for k in value if k not in _KNOWN_MESSAGE]:
+        if key == "function_call" and value[key] is not None and not value.get("tool_calls"):
+            into["tool_calls"] = [call(value[key], f"{where}.tool_calls[0]", row)]
+            _legacy(row, f"{where}.function_call", "tool_calls")
+        else:
+            row.keep(f"{where}.", key, value[key])
+
+
+def _content(value: Any, where: str, into: Plain, row: Row) -> None:
+    parts: list[Plain] = []
     for i, part in enumerate(value if isinstance(value, list) else [value]):
-        text = part if isinstance(part, str) else None
         place = f"{where}[{i}]" if isinstance(value, list) else where
-        if isinstance(part, dict) and part.get("type") == "text" and set(part) == {"type", "text"}:
-            text = part["text"]
-        if isinstance(text, str):
-            parts.append({"text": text})
+        if isinstance(part, str):
+            parts.append({"text": part})
         elif isinstance(part, dict) and part.get("type", "text") != "text":
             told = f"content of type {clip(part['type'])}"
-            problems.append(Problem("unsupported_content", told, "text alone", place))
+            row.wrong("unsupported_content", told, "text alone", place)
+        elif isinstance(part, dict) and isinstance(part.get("text"), str):
+            parts.append({"text": part["text"]})
+            for key in [k for k in part if k not in ("type", "text")]:
+                row.keep(f"{where}[{i}].", key, part[key])
         else:
             hint = 'a string, or a list of {"type": "text", "text": …}'
-            problems.append(Problem("wrong_type", f"is {clip(part)}", hint, place))
+            row.wrong("wrong_type", f"is {clip(part)}", hint, place)
     if parts:
         into["parts"] = parts
 
 
-def _call(value: Any, where: str, rest: dict[str, Any], problems: list[Problem]) -> Plain:
+def call(value: Any, where: str, row: Row) -> Plain:
+    """A tool call, whether its function lies in an object of its own or not."""
     function = value.get("function") if isinstance(value, dict) and "function" in value else value
     if not isinstance(value, dict) or not isinstance(function, dict):
         hint = '{"id", "type": "function", "function": {"name", "arguments"}}'
-        problems.append(Problem("wrong_type", f"is {clip(value)}", hint, where))
+        row.wrong("wrong_type", f"is {clip(value)}", hint, where)
         return {}
-    _kind(value, where, problems)
-    into: Plain = {"name": _name(function, where, problems)}
+    _kind(value, where, row)
+    into: Plain = {"name": _name(function, where, row)}
     ident = value.get("id")
     if isinstance(ident, str):
         if ident:
             into["id"] = ident
     elif ident is not None:
-        problems.append(Problem("wrong_type", f"is {clip(ident)}", "a string", f"{where}.id"))
-    into["arguments_json"] = _object_text(function.get("arguments"), f"{where}.arguments", problems)
-    nested = function is not value
-    _keep(
-        value, {"id", "type", "function"} if nested else {"id", "type", "name", "arguments"}, where, "", rest, problems
-    )
-    if nested:
-        _keep(function, {"name", "arguments"}, where, "function/", rest, problems)
+        row.wrong("wrong_type", f"is {clip(ident)}", "a string", f"{where}.id")
+    into["arguments_json"] = object_text(function.get("arguments"), f"{where}.arguments", row)
+    _keep_others(value, function, {"id"}, {"name", "arguments"}, where, row)
     return into
 
 
-def _tool(value: Any, where: str, rest: dict[str, Any], problems: list[Problem]) -> Plain:
+def _tool(value: Any, where: str, row: Row) -> Plain:
     function = value.get("function") if isinstance(value, dict) and "function" in value else value
     if not isinstance(value, dict) or not isinstance(function, dict):
         hint = '{"type": "function", "function": {"name", "description", "parameters"}}'
-        problems.append(Problem("wrong_type", f"is {clip(value)}", hint, where))
+        row.wrong("wrong_type", f"is {clip(value)}", hint, where)
         return {}
-    _kind(value, where, problems)
-    into: Plain = {"name": _name(function, where, problems)}
+    _kind(value, where, row)
+    into: Plain = {"name": _name(function, where, row)}
     told = function.get("description")
     if isinstance(told, str):
         if told:
             into["description"] = told
     elif told is not None:
-        problems.append(Problem("wrong_type", f"is {clip(told)}", "a string", f"{where}.description"))
+        row.wrong("wrong_type", f"is {clip(told)}", "a string", f"{where}.description")
     if function.get("parameters") is not None:
-        into["parameters_json"] = _object_text(function["parameters"], f"{where}.parameters", problems)
-    nested = function is not value
-    known = {"name", "description", "parameters"}
-    _keep(value, {"type", "function"} if nested else {"type", *known}, where, "", rest, problems)
-    if nested:
-        _keep(function, known, where, "function/", rest, problems)
+        into["parameters_json"] = object_text(function["parameters"], f"{where}.parameters", row)
+    _keep_others(value, function, set(), {"name", "description", "parameters"}, where, row)
     return into
 
 
-def _kind(value: dict[str, Any], where: str, problems: list[Problem]) -> None:
-    if value.get("type", "function") != "function":
-        problems.append(Problem("wrong_type", f"is {clip(value['type'])}", "'function'", f"{where}.type"))
+def _keep_others(
+    value: dict[str, Any], function: dict[str, Any], outer: set[str], inner: set[str], where: str, row: Row
+) -> None:
+    nested = function is not value
+    known = {"type", "function"} | outer if nested else {"type"} | outer | inner
+    for key in [k for k in value if k not in known]:
+        row.keep(f"{where}.", key, value[key])
+    if nested:
+        for key in [k for k in function if k not in inner]:
+            row.keep(f"{where}.function/", key, function[key])
 
 
-def _name(function: dict[str, Any], where: str, problems: list[Problem]) -> str:
+def _kind(value: dict[str, Any], where: str, row: Row) -> None:
+    if value.get("type", "function") not in ("function", None):
+        row.wrong("wrong_type", f"is {clip(value['type'])}", "'function'", f"{where}.type")
+
+
+def _name(function: dict[str, Any], where: str, row: Row) -> str:
     name = function.get("name")
     if isinstance(name, str) and name:
         return name
-    problems.append(Problem("missing_field", f"the name is {clip(name)}", "the function's name", f"{where}.name"))
+    row.wrong("missing_field", f"the name is {clip(name)}", "the function's name", f"{where}.name")
     return ""
 
 
-def _object_text(value: Any, where: str, problems: list[Problem]) -> str:
+def object_text(value: Any, where: str, row: Row) -> str:
     """A JSON object as text; text that is one already stays as it is."""
     if value is None:
         return "{}"
-    if isinstance(value, dict):
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    inner = value
     if isinstance(value, str):
+        stripped = value.strip()
         try:
-            inner, end, problem = StrictJson().decode(value.strip())
+            inner, end, problem = StrictJson().decode(stripped)
         except (ValueError, RecursionError):
             inner, end, problem = None, 0, None
         if problem is not None:
-            problems.append(Problem(problem.rule, problem.message, problem.hint, where))
+            row.wrong(problem.rule, problem.message, problem.hint, where)
             return ""
-        if isinstance(inner, dict) and end == len(value.strip()):
-            return value
-    problems.append(Problem("wrong_type", f"is {clip(value)}", "a JSON object, or its text", where))
-    return ""
+        if end != len(stripped):
+            inner = None
+    if not isinstance(inner, dict):
+        row.wrong("wrong_type", f"is {clip(value)}", "a JSON object, or its text", where)
+        return ""
+    if not _finite(inner):
+        row.wrong("number_too_large", "holds a number beyond what a double holds", "write it as text", where)
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
-def _keep(
-    value: dict[str, Any],
-    known: frozenset[str] | set[str],
-    where: str,
-    inner: str,
-    rest: dict[str, Any],
-    problems: list[Problem],
-) -> None:
-    for key in [k for k in value if k not in known]:
-        place = f"{where}.{inner}{key}"
-        rest[place] = value[key]
-        told = f"{clip(key)} is no field that training sees"
-        problems.append(Problem("unknown_message_field", told, "it was kept as metadata", place, WARNING))
+def _finite(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, dict):
+        return all(map(_finite, value.values()))
+    return all(map(_finite, value)) if isinstance(value, list) else True

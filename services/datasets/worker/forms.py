@@ -1,4 +1,4 @@
-"""From a row to a canonical example: instruction, chat, completion and text form.
+"""From a row to a plain example, in every form.
 
 Law of this room: pure. Nothing of a row is lost: what the form does not know
 becomes metadata under its own name. All problems of a row are found at once.
@@ -6,96 +6,59 @@ becomes metadata under its own name. All problems of a row are found at once.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from qlorad.v1 import datasets_pb2
-from services.datasets.forms import FORMS, NAMES, OPTIONAL, Form
-from services.datasets.worker import chat
+from services.datasets.forms import (
+    CANONICAL,
+    CHAT,
+    COMPLETION,
+    FORMS,
+    INFILL,
+    INSTRUCTION,
+    NAMES,
+    PREFERENCE,
+    SHAREGPT,
+    TEXT,
+    Form,
+)
+from services.datasets.worker import canonical, chat, preference, sharegpt
 from services.datasets.worker.found import WARNING, Problem, clip
 from services.datasets.worker.plain import Plain
+from services.datasets.worker.row import Row
+from services.datasets.worker.sniff import Sniffed, form_of, sniff, unknown_form
+
+__all__ = ["Sniffed", "example_of", "form_of", "of_body", "sniff", "unknown_form"]
 
 _EXACT = 1 << 53
-
-
-def sniff(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> tuple[Form, str]:
-    """The form that most of some rows have, and the evidence; 0 where none is known."""
-    found = Counter(form for row in rows if (form := form_of(row, columns)))
-    if not found:
-        return datasets_pb2.ROW_FORMAT_UNSPECIFIED, ""
-    form, count = found.most_common(1)[0]
-    fields = ", ".join(columns.get(f, f) for f in FORMS[form] if f not in OPTIONAL)
-    return form, f"{count} of the first {len(rows)} have the fields {fields}"
-
-
-def form_of(keys: Iterable[str], columns: Mapping[str, str]) -> Form:
-    """The form whose fields are all there, under their own or their given names; 0 for none."""
-    there = set(keys)
-    for form, fields in FORMS.items():
-        if all(columns.get(f, f) in there for f in fields if f not in OPTIONAL):
-            return form
-    return datasets_pb2.ROW_FORMAT_UNSPECIFIED
 
 
 def of_body(example: Plain) -> Form:
     """The form that carries a canonical example's body whole."""
     if "chat" in example:
-        return datasets_pb2.ROW_FORMAT_CHAT
+        return CHAT
     if "completion" in example:
-        told = example["completion"].get("prompt")
-        return datasets_pb2.ROW_FORMAT_COMPLETION if told else datasets_pb2.ROW_FORMAT_TEXT
-    return datasets_pb2.ROW_FORMAT_PREFERENCE if "preference" in example else datasets_pb2.ROW_FORMAT_INFILL
+        return COMPLETION if example["completion"].get("prompt") else TEXT
+    return PREFERENCE if "preference" in example else INFILL
 
 
-def unknown_form(keys: Iterable[str]) -> Problem:
-    """The problem of rows that are of no known form."""
-    forms = "; ".join("+".join(f for f in fields if f not in OPTIONAL) for fields in FORMS.values())
-    return Problem(
-        "unknown_format",
-        f"the fields are {', '.join(clip(k) for k in list(keys)[:12]) or 'none'}",
-        f"fields of one of the forms ({forms}), or 'columns' that say which field is which",
-    )
-
-
-def example_of(row: Mapping[str, Any], form: Form, columns: Mapping[str, str]) -> tuple[Plain, list[Problem]]:
+def example_of(given: Mapping[str, Any], form: Form, columns: Mapping[str, str]) -> tuple[Plain, list[Problem]]:
     """The plain example of a row and every problem with it; with an ERROR among them the example is void."""
-    rest = dict(row)
-    fields = {f: rest.pop(columns.get(f, f)) for f in FORMS[form] if columns.get(f, f) in rest}
-    problems: list[Problem] = []
-    if form == datasets_pb2.ROW_FORMAT_CHAT:
-        example = {"chat": chat.conversation(fields, rest, problems)}
-    else:
-        texts = _texts(form, fields, columns, problems)
-        if form == datasets_pb2.ROW_FORMAT_INSTRUCTION:
-            example = {"chat": {"messages": _instruction(texts)}}
-        elif form == datasets_pb2.ROW_FORMAT_COMPLETION:
-            example = {"completion": {k: texts[k] for k in ("prompt", "completion") if texts[k]}}
-        else:
-            example = {"completion": {"completion": texts["text"]} if texts["text"] else {}}
-    if rest:
-        example["metadata"] = {key: _plain(value, key, problems) for key, value in rest.items()}
+    row = Row(given, form, columns)
+    example = _READ[form](row)
+    problems = row.problems
+    if row.rest:
+        example["metadata"] = {key: _plain(value, key, problems) for key, value in row.rest.items()}
+    if problems:
+        _seems(row)
     return example, problems
 
 
-def _texts(
-    form: Form, fields: Mapping[str, Any], columns: Mapping[str, str], problems: list[Problem]
-) -> dict[str, str]:
-    found = {}
-    for name in FORMS[form]:
-        value, column = fields.get(name), columns.get(name, name)
-        if value is None and name not in OPTIONAL:
-            told = "is null" if name in fields else "is missing"
-            problems.append(Problem("missing_field", f"{NAMES[form]} form needs it; it {told}", "a string", column))
-        elif value is not None and not isinstance(value, str):
-            problems.append(Problem("wrong_type", f"is {clip(value)}", "a string", column))
-        found[name] = value if isinstance(value, str) else ""
-    return found
-
-
-def _instruction(texts: Mapping[str, str]) -> list[Plain]:
-    instruction, given, system = texts["instruction"], texts["input"], texts["system"]
+def _instruction(row: Row) -> Plain:
+    instruction, output = row.text("instruction"), row.text("output")
+    given, system = row.text("input", needed=False), row.text("system", needed=False)
     user: Plain = {"role": "ROLE_USER"}
     # Two parts, so that an export finds instruction and input again.
     parts = [{"text": instruction}] if instruction else []
@@ -104,9 +67,73 @@ def _instruction(texts: Mapping[str, str]) -> list[Plain]:
     if parts:
         user["parts"] = parts
     answer: Plain = {"role": "ROLE_ASSISTANT"}
-    if texts["output"]:
-        answer["parts"] = [{"text": texts["output"]}]
-    return [{"role": "ROLE_SYSTEM", "parts": [{"text": system}]}, user, answer] if system else [user, answer]
+    if output:
+        answer["parts"] = [{"text": output}]
+    messages = [user, answer]
+    before = row.take("history")
+    if before:
+        messages[:0] = _history(before, row)
+    if system:
+        messages.insert(0, {"role": "ROLE_SYSTEM", "parts": [{"text": system}]})
+    return {"chat": {"messages": messages}}
+
+
+def _history(value: Any, row: Row) -> list[Plain]:
+    column = row.named("history")
+    hint = "a list of [question, answer]"
+    made: list[Plain] = []
+    for i, pair in enumerate(row.listed(value, column, hint) or ()):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(t, str) for t in pair):
+            row.wrong("wrong_type", f"is {clip(pair)}", "[question, answer], both text", f"{column}[{i}]")
+            continue
+        for role, text in zip(("ROLE_USER", "ROLE_ASSISTANT"), pair, strict=True):
+            made.append({"role": role, "parts": [{"text": text}]} if text else {"role": role})
+    return made
+
+
+def _completion(row: Row) -> Plain:
+    prompt, completion = row.text("prompt"), row.text("completion")
+    body = {"prompt": prompt} if prompt else {}
+    if completion:
+        body["completion"] = completion
+    return {"completion": body}
+
+
+def _text(row: Row) -> Plain:
+    text = row.text("text")
+    return {"completion": {"completion": text} if text else {}}
+
+
+def _infill(row: Row) -> Plain:
+    return {"infill": {name: text for name in FORMS[INFILL] if (text := row.text(name))}}
+
+
+def _canonical(row: Row) -> Plain:
+    metadata = row.given.get("metadata")
+    return canonical.example(row, _plain(metadata, "metadata", row.problems))
+
+
+_READ: Mapping[Form, Callable[[Row], Plain]] = {
+    INSTRUCTION: _instruction,
+    CHAT: lambda row: {"chat": chat.conversation(row)},
+    COMPLETION: _completion,
+    TEXT: _text,
+    SHAREGPT: lambda row: {"chat": sharegpt.conversation(row)},
+    PREFERENCE: lambda row: {"preference": preference.preference(row)},
+    INFILL: _infill,
+    CANONICAL: _canonical,
+}
+
+
+def _seems(row: Row) -> None:
+    """Where fields are missing, says of which other form the row seems to be."""
+    for i, problem in enumerate(row.problems):
+        if problem.rule in ("missing_field", "unknown_role", "not_canonical"):
+            form = form_of(row.given, {})
+            if form and form != row.form:
+                told = f"{problem.message}; the row seems to be of the {NAMES[form]} form"
+                row.problems[i] = dataclasses.replace(problem, message=told)
+            return
 
 
 def _plain(value: Any, path: str, problems: list[Problem]) -> Any:
@@ -125,4 +152,5 @@ def _plain(value: Any, path: str, problems: list[Problem]) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         problems.append(Problem("number_too_large", f"the number is beyond what a double holds ({value})", "", path))
         return 0.0
-    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) <= _EXACT else value
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) <= _EXACT
+    return int(value) if is_whole and (value or math.copysign(1.0, value) > 0) else value  # -0.0 stays what it is
