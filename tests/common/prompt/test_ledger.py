@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 from qlorad.v1 import artifacts_pb2, datasets_pb2, errors_pb2
 from services.common import artifacts, facts
 from services.common.errors import Fault
-from services.common.prompt import ledger
+from services.common.prompt import formats, ledger, tally
 from services.common.prompt.ledger import LedgerReader
 from services.common.prompt.render import Renderer
 from services.common.prompt.rows import RowError, make_row
@@ -27,10 +29,11 @@ from services.common.shelf import Sealed, Shelf
 from tests.common.prompt import shapes
 from tests.common.prompt.models import DATE, chat, completion, seal_dataset, seal_model
 
-ERROR, TRUNCATE, DROP = (
+ERROR, TRUNCATE, DROP, SPLIT = (
     datasets_pb2.OVER_LENGTH_ERROR,
     datasets_pb2.OVER_LENGTH_TRUNCATE,
     datasets_pb2.OVER_LENGTH_DROP,
+    datasets_pb2.OVER_LENGTH_SPLIT,
 )
 
 
@@ -149,6 +152,7 @@ def test_whatever_the_rows_depend_on_makes_another_ledger(shelf: Shelf, model: S
         (dataset, model, 100, ERROR),
         (dataset, model, 101, ERROR),
         (dataset, model, 100, TRUNCATE),
+        (dataset, model, 100, SPLIT),
         (seal_dataset(shelf, {"train": some_rows(21)}), model, 100, ERROR),
         (dataset, seal_model(shelf, shapes.QWEN.source), 100, ERROR),
         (dataset, seal_model(shelf, shapes.CHATML_MARKED.source, bos_token="<pad>"), 100, ERROR),
@@ -156,6 +160,93 @@ def test_whatever_the_rows_depend_on_makes_another_ledger(shelf: Shelf, model: S
     ]
     digests = {ledger.build(shelf, d, m, n, p, quiet).digest for d, m, n, p in others}
     assert len(digests) == len(others)
+
+
+def test_a_prompt_format_makes_another_ledger_and_is_told(shelf: Shelf, model: Sealed) -> None:
+    dataset = seal_dataset(shelf, {"train": [r for r in some_rows(20) if r.HasField("chat")]})
+    told = set()
+    for prompt_format in (formats.OWN, *formats.FILES):
+        reader = LedgerReader.open(ledger.build(shelf, dataset, model, 200, ERROR, quiet, prompt_format))
+        made = reader.proto()
+        assert made.prompt_format == prompt_format
+        own = facts.from_manifest(facts.ModelFacts, model.manifest).template_digest
+        assert made.template_digest == formats.template_digest(prompt_format, own)
+        assert (
+            reader.split("train").row(0).text
+            == make_row(
+                some_rows(1)[0],
+                Renderer.open(model.payload, DATE, prompt_format),
+                Tokenizer.open(model.payload),
+                200,
+                ERROR,
+            ).text
+        )
+        told.add(made.digest)
+    assert len(told) == 9
+
+
+def test_a_split_row_tells_its_pieces_and_where_it_came_from(shelf: Shelf, model: Sealed) -> None:
+    examples = [*some_rows(3), completion("q", "word " * 60, line=9), *some_rows(2, 30)]
+    examples[4].origin.file = "other.jsonl"
+    sealed = ledger.build(shelf, seal_dataset(shelf, {"train": examples}), model, 48, SPLIT, quiet)
+    reader = LedgerReader.open(sealed)
+    read = [reader.split("train").row(n) for n in range(len(reader.split("train")))]
+    assert {r.source_row for r in read} == set(range(6)) and [r.row for r in read] == list(range(len(read)))
+    assert [r.piece for r in read if r.source_row == 3] == list(range(len(read) - 5)) and len(read) > 7
+    assert all(r.origin == examples[r.source_row].origin for r in read)
+    (count,) = reader.proto().splits
+    assert (count.rows, count.split_rows, count.truncated_rows, count.dropped_rows) == (len(read), 1, 0, 0)
+    assert count.trained_tokens == sum(sum(r.trained) for r in read) and count.cut_tokens == 0
+    assert count.tokens == sum(len(r.ids) for r in read)
+    assert 0 < count.packing_fill <= 1 and -(-count.tokens // 48) <= count.packed_sequences <= count.rows
+    refused = fault_of(shelf, seal_dataset(shelf, {"train": examples}), model, 1, SPLIT, quiet)
+    assert "2 to 512" in refused.violations[0].accepted
+
+
+def test_the_number_of_rows_is_that_of_what_is_read(shelf: Shelf, model: Sealed) -> None:
+    examples = {"train": some_rows(30), "validation": some_rows(30)[::-1], "test": some_rows(29)}
+    reader = LedgerReader.open(ledger.build(shelf, seal_dataset(shelf, examples), model, 40, TRUNCATE, quiet))
+    numbers = {name: reader.split(name).rows_number() for name in reader.splits}
+    for name, told in numbers.items():
+        read = reader.split(name)
+        each = [tally.row_number(read.ids(n), read.mask(n).tobytes()) for n in range(len(read))]
+        assert functools.reduce(tally.plus, each) == told
+    assert numbers["train"] == numbers["validation"] != numbers["test"]
+
+
+def test_a_ledger_of_before_is_read(shelf: Shelf, model: Sealed) -> None:
+    """One that does not tell where rows came from, nor their number."""
+    sealed = ledger.build(shelf, seal_dataset(shelf, {"train": some_rows(5)}), model, 100, ERROR, quiet)
+    staged = shelf.stage()
+    shutil.copytree(sealed.payload, staged.payload, dirs_exist_ok=True)
+    (staged.payload / "train.place").unlink()
+    about = json.loads((staged.payload / "ledger.json").read_bytes())
+    for later in ("rows_numbers", "files", "prompt_format", "format"):
+        del about[later]
+    (staged.payload / "ledger.json").write_text(json.dumps(about))
+    told = artifacts.facts_of(sealed.manifest)
+    del told["prompt_format"]
+    for split in told["splits"]:
+        for later in ("split_rows", "packed_sequences", "packing_fill"):
+            del split[later]
+    before, now = (
+        LedgerReader.open(shelf.seal(staged, artifacts_pb2.ARTIFACT_KIND_LEDGER, told)),
+        LedgerReader.open(sealed),
+    )
+    row = before.split("train").row(3)
+    assert row.source_row == 3 and not row.HasField("origin") and row.ids == now.split("train").row(3).ids
+    assert before.split("train").rows_number() == now.split("train").rows_number()
+    assert before.proto().prompt_format == formats.OWN
+
+
+def test_rows_that_make_no_training_row_are_told(shelf: Shelf, model: Sealed) -> None:
+    pair = datasets_pb2.Example(preference=datasets_pb2.Preference(plain=True))
+    pair.origin.line = 4
+    fault = fault_of(shelf, seal_dataset(shelf, {"train": [*some_rows(2), pair]}), model, 100, ERROR, quiet)
+    assert fault.violations[0].field == ":4" and "export the chosen answers as chat" in fault.violations[0].given
+    gap = datasets_pb2.Example(infill=datasets_pb2.Infill(prefix="a", middle="b"))
+    fault = fault_of(shelf, seal_dataset(shelf, {"train": [gap]}), model, 100, ERROR, quiet)
+    assert fault.reason == errors_pb2.REASON_REJECTED and "<fim_prefix>" in fault.message
 
 
 def test_the_date_of_the_manifest_is_part_of_it(shelf: Shelf) -> None:
@@ -259,7 +350,7 @@ def test_any_rows_come_back_exactly(tmp_path: pathlib.Path, pairs: list[tuple[st
 
 BUILD = """
 import pathlib, sys
-from services.common.prompt import ledger
+from services.common.prompt import formats, ledger, tally
 from services.common.shelf import Shelf
 shelf = Shelf(pathlib.Path(sys.argv[1]))
 dataset = shelf.open("datasets", sys.argv[2])
@@ -294,7 +385,7 @@ def test_memory_does_not_grow_with_rows(shelf: Shelf, model: Sealed) -> None:
 
 KILLED = """
 import os, pathlib, signal, sys
-from services.common.prompt import ledger
+from services.common.prompt import formats, ledger, tally
 from services.common.shelf import Shelf
 shelf = Shelf(pathlib.Path(sys.argv[1]))
 def die(stage, done, total):
@@ -321,7 +412,7 @@ FULL = """
 import pathlib
 from qlorad.v1 import errors_pb2
 from services.common.errors import Fault
-from services.common.prompt import ledger
+from services.common.prompt import formats, ledger, tally
 from services.common.shelf import Shelf
 from tests.common.prompt import shapes
 from tests.common.prompt.models import completion, seal_dataset, seal_model

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import functools
+import itertools
 import pathlib
 import tempfile
 
@@ -280,3 +282,124 @@ def test_the_mask_is_the_overlap(lengths: list[int], spans: list[tuple[int, int]
     ordered = [(min(s), max(s)) for s in spans]
     expected = [any(max(a, b) < min(e, f) for b, f in ordered) for a, e in offsets]
     assert list(rows.mask_of(offsets, ordered)) == [int(x) for x in expected]
+
+
+# quick places
+
+
+@settings(max_examples=150, deadline=None)
+@given(SCRIPTS, st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=3), st.booleans())
+def test_ranges_are_the_overlap_whichever_way_they_are_found(
+    text: str, spans: list[tuple[int, int]], special: bool
+) -> None:
+    _, tokenizer = opened(None)
+    if special:
+        text = text[:5] + "<|im_end|>" + text[5:] + "</s>"
+    within = [(min(s), max(s)) for s in spans if max(s) <= len(text)]
+    (quick,), plain = tokenizer.encode_many([text]), tokenizer.encode(text)
+    assert list(quick.ids) == plain.ids and len(quick) == len(plain)
+    expected = list(rows.mask_of(plain.offsets, within))
+    for encoded in (quick, plain):
+        mask = [0] * len(plain)
+        for first, last in rows.ranges_of(encoded, within):
+            mask[first:last] = [1] * (last - first)
+        assert mask == expected
+
+
+# gaps and pairs
+
+
+def infill(prefix: str, middle: str, suffix: str) -> datasets_pb2.Example:
+    return datasets_pb2.Example(infill=datasets_pb2.Infill(prefix=prefix, middle=middle, suffix=suffix))
+
+
+def tokenizer_with(*added: str) -> Tokenizer:
+    import tokenizers
+
+    from tests.common.prompt.models import tokenizer_json
+
+    made = tokenizers.Tokenizer.from_str(tokenizer_json())
+    made.add_special_tokens(list(added))
+    return Tokenizer(made, "</s>")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "end"),
+    [
+        (("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"), "▁<EOT>"),
+        (("▁<PRE>", "▁<SUF>", "▁<MID>"), "</s>"),
+        (("<fim_prefix>", "<fim_suffix>", "<fim_middle>"), "</s>"),
+        (("<fim-prefix>", "<fim-suffix>", "<fim-middle>"), "</s>"),
+        (("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"), "</s>"),
+        (("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"), "</s>"),
+    ],
+)
+def test_a_gap_is_rendered_with_the_models_own_tokens(tokens: tuple[str, ...], end: str) -> None:
+    tokenizer = tokenizer_with(*tokens)
+    row = make_row(infill("def f(", "a, b", "):\n  பாடம்"), opened(None)[0], tokenizer, 100, ERROR)
+    assert row.text == f"{tokens[0]}def f({tokens[1]}):\n  பாடம்{tokens[2]}a, b{end}"
+    assert tokenizer.decode([i for i, m in zip(row.ids, row.mask, strict=True) if m]) == f"a, b{end}"
+    assert all(tokenizer.pieces([i])[0] in tokens[:3] for i in (row.ids[0],))
+    empty = make_row(infill("a", "", "b"), opened(None)[0], tokenizer, 100, ERROR)
+    assert empty.trained_tokens == 1, "nothing belongs there: only the end is learnt"
+
+
+def test_a_model_without_tokens_for_gaps_is_refused_telling_what_was_looked_for() -> None:
+    error = refusal(infill("a", "b", "c"), None)
+    assert error.rule == rows.NO_INFILL_TOKENS
+    assert "▁<PRE>" in str(error) and "<|fim_prefix|>" in str(error) and "<｜fim▁begin｜>" in str(error)
+
+
+def test_two_answers_make_no_row_yet() -> None:
+    error = refusal(datasets_pb2.Example(preference=datasets_pb2.Preference(plain=True)), None)
+    assert error.rule == rows.PREFERENCE and "export the chosen answers as chat" in str(error)
+
+
+# windows
+
+SPLIT = datasets_pb2.OVER_LENGTH_SPLIT
+
+
+def windows(example: datasets_pb2.Example, source: str | None, limit: int) -> tuple[rows.Row, ...]:
+    return rows.make_rows(example, *opened(source), limit, SPLIT)
+
+
+def test_a_long_row_becomes_windows_that_share_a_token() -> None:
+    whole = row_of(completion("", "word " * 40), None)
+    made = windows(completion("", "word " * 40), None, 10)
+    assert [r.piece for r in made] == list(range(len(made))) and len(made) > 3
+    assert all(len(r.ids) == 10 for r in made[:-1]) and not any(r.cut_ids for r in made)
+    assert all(a.ids[-1] == b.ids[0] and b.mask[0] == 0 for a, b in itertools.pairwise(made))
+    assert made[0].ids + sum((r.ids[1:] for r in made[1:]), ()) == whole.ids
+    assert windows(completion("", "word"), None, 10)[0] == row_of(completion("", "word"), None)
+
+
+def test_windows_without_a_trained_token_are_cut() -> None:
+    late = completion("p " * 60, "answer")
+    whole, made = row_of(late, None), windows(late, None, 10)
+    assert made[0].piece > 3 and [r.piece for r in made] == list(range(made[0].piece, made[0].piece + len(made)))
+    assert made[0].cut_ids == whole.ids[: made[0].piece * 9] and not any(r.cut_ids for r in made[1:])
+    assert sum(r.trained_tokens for r in made) == whole.trained_tokens
+    early = chat(("user", "a"), ("assistant", "b"), ("user", "c " * 40))
+    first = windows(early, shapes.CHATML_MARKED.source, 12)[0]
+    assert first.piece == 0 and first.ids + first.cut_ids == row_of(early, shapes.CHATML_MARKED.source).ids
+
+
+@settings(max_examples=120, deadline=None)
+@given(TURNS, st.integers(2, 60))
+def test_every_trained_token_is_trained_once_and_every_token_is_told(turns: list[tuple[str, str]], limit: int) -> None:
+    source = shapes.CHATML_MARKED.source
+    whole, made = row_of(_talk(turns), source), windows(_talk(turns), source, limit)
+    assert sum(r.trained_tokens for r in made) == whole.trained_tokens
+    seen: collections.Counter[int] = collections.Counter()
+    trained: collections.Counter[int] = collections.Counter()
+    for row in made:
+        assert 1 <= len(row.ids) <= limit and any(row.mask)
+        first = row.piece * (limit - 1)
+        assert row.ids == whole.ids[first : first + len(row.ids)]
+        for n, m in enumerate(row.mask):
+            seen[first + n] += 1
+            trained[first + n] += m
+    assert [trained[n] for n in range(len(whole.ids))] == list(whole.mask)
+    assert sum(len(r.cut_ids) for r in made) == sum(not seen[n] for n in range(len(whole.ids)))
+    assert all(row.mask[0] == 0 for row in made if row.piece)
