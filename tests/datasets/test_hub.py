@@ -60,10 +60,10 @@ async def test_a_dataset_comes_with_its_commit_and_digests(hub: Server, bench: B
     assert [e["path"].partition("?")[0] for e in hub.log()] == ["/api/datasets/lab/notes/revision/main"]
 
 
-async def test_revisions_splits_and_patterns(bench: Bench) -> None:
-    assert contents(await bench.hub("lab/notes", revision="v1")) == {"rows.jsonl": ROWS}
-    assert list(contents(await bench.hub("lab/big", splits=["test"]))) == ["test.jsonl.gz"]
-    assert list(contents(await bench.hub("lab/notes", files=["*.csv"]))) == ["x.csv"]
+def test_revisions_splits_and_patterns(bench: Bench) -> None:
+    assert contents(bench.here("lab/notes", revision="v1")) == {"rows.jsonl": ROWS}
+    assert list(contents(bench.here("lab/big", splits=["test"]))) == ["test.jsonl.gz"]
+    assert list(contents(bench.here("lab/notes", files=["*.csv"]))) == ["x.csv"]
 
 
 async def test_cuts_and_other_faults(hub: Server, bench: Bench) -> None:
@@ -90,6 +90,7 @@ def test_twenty_cuts(hub: Server, bench: Bench, tmp_path: pathlib.Path) -> None:
     assert hub.left() == [] and sum(e["sent"] for e in hub.log("GET /lfs/")) == len(BIG)
 
 
+@pytest.mark.slow  # test_sources kills the whole daemon
 async def test_a_killed_worker_costs_nothing_that_was_there(hub: Server, bench: Bench) -> None:
     hub.order("slow", "GET /lfs/.*train", after=200_000, seconds=0.1)
     begun = asyncio.create_task(bench.hub("lab/big"))
@@ -223,6 +224,7 @@ def test_patience_ends(hub: Server, tmp_path: pathlib.Path) -> None:
     assert caught.value.reason == errors_pb2.REASON_UPSTREAM
 
 
+@pytest.mark.slow
 async def test_two_calls_for_one_repository_fetch_once(hub: Server, bench: Bench) -> None:
     fetches = bench.fetches()
     request = datasets_pb2.CreateDatasetRequest(hub=datasets_pb2.HubSource(repo="lab/big"))

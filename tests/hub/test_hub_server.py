@@ -69,6 +69,7 @@ def test_downloads_with_redirect_to_the_store(hub: Server, tmp_path: pathlib.Pat
     assert (pathlib.Path(whole) / "model.safetensors").read_bytes() == TABLE
 
 
+@pytest.mark.slow  # the library waits a second before it goes on
 def test_a_cut_is_resumed_by_the_library(hub: Server, tmp_path: pathlib.Path) -> None:
     hub.clear()
     hub.order("cut", "GET /lfs/", after=30_000)
