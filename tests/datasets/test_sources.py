@@ -13,7 +13,7 @@ import zstandard
 
 from qlorad.v1 import datasets_pb2
 from tests.datasets.kit import Door, jsonl, numbered, open_door, refusal
-from tests.datasets.test_parquet import arrow, parquet
+from tests.datasets.test_parquet import parquet
 from tests.house import House, eventually, house
 from tests.hub.kit import Server, serving
 
@@ -51,7 +51,6 @@ def far(tmp_path_factory: pytest.TempPathFactory, hub: Server) -> Iterator[Door]
         ("rows.jsonl.gz", gzip.compress(jsonl(ROWS)), "jsonl.gz"),
         ("rows.jsonl.zst", zstandard.compress(jsonl(ROWS)), "jsonl.zst"),
         ("rows.parquet", parquet(TABLE), "parquet"),
-        ("rows.arrow", arrow(TABLE, False), "arrow"),
         ("wrong.jsonl", parquet(TABLE), "parquet"),
     ],
 )
@@ -71,7 +70,6 @@ def test_uploads_of_every_packing(door: Door, name: str, data: bytes, container:
     [
         ("cut.jsonl.gz", gzip.compress(jsonl(ROWS))[:-20], "cut off"),
         ("bomb.jsonl.gz", gzip.compress(bytes(64 << 20)) * 3, "1000 times"),
-        ("zip.jsonl", b"PK\x03\x04" + bytes(100), "zip archive"),
         ("text.parquet", jsonl(ROWS), "no Parquet"),
         ("cut.parquet", parquet(TABLE)[:-50], "no end"),
     ],
