@@ -16,6 +16,7 @@ import yaml
 from services.common.errors import Fault, Violation, invalid, show
 
 MAX_BYTES = 1 << 18
+MAX_DEPTH = 32
 _SPLIT = re.compile(r"\w[\w.-]{0,63}")
 _PARAMETERS = {"sep": ",", "delimiter": ","}
 
@@ -35,15 +36,6 @@ class Config:
 def unusable(field: str, given: str, accepted: str) -> Fault:
     """INVALID_ARGUMENT for a source that is well named but cannot be taken, told in full."""
     return invalid([Violation(field, given, accepted)])
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain values only, without references: nine lines of them make gigabytes."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it refers to itself (&, *)")
-        return super().compose_node(parent, index)
 
 
 def configs(readme: bytes, field: str) -> list[Config]:
@@ -68,12 +60,22 @@ def _front_matter(readme: bytes, field: str) -> Mapping[str, Any]:
     if end < 0:
         raise _odd(field, f"its front matter has no end within {MAX_BYTES} bytes")
     try:
-        told = yaml.load(text[4 : end + 1], _Loader)
+        _check(text[4 : end + 1], field)
+        told = yaml.safe_load(text[4 : end + 1])
     except (yaml.YAMLError, ValueError) as e:
         raise _odd(field, f"its front matter is not YAML that is read here: {e}") from None
-    except RecursionError:
-        raise _odd(field, "its front matter is nested too deep") from None
     return told if isinstance(told, dict) else {}
+
+
+def _check(text: str, field: str) -> None:
+    """Refuses references, of which nine lines make gigabytes, and depth, which takes the parser's stack."""
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise _odd(field, "its front matter refers to itself (&, *)")
+        if depth > MAX_DEPTH:
+            raise _odd(field, f"its front matter is nested too deep (more than {MAX_DEPTH} levels)")
 
 
 def _config(entry: Any, field: str) -> Config:
