@@ -59,8 +59,9 @@ class Fetches:
         def clear() -> None:
             self._folder.mkdir(parents=True, exist_ok=True)
             for kept in self._folder.iterdir():
-                if time.time() - kept.stat().st_mtime > KEEP_SECONDS:
-                    shutil.rmtree(kept, ignore_errors=True)
+                with contextlib.suppress(FileNotFoundError):  # another sweep was here
+                    if time.time() - kept.stat().st_mtime > KEEP_SECONDS:
+                        shutil.rmtree(kept, ignore_errors=True)
 
         await asyncio.to_thread(clear)
 
@@ -77,7 +78,9 @@ class Fetches:
         turn.waiting += 1
         try:
             async with turn.lock:
-                return await self._run(await asyncio.to_thread(self._hub_order, hub, self._folder / key), tell)
+                order = await asyncio.to_thread(self._hub_order, hub, self._folder / key)
+                await self.sweep()
+                return await self._run(order, tell)
         finally:
             turn.waiting -= 1
             if not turn.waiting:

@@ -189,6 +189,10 @@ def test_bounds_and_listings_that_lie(hub: Server, bench: Bench) -> None:
                                                                      "blobId": "../../../../outside"}]})):  # fmt: skip
         hub.order("body", "GET /api", body=body)
         assert bench.refused_here("lab/notes").reason == errors_pb2.REASON_UPSTREAM
+    bench.max_bytes = 1 << 62
+    vast = {"rfilename": "a.jsonl", "size": 1 << 61, "blobId": "0" * 40}
+    hub.order("body", "GET /api", body=json.dumps({"id": "x", "sha": "1" * 40, "siblings": [vast]}))
+    assert bench.refused_here("lab/notes").reason == errors_pb2.REASON_DISK_FULL
     # More than it listed: three bytes were announced.
     told = {"id": "x", "sha": "1" * 40, "siblings": [{"rfilename": "a.jsonl", **blob}]}
     hub.order("body", "GET /api", body=json.dumps(told))
@@ -239,5 +243,5 @@ async def test_sweep(bench: Bench) -> None:
     assert kept.exists()
     week = time.time() - KEEP_SECONDS - 60
     os.utime(kept, (week, week))
-    await bench.fetches().sweep()
-    assert not kept.exists()
+    await bench.hub("lab/big", splits=["test"])
+    assert not kept.exists() and len(list(bench.state.iterdir())) == 1

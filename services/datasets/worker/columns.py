@@ -58,7 +58,8 @@ def plain(kind: Any, name: str, level: int = 2) -> Plain:
         told = f"the column is nested deeper than {MAX_DEPTH}"
         raise Unreadable(Problem("too_deep", told, f"at most {MAX_DEPTH} levels of lists and objects", name))
     if isinstance(kind, pa.ExtensionType):
-        return plain(kind.storage_type, name, level)
+        inner = plain(kind.storage_type, name, level)
+        return Plain(inner.cast or kind.storage_type, inner.each)
     if types.is_dictionary(kind):
         inner = plain(kind.value_type, name, level)
         return Plain(inner.cast or kind.value_type, inner.each)

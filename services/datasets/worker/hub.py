@@ -14,6 +14,7 @@ import functools
 import hashlib
 import pathlib
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from qlorad.v1 import errors_pb2
-from services.common.errors import Fault, corrupt, show, too_large
+from services.common.errors import Fault, corrupt, disk_full, show, too_large
 from services.common.frames.v1 import ingest_pb2
 from services.datasets.worker import layout
 from services.datasets.worker.card import unusable
@@ -314,6 +315,10 @@ def fetch(order: ingest_pb2.FetchOrder, tell: Callable[[int, int], None]) -> ing
     total = sum(entries[f.path].size for f in choice.files)
     if total > order.max_bytes:
         raise too_large(f"hub.repo: {asked.repo}", total, order.max_bytes, "bytes")
+    missing = sum(entries[f.path].size for f in choice.files if not (objects / entries[f.path].oid).exists())
+    free = shutil.disk_usage(objects).free
+    if missing > free:
+        raise disk_full(f"fetching {missing} bytes of {asked.repo} ({free} are free)")
     done = ingest_pb2.FetchDone(source=f"hub:{asked.repo}@{commit}", left_out=choice.left_out)
     before = 0
     for file in choice.files:

@@ -28,7 +28,8 @@ MAX_GROUP_BYTES = 4 << 30
 MAX_FOOTER_BYTES = 64 << 20
 MAX_COLUMNS = 10_000
 MAX_CHUNKS = 4_000_000
-_BUFFER = 1 << 20
+_BUFFER, _LEAST_BUFFER, _BUFFERS = 1 << 20, 16 << 10, 32 << 20
+"""Bytes read ahead of a column: at most, at least, and of all columns together."""
 _BATCH_BYTES = 8 << 20
 _BATCH_ROWS = 256
 
@@ -41,17 +42,14 @@ def open_parquet(f: BinaryIO, max_bytes: int) -> Opened:
     size = f.seek(0, os.SEEK_END)
     _check_footer(f, size)
     f.seek(0)
+    limits = {"thrift_string_size_limit": MAX_FOOTER_BYTES, "thrift_container_size_limit": MAX_CHUNKS}
     with _named("Parquet"):
+        meta = pa.parquet.ParquetFile(f, pre_buffer=False, **limits).metadata
         # buffer_size makes Arrow read a column page by page, not a whole column of a group at once.
+        buffer_size = max(_LEAST_BUFFER, min(_BUFFER, _BUFFERS // max(1, meta.num_columns)))
         table = pa.parquet.ParquetFile(
-            f,
-            buffer_size=_BUFFER,
-            pre_buffer=False,
-            page_checksum_verification=True,
-            thrift_string_size_limit=MAX_FOOTER_BYTES,
-            thrift_container_size_limit=MAX_CHUNKS,
+            f, metadata=meta, buffer_size=buffer_size, pre_buffer=False, page_checksum_verification=True, **limits
         )
-        meta = table.metadata
         columns = _columns(table.schema_arrow)
     rows_at_once = _check_groups(meta, max_bytes)
     total = max(1, meta.num_rows)

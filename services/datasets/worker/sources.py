@@ -118,9 +118,16 @@ def table_of(head: bytes, by_name: str) -> str | None:
 def refuse_archive(head: bytes, inside: str = "") -> None:
     """Unreadable if the bytes begin an archive."""
     for at, magic, what in _ARCHIVES:
-        if head[at : at + len(magic)] == magic and (magic != b"BZh" or head[4:10] == b"1AY&SY"):
+        if head[at : at + len(magic)] == magic and not _is_text_after_all(magic, head):
             told = f"the file is {what}{inside}"
             raise Unreadable(Problem("archive", told, "unpack it and send the files that it holds"))
+
+
+def _is_text_after_all(magic: bytes, head: bytes) -> bool:
+    """Two of them are letters that a text may hold in that place too."""
+    if magic == b"BZh":
+        return head[4:10] != b"1AY&SY"
+    return magic == b"ustar" and b"\x00" not in head[:257]
 
 
 def _otherwise(filename: str, really: str) -> Problem:
