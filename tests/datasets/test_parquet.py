@@ -9,6 +9,7 @@ import math
 import pathlib
 import subprocess
 import sys
+import uuid
 from typing import Any
 
 import pyarrow as pa
@@ -112,6 +113,22 @@ def test_every_type_that_json_can_hold(tmp_path: pathlib.Path) -> None:
             "null": None,
         }
         assert second["money"] == "-300.00" and second["map"] == {} and second["list"] is None
+
+
+def test_types_built_on_others(tmp_path: pathlib.Path) -> None:
+    ident = uuid.UUID(int=7)
+    idents = pa.ExtensionArray.from_storage(pa.uuid(), pa.array([ident.bytes], pa.binary(16)))
+    texts = pa.ExtensionArray.from_storage(pa.json_(), pa.array(['{"a": 1}']))
+    lists = pa.ListArray.from_arrays([0, 1], idents)
+    table = pa.table({"id": idents, "json": texts, "ids": lists})
+    for name, data in (("t.parquet", parquet(table)), ("t.arrow", arrow(table, True))):
+        (record,) = read(tmp_path, data, name)
+        assert record.row == {"id": str(ident), "json": '{"a": 1}', "ids": [str(ident)]}
+
+
+def test_many_columns(tmp_path: pathlib.Path) -> None:
+    wide = pa.table({f"c{i}": [f"{i} {k}" for k in range(20)] for i in range(1000)})
+    assert [len(r.row or {}) for r in read(tmp_path, parquet(wide))] == [1000] * 20
 
 
 def test_what_a_row_cannot_say_is_its_problem_alone(tmp_path: pathlib.Path) -> None:

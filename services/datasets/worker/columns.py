@@ -7,6 +7,7 @@ refused by name before a row is read, a value that it cannot hold is a problem.
 from __future__ import annotations
 
 import math
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -57,7 +58,9 @@ def plain(kind: Any, name: str, level: int = 2) -> Plain:
     if level > MAX_DEPTH + 1:
         told = f"the column is nested deeper than {MAX_DEPTH}"
         raise Unreadable(Problem("too_deep", told, f"at most {MAX_DEPTH} levels of lists and objects", name))
-    if isinstance(kind, pa.ExtensionType):
+    if isinstance(kind, pa.BaseExtensionType):
+        if kind.extension_name == "arrow.uuid":
+            return Plain(kind.storage_type, lambda v: str(uuid.UUID(bytes=v)))
         inner = plain(kind.storage_type, name, level)
         return Plain(inner.cast or kind.storage_type, inner.each)
     if types.is_dictionary(kind):
