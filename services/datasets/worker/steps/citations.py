@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from services.datasets.worker.plain import Plain
 from services.datasets.worker.steps import api
-from services.datasets.worker.steps.protect import protect, spans, touches
+from services.datasets.worker.steps.protect import protect, settled, spans, touches
 
 Wanted: TypeAlias = Callable[[str, re.Match[str]], bool]
 
@@ -21,7 +21,7 @@ _STYLES = ("numbers", "authors", "raised", "latex")
 
 _RANGE = r"[1-9]\d{0,2}(?:\s*[-\u2010-\u2013]\s*[1-9]\d{0,2})?"
 _LIST = rf"\[\s*{_RANGE}(?:\s*[,;]\s*{_RANGE})*\s*\]"
-_NUMBERS = re.compile(rf"(?P<gap>[ \t]*){_LIST}(?:[ \t]*(?:,|;|-|\u2013|and|to)?[ \t]*{_LIST})*")
+_NUMBERS = re.compile(rf"(?P<gap>(?<![ \t])[ \t]*+|){_LIST}(?:[ \t]*+(?:(?:,|;|-|\u2013|and|to)[ \t]*+)?{_LIST})*")
 _PAIR = re.compile(r"([1-9]\d{0,2})(?:\s*[-\u2010-\u2013]\s*([1-9]\d{0,2}))?")
 
 # Nouns that a list of numbers may follow.
@@ -31,7 +31,7 @@ _LISTED = frozenset(
     "examples as return print equals is are be".split()
 )
 
-_NAME = r"(?:(?:van|von|de|der|den|di|la|le|al|el|ter)\s+)*[A-Z\u00c0-\u00de][\w\u2019'\-\u2010\u2011]*"
+_NAME = r"(?:(?:van|von|de|der|den|di|la|le|al|el|ter)\s+)*[A-Z\u00c0-\u00de][\w\u2019'\-\u2010\u2011]*+"
 _NAMES = rf"{_NAME}(?:\s+{_NAME})?(?:(?:\s*,\s*|\s*,?\s*(?:&|and)\s+){_NAME})*"
 _YEAR = r"(?:1[89]|20)\d\d[a-z]?"
 _YEARS = rf"(?:{_YEAR}|in press|n\.d\.)(?:\s*,\s*(?:{_YEAR}|[a-z]\b))*(?:\s*[,:]\s*(?:pp?\.\s*)?\d+(?:[-\u2013]\d+)?)?"
@@ -39,7 +39,7 @@ _ENTRY = (
     r"(?:(?:see|see also|e\.g\.,?|cf\.|reviewed in|reviewed by|as in|but see|for review see)\s+)?"
     rf"{_NAMES}(?:\s*,?\s*et\s+al\.?\s*,?\s*|\s*,\s*){_YEARS}"
 )
-_AUTHORS = re.compile(rf"[ \t]*[(\[]\s*{_ENTRY}(?:\s*;\s*(?:{_ENTRY}|{_YEARS}))*\s*[)\]]")
+_AUTHORS = re.compile(rf"(?:(?<![ \t])[ \t]*+|)[(\[]\s*{_ENTRY}(?:\s*;\s*(?:{_ENTRY}|{_YEARS}))*\s*[)\]]")
 _MONTH = re.compile(r"[(\[]\s*(?:(?:early|mid|late)\s+)?(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*\.?\b")
 
 _DIGITS = "\u00b9\u00b2\u00b3\u2070\u2074-\u2079"
@@ -56,8 +56,9 @@ _POWERS = frozenset(
 )
 _WORD = re.compile(r"([A-Za-z]+)[^\w\s]*\s*\Z")
 _LATEX = re.compile(
-    r"[ \t~]*\\(?:cite|citep|citealp|parencite|autocite|footcite|supercite|nocite)\*?(?:\[[^\]]*\]){0,2}\{[^{}]*\}"
-    r"|[ \t]*\[(?:[^\[\]\n@]{0,40}\s)?-?@[\w:.#$%&+?<>~/-]+(?:\s*[;,][^\[\]\n]*)?\]"
+    r"(?:(?<![ \t~])[ \t~]*+|)\\(?:cite|citep|citealp|parencite|autocite|footcite|supercite|nocite)\*?"
+    r"(?:\[[^\[\]]*\]){0,2}\{[^{}]*\}"
+    r"|(?:(?<![ \t])[ \t]*+|)\[(?:[^\[\]\n@]{0,40}\s)?-?@[\w:.#$%&+?<>~/-]+(?:\s*[;,][^\[\]\n]*)?\]"
 )
 
 
@@ -78,11 +79,7 @@ class Citations:
 
     def cleaned(self, text: str) -> str:
         """The text without citations; cleaning again changes nothing, for it goes on until nothing is found."""
-        while True:
-            once = self._once(text)
-            if once == text:
-                return text
-            text = once
+        return settled(self._once, text)
 
     def _once(self, text: str) -> str:
         if "numbers" in self.styles and "[" in text:

@@ -23,7 +23,8 @@ _SHAPES = (
     # Na+/K+-ATPase
     r"(?:[A-Z][a-z]?\d?\+/)?[A-Z][a-z]?\d?\+-ATPase",
     # α-synuclein, TNF-α, TGF-β1, NF-κB, γH2AX, 14-3-3ζ, Aβ1–42, ΔF508
-    rf"(?!\d+[\u00b5\u03bc][A-Za-z]{{1,3}}(?![A-Za-z\d]))(?:{_INNER}+(?:{_HYPHEN}|/))*{_INNER}*[{_GREEK}]{_INNER}*(?:{_HYPHEN}{_INNER}+)*",
+    rf"(?!\d+[\u00b5\u03bc][A-Za-z]{{1,3}}(?![A-Za-z\d]))(?:{_INNER}{{1,20}}(?:{_HYPHEN}|/)){{0,4}}"
+    rf"{_INNER}{{0,20}}[{_GREEK}]{_INNER}{{0,20}}(?:{_HYPHEN}{_INNER}{{1,20}}){{0,4}}",
     # 53BP1, 4E-BP1, 5-HT2A
     r"\d{1,2}(?:[A-Z]{2,}\d*|E-BP\d|-HT\d?)[A-Z\d]*",
     r"14-3-3",
@@ -34,8 +35,8 @@ _SHAPES = (
     # C9orf72
     r"[A-Z]\d+orf\d+",
     # TP53, IL-6, H3K27me3, CYP2D6, Kv1.3, Sox2, p53, eIF4E, rs1042522, BRCA1/2, BCR-ABL1, PD-L1, TDP-43
-    rf"(?:[A-Za-z]{{1,7}}(?:{_HYPHEN}?\d+(?:\.\d+)?[A-Za-z]{{0,5}})+|[A-Z]{{2,}}[a-z]?)"
-    rf"(?:(?:{_HYPHEN}|/)(?:[A-Z]{{1,6}}[A-Za-z]{{0,3}}\d*[A-Za-z]?|\d+[a-z]?)(?:{_HYPHEN}\d[a-z]?)?)*",
+    rf"(?:[A-Za-z]{{1,7}}(?:{_HYPHEN}?\d++(?:\.\d++)?[A-Za-z]{{0,5}})+|[A-Z]{{2,}}[a-z]?)"
+    rf"(?:(?:{_HYPHEN}|/)(?:[A-Z]{{1,6}}[A-Za-z]{{0,3}}\d*[A-Za-z]?|\d++[a-z]?))*",
     # mTOR, dNTP
     r"[a-z]{1,2}[A-Z]{2,}\d*[A-Z]?",
     # c-Myc, N-Myc, p-Akt, Bcl-xL, VEGF-A

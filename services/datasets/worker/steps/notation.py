@@ -11,20 +11,20 @@ from dataclasses import dataclass
 
 from services.datasets.worker.plain import Plain
 from services.datasets.worker.steps import api
-from services.datasets.worker.steps.protect import protect, replace
+from services.datasets.worker.steps.protect import protect, replace, settled
 
 _MINUS = "-\u2010-\u2013\u2212"
 _PLAIN = "0123456789+-"
 _HIGH = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207a\u207b"
 _RAISED = str.maketrans(_HIGH, _PLAIN)
 _LOWERED = str.maketrans(_PLAIN, _HIGH)
-_NUMBER = r"(?<![\w.])(?P<number>\d+(?:\.\d+)?)"
+_NUMBER = r"(?<![\w.^*])(?<![eE^*][-+\u2212])(?P<number>\d+(?:\.\d+)?)"
 # "3 x 10-5" may be a range or a sum, so a plain hyphen alone makes no exponent.
 _POWER = re.compile(
     rf"{_NUMBER}\s*(?:[\u00d7\u00b7\u22c5*xX]|\\times)\s*10\s*"
     rf"(?:(?:\^|\*\*)\s*(?:\{{(?P<braced>[+{_MINUS}]?\d{{1,3}})\}}|\(?(?P<plain>[+{_MINUS}]?\d{{1,3}})\)?)"
     r"|(?P<raised>[\u207a\u207b]?[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]{1,3})|(?P<minus>\u2212\d{1,3}))"
-    r"(?![\w.]*\d)"
+    r"(?![\w.]*\d|\s*[\u00d7\u00b7\u22c5*^])"
 )
 # "5E3" may be an antibody, so a point or a sign is asked for.
 _E = re.compile(
@@ -61,6 +61,9 @@ class Notation:
 
     def written(self, text: str) -> str:
         """The text in one notation; writing it again changes nothing."""
+        return settled(self._once, text)
+
+    def _once(self, text: str) -> str:
         if self.scientific != "keep":
             text = replace(_POWER, self._power, text, self.protect)
             text = replace(_E, self._power, text, self.protect)

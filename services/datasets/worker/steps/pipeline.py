@@ -146,4 +146,4 @@ class Pipeline:
 
 def _nearest(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, 3, 0.5)
-    return f"one of {', '.join(known)}" + (f"; nearest {', '.join(close)}" if close else "")
+    return (f"nearest {', '.join(close)}; " if close else "") + f"one of {', '.join(known)}"

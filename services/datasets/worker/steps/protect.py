@@ -18,13 +18,13 @@ from services.datasets.worker.steps.genes import GENES
 _CODE_LINE = (
     r"(?:def|class|async|elif|assert|raise|yield|lambda|const|let|var|function|public|private|static|#include|SELECT)\b"
     r"[^\n]*[(){};=:]|(?:return|print|console\.log|printf)\b[ (][^\n]*|(?:from\s+[\w.]+\s+)?import\s+[\w.{*][^\n]*"
-    r"|(?:for|while|if|else|try|except|with)\b[^\n]*:|[\w.\[\]'\"]+(?:\s*,\s*[\w.\[\]]+)*\s*(?:[-+*/|&%^:]|//|\*\*)?=[^=\n]"
-    r"[^\n]*|>>>[^\n]*|[^\n]*[;{}]"
+    r"|(?:for|while|if|else|try|except|with)\b[^\n]*:"
+    r"|[\w.\[\]'\"]+(?:[ \t]*,[ \t]*[\w.\[\]]+)*[ \t]*(?:[-+*/|&%^:]|//|\*\*)?=[^=\n][^\n]*|>>>[^\n]*|[^\n]*[;{}]"
 )
 PATTERNS: Mapping[str, re.Pattern[str]] = {
     "code": re.compile(
         r"^(?P<fence>```+|~~~+)[^\n]*\n.*?(?:^(?P=fence)[^\n]*$|\Z)"  # a fence that is never closed goes to the end
-        r"|(?P<tick>`+)(?!`)[^\n]+?(?<!`)(?P=tick)(?!`)"
+        r"|(?<!`)(?P<tick>`++)[^\n]+?(?<!`)(?P=tick)(?!`)"
         rf"|^[ \t]*(?:{_CODE_LINE})[ \t]*$",
         re.MULTILINE | re.DOTALL,
     ),
@@ -32,10 +32,12 @@ PATTERNS: Mapping[str, re.Pattern[str]] = {
     "greek": re.compile(r"[\u0370-\u03ff\u1f00-\u1fff\u2126\u00b5][\u0300-\u036f]*"),
     "scripts": re.compile(r"[\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209c\u2150-\u215e\u2189]+"),
     "math": re.compile(
-        r"\\\(.*?\\\)|\\\[.*?\\\]|\$\$.*?\$\$|\$(?=[^\s$\d])[^$\n]{1,300}?(?<=[^\s$\\])\$(?!\d)", re.DOTALL
+        r"\\\((?:(?!\\[()]).)*\\\)|\\\[(?:(?!\\[\[\]]).)*\\\]|\$\$[^$]+\$\$|\$(?=[^\s$\d])[^$\n]{1,300}?(?<=[^\s$\\])\$(?!\d)",
+        re.DOTALL,
     ),
     "links": re.compile(r"(?:https?|ftp)://[^\s<>\"]+|\bwww\.[^\s<>\"]+|\bdoi:\s*10\.\S+|\b10\.\d{4,9}/\S+"),
 }
+_ROUNDS = 100
 Spans = tuple[list[int], list[int]]
 """Beginnings and ends of what is protected, in order and apart."""
 
@@ -82,3 +84,13 @@ def between(text: str, names: Iterable[str], change: Callable[[str], str]) -> st
         pieces += (change(text[at:begin]), text[begin:end])
         at = end
     return "".join((*pieces, change(text[at:])))
+
+
+def settled(change: Callable[[str], str], text: str) -> str:
+    """The text, changed until the change finds nothing more: what it made may be a match beside what stood there."""
+    for _ in range(_ROUNDS):
+        once = change(text)
+        if once == text:
+            break
+        text = once
+    return text

@@ -110,8 +110,8 @@ def values(schema: Mapping[str, Any], given: struct_pb2.Struct, path: str) -> tu
         if name not in known:
             close = difflib.get_close_matches(name, known, 1, 0.5)
             accepted = f"one of {', '.join(known)}" if known else "no parameter: the step has none"
-            nearest = f"; nearest {close[0]}" if close else ""
-            wrong.append(Violation(f"{path}.{name}", show(value), accepted + nearest))
+            nearest = f"nearest {close[0]}; " if close else ""
+            wrong.append(Violation(f"{path}.{name}", show(value), nearest + accepted))
             continue
         accepted = _against(known[name], value)
         if accepted:

@@ -12,11 +12,11 @@ from typing import Any
 
 from services.datasets.worker.plain import Plain
 from services.datasets.worker.steps import api
-from services.datasets.worker.steps.protect import between, protect
+from services.datasets.worker.steps.protect import between, protect, settled
 
 # Blanks inside a line; what begins a line is indentation and stays.
 _RUNS = re.compile(r"(?<=[^\s])[ \t\u00a0\u2000-\u200a\u202f\u205f\u3000]+")
-_TRAILING = re.compile(r"[ \t\u00a0]+(?=\n|\Z)")
+_TRAILING = re.compile(r"(?<![ \t\u00a0])[ \t\u00a0]++(?=\n|\Z)")
 _BREAKS = re.compile(r"\r\n?|[\u2028\u2029\u0085]")
 _FORMS = ("NFC", "NFD", "NFKC", "NFKD")
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff\u00ad]")
@@ -44,7 +44,7 @@ class Whitespace:
 
     def _lines(self, text: str) -> str:
         many = re.compile(rf"\n{{{self.empty_lines + 2},}}")
-        return between(text, self.protect, lambda stretch: self._stretch(stretch, many))
+        return settled(lambda t: between(t, self.protect, lambda s: self._stretch(s, many)), text)
 
     def _stretch(self, text: str, many: re.Pattern[str]) -> str:
         if self.collapse:
@@ -86,7 +86,7 @@ class Unicode:
             text = _CONTROL.sub("", text)
         if unicodedata.is_normalized(form, text):
             return text
-        return between(text, self.protect, lambda stretch: unicodedata.normalize(form, stretch))
+        return settled(lambda t: between(t, self.protect, lambda s: unicodedata.normalize(form, s)), text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +103,11 @@ class StripTags:
     def _bare(self, text: str) -> str:
         if "<" not in text and "&" not in text:
             return text
-        return between(text, self.protect, _without_tags)
+        return settled(lambda t: between(t, self.protect, _without_tags), text)
 
 
 _TAG = re.compile(
-    r"<!--.*?-->|</?(?:a|abbr|article|aside|b|blockquote|body|br|caption|center|cite|code|dd|del|div|dl|dt|em|figure|font"
+    r"<!--(?:(?!<!--).)*?-->|</?(?:a|abbr|article|aside|b|blockquote|body|br|caption|center|cite|code|dd|del|div|dl|dt|em|figure|font"
     r"|footer|h[1-6]|head|header|hr|html|i|img|ins|label|li|link|main|mark|meta|nav|ol|p|pre|s|section|small|span|strong"
     r"|sub|sup|table|tbody|td|tfoot|th|thead|title|tr|tt|u|ul|var)(?:\s[^<>]*)?/?>",
     re.IGNORECASE | re.DOTALL,
@@ -118,10 +118,5 @@ _ENTITY = re.compile("|".join(_ENTITIES))
 
 
 def _without_tags(text: str) -> str:
-    """Until nothing is found, so that doing it again changes nothing."""
-    while True:
-        once = _TAG.sub(lambda m: "\n" if _BLOCK.match(m[0]) and not m[0].startswith("</") else "", text)
-        once = _ENTITY.sub(lambda m: _ENTITIES[m[0]], once)
-        if once == text:
-            return text
-        text = once
+    text = _TAG.sub(lambda m: "\n" if _BLOCK.match(m[0]) and not m[0].startswith("</") else "", text)
+    return _ENTITY.sub(lambda m: _ENTITIES[m[0]], text)
