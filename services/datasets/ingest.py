@@ -185,6 +185,7 @@ class Ingests:
     ) -> ingest_pb2.IngestDone:
         order.request.CopyFrom(request)
         order.sources.extend(given.sources)
+        order.left_out.extend(given.left_out)
         order.max_unpacked_bytes = self._max_unpacked_bytes
         async with contextlib.aclosing(self._workers.reports("ingest", order)) as frames:
             async for frame in frames:

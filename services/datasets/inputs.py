@@ -30,6 +30,8 @@ class Given:
     sources: list[ingest_pb2.IngestSource] = field(default_factory=list)
     parents: list[datasets_pb2.DatasetParent] = field(default_factory=list)
     source: str = ""
+    left_out: list[str] = field(default_factory=list)
+    """Data files that lie there too and are not read."""
 
     def complete(self, lineage: datasets_pb2.DatasetLineage) -> None:
         """Adds what the worker could not know."""
@@ -58,6 +60,7 @@ class Inputs:
                 fetched = await self._fetches.fetch(request, tell)
                 given.sources.extend(fetched.sources)
                 given.source = fetched.source
+                given.left_out.extend(fetched.left_out)
             for i, name in enumerate(request.parents):
                 sealed = await asyncio.to_thread(self._catalog.open, name, f"parents[{i}]", True)
                 pins.append(await asyncio.to_thread(self._shelf.pin, sealed.digest, "ingest"))

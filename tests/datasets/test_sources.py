@@ -31,6 +31,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
                 "data/test.parquet": parquet(pa.Table.from_pylist(numbered(5, 900))),
             },
         )
+        server.put("lab/notes", {"extra.csv": b"instruction,output\n"})
         server.put("lab/bad", {"train.jsonl.gz": gzip.compress(jsonl(ROWS))[:-20]})
         server.put("lab/slow", {"train.jsonl.gz": gzip.compress(jsonl(numbered(3000)), 0)})
         yield server
@@ -94,6 +95,8 @@ def test_a_dataset_of_a_hub(far: Door, hub: Server) -> None:
         ("data/test.parquet", "parquet"),
     ]
     assert far.export(dataset.name, split="test")[0]["origin"] == {"file": "data/test.parquet", "line": "1"}
+    (left,) = [f for f in far.findings(dataset.name) if f.rule == "left_out"]
+    assert "extra.csv" in left.message and left.severity == datasets_pb2.SEVERITY_INFO
     assert far.updates(request)[-1].dataset == dataset
 
 

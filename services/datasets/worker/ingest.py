@@ -24,7 +24,7 @@ from services.datasets.forms import NAMES
 from services.datasets.worker import duplicates, findings, grouping, language, near, rules
 from services.datasets.worker.bound import Bench, Refused
 from services.datasets.worker.findings import Noted, Notes, Tally
-from services.datasets.worker.found import ERROR, WARNING, Problem, Unreadable, clip
+from services.datasets.worker.found import ERROR, INFO, WARNING, Problem, Unreadable, clip
 from services.datasets.worker.mate import finding_counts
 from services.datasets.worker.quality import Figures, score
 from services.datasets.worker.reading import Reading
@@ -39,6 +39,11 @@ _WHOLE = -1
 
 Array = npt.NDArray[Any]
 Tell = Callable[[str, int, int], None]
+
+
+def _left_out(name: str) -> Problem:
+    told = f"{clip(name)} was not read: it is of another kind than the files that were, or names no split"
+    return Problem("left_out", told, "name the files to read, by patterns", "", INFO)
 
 
 class Ingest:
@@ -56,7 +61,7 @@ class Ingest:
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._names = [s.filename for s in order.sources]
         self._reading = Reading(order, self._refuse, self._progress)
-        self._whole: list[Problem] = []
+        self._whole = [_left_out(name) for name in order.left_out]
         """Found about the dataset as a whole."""
         self._later: dict[pathlib.Path, Tally] = {}
         """Notes of what was found after reading."""

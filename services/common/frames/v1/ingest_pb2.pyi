@@ -33,6 +33,7 @@ class IngestOrder(_message.Message):
     REQUEST_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     MAX_UNPACKED_BYTES_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_FIELD_NUMBER: _builtins.int
     payload: _builtins.str
     """The staged payload folder, empty; shards and findings.jsonl are written here."""
     scratch: _builtins.str
@@ -49,6 +50,10 @@ class IngestOrder(_message.Message):
     def request(self) -> _datasets_pb2.CreateDatasetRequest:
         """The request: all but where rows come from and what they are named counts."""
 
+    @_builtins.property
+    def left_out(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Data files of the source that are not read, to be told."""
+
     def __init__(
         self,
         *,
@@ -58,10 +63,11 @@ class IngestOrder(_message.Message):
         request: _datasets_pb2.CreateDatasetRequest | None = ...,
         validate_only: _builtins.bool = ...,
         max_unpacked_bytes: _builtins.int = ...,
+        left_out: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_unpacked_bytes", b"max_unpacked_bytes", "payload", b"payload", "request", b"request", "scratch", b"scratch", "sources", b"sources", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["left_out", b"left_out", "max_unpacked_bytes", b"max_unpacked_bytes", "payload", b"payload", "request", b"request", "scratch", b"scratch", "sources", b"sources", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
