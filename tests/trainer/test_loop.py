@@ -7,14 +7,26 @@ import signal
 
 import pytest
 
-from qlorad.v1 import trainer_pb2
+from qlorad.v1 import messages_pb2, trainer_pb2
+from services.common.facts import AdapterFacts, from_manifest
+from services.common.prompt import formats, ledger, tally
+from services.common.shelf import Shelf
 from tests.house import House
 from tests.trainer.kit import adapter_config, create, facts, get, small, stub_of, watch, worker_of
 
 
 def test_a_job_trains_and_seals_its_adapter(trainer: House) -> None:
+    """Two whole epochs in a prompt format; P27: what was consumed is what the ledger says."""
     stub = stub_of(trainer)
-    job = create(stub, small(adapter="adapters/made", evaluation__every_steps=2), "one", labels={"a": "b"})
+    spec = small(
+        0,
+        adapter="adapters/made",
+        evaluation__every_steps=2,
+        schedule__epochs=2.0,
+        data__prompt_format=messages_pb2.PROMPT_FORMAT_CHATML,
+        data__accumulation=2,
+    )
+    job = create(stub, spec, "one", labels={"a": "b"})
     assert job.state == trainer_pb2.JOB_STATE_QUEUED and not job.is_terminal
     assert job.spec.train.model.startswith("models/sha256:") and job.spec.train.dataset.startswith("datasets/sha256:")
     events = list(watch(stub, job.name))
@@ -24,13 +36,36 @@ def test_a_job_trains_and_seals_its_adapter(trainer: House) -> None:
     told = facts(events)
     states = [f for f in told if f.isupper()]
     assert states == ["QUEUED", "PREPARING", "RUNNING", "FINALIZING", "SUCCEEDED"]
-    assert [e.step.step for e in events if e.HasField("step")] == [1, 2, 3, 4]
-    assert [e.evaluated.step for e in events if e.HasField("evaluated")] == [0, 2, 4]
-    assert [e.checkpoint_sealed.step for e in events if e.HasField("checkpoint_sealed")] == [2, 4]
+    (planned,) = [e.planned for e in events if e.HasField("planned")]
+    steps = [e.step for e in events if e.HasField("step")]
+    total = planned.total_steps
+    assert total >= 4 and total % 2 == 0 and [s.step for s in steps] == list(range(1, total + 1))
+    even = list(range(2, total + 1, 2))
+    assert [e.evaluated.step for e in events if e.HasField("evaluated")] == [0, *even]
+    assert [e.checkpoint_sealed.step for e in events if e.HasField("checkpoint_sealed")] == even
     assert done.end == trainer_pb2.END_REASON_STEPS and done.last_sequence == len(events)
     assert done.result.adapter == "adapters/made" and done.result.eval_loss_after < done.result.eval_loss_before
-    assert done.result.steps == 4 and done.result.tokens == sum(e.step.tokens for e in events)
+    assert done.result.steps == total and done.result.tokens == sum(s.tokens for s in steps)
     assert adapter_config(trainer.home, done.result.adapter_digest)["target_modules"] == ["q_proj", "v_proj"]
+
+    (counts,) = [s for s in planned.ledger.splits if s.split == "train"]
+    for epoch in (1, 2):
+        ended = [s for s in steps if epoch - 1 < s.epoch <= epoch]
+        assert sum(s.tokens for s in ended) == counts.tokens
+        assert sum(s.trained_tokens for s in ended) == counts.trained_tokens
+    shelf = Shelf(trainer.home / "store")
+    rows = ledger.LedgerReader.open(shelf.open("datasets", planned.ledger.digest)).split("train")
+    number = tally.text_of(rows.rows_number())
+    lines = [e.log.text for e in events if e.HasField("log") and "consumed" in e.log.text]
+    assert [line.partition(":")[0] for line in lines] == [f"epoch {n} consumed what the ledger says" for n in (1, 2)]
+    assert all(f"{counts.rows} rows, {counts.tokens} tokens" in line and number in line for line in lines)
+
+    sealed = shelf.open("adapters", done.result.adapter_digest)
+    known = from_manifest(AdapterFacts, sealed.manifest)
+    assert known.prompt_format == "PROMPT_FORMAT_CHATML" == messages_pb2.PromptFormat.Name(planned.ledger.prompt_format)
+    digest = formats.template_digest(messages_pb2.PROMPT_FORMAT_CHATML, "")
+    assert sealed.manifest.lineage.template_digest == planned.ledger.template_digest == digest
+    assert all("<|im_start|>" in entry["text"] for entry in known.golden)
 
 
 def test_rows_that_are_too_long_fail_the_job_by_name(trainer: House) -> None:

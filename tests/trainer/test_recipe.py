@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import pathlib
 import types
@@ -109,6 +111,55 @@ def test_a_leak_between_packed_rows_would_be_seen(starter_home: pathlib.Path) ->
     leaky = it.recipe.packed(rows, range(3), "cpu")
     leaky["position_ids"] = it.torch.arange(leaky["input_ids"].shape[1])[None]
     assert farthest(it, alone, gradients(it, [leaky], trained)) > 0.05
+
+
+def test_what_a_batch_holds_is_the_rows_and_nothing_else() -> None:
+    """P27 in small: read back from the tensors that the model is given, packed and padded."""
+    from services.common.prompt import tally
+    from services.trainer.worker import checkpoint, recipe
+    from services.trainer.worker.train import error_of
+
+    rows, numbers = made_rows(9, seed=4), [4, 0, 7, 2]
+    expected = functools.reduce(tally.plus, (tally.row_number(rows.ids(n), rows.mask(n).tobytes()) for n in numbers))
+    for lay in (recipe.packed, recipe.padded):
+        assert recipe.fed(lay(rows, numbers, "cpu")) == expected
+        assert recipe.fed(lay(rows, numbers[:2], "cpu")) != expected
+        for name, change in (("input_ids", 1), ("labels", 1)):
+            batch = lay(rows, numbers, "cpu")
+            batch[name][0, 2] += change
+            assert recipe.fed(batch) != expected, "one token was another"
+        batch = lay(rows, numbers, "cpu")
+        there = (batch["labels"] != -100).nonzero()[0]
+        batch["labels"][there[0], there[1]] = -100
+        assert recipe.fed(batch) != expected, "one token was not trained"
+
+    counts = types.SimpleNamespace(rows=4, tokens=70, trained_tokens=30)
+    number = tally.text_of(expected)
+    consumed = checkpoint.Progress("j", epoch_tokens=70, epoch_trained=30, epoch_rows=number)
+    assert recipe.check_epoch(0, consumed, counts, number).startswith("epoch 1 consumed what the ledger says: 4 rows")
+    for planted in ({"epoch_tokens": 71}, {"epoch_trained": 29}, {"epoch_rows": tally.text_of(expected ^ 1)}):
+        with pytest.raises(recipe.NotTheLedger) as caught:
+            recipe.check_epoch(0, dataclasses.replace(consumed, **planted), counts, number)
+        error = error_of(caught.value)
+        assert error.reason == "NOT_THE_LEDGER" and "epoch 1 consumed" in error.message
+    before = dataclasses.replace(consumed, epoch_rows="")  # of a checkpoint that did not count yet
+    assert "not told" in recipe.check_epoch(0, before, counts, number)
+
+
+def test_the_rows_of_an_epoch_add_up_over_steps_and_begin_anew() -> None:
+    from services.common.prompt import tally
+    from services.trainer.worker import checkpoint, recipe
+    from services.trainer.worker.batches import Step
+
+    progress = checkpoint.Progress("j")
+    for number, (index, rows) in enumerate([(0, 5), (1, 6), (2, 7), (0, 9)], start=1):
+        done = recipe.Done(1.0, 1.0, 1.0, 1.0, 10, 4, 4, rows)
+        progress = recipe.after_step(progress, Step(number, 0, index, 3, ()), done)
+        assert progress.epoch_rows == tally.text_of([5, 11, 18, 9][number - 1])
+    unknown = recipe.after_step(
+        checkpoint.Progress("j", 1, 0.0, 10, 4), Step(2, 0, 1, 3, ()), recipe.Done(1.0, 1.0, 1.0, 1.0, 10, 4, 4, 6)
+    )
+    assert unknown.epoch_rows == "" and unknown.epoch_tokens == 20
 
 
 def test_gradient_flow_through_nf4(starter_home: pathlib.Path) -> None:
