@@ -6,6 +6,7 @@ how it is written in writing.py.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import TypeAlias
@@ -86,3 +87,15 @@ NESTED = re.compile(
 )
 # Speakers in ShareGPT rows whose name tells more than a role; kept, under "from" of their turn.
 MODELS = frozenset({"bing", "bard"})
+
+
+def is_messages(text: str) -> bool:
+    """Whether a text is a list of messages, as CSV fields hold it, and so cannot stand where both may."""
+    stripped = text.strip()
+    if not (stripped.startswith("[") and stripped.endswith("]")):
+        return False
+    try:
+        found = json.loads(stripped)
+    except (ValueError, RecursionError):
+        return False
+    return bool(found) and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in found)

@@ -31,6 +31,7 @@ from services.datasets.forms import (
     SHAREGPT,
     TEXT,
     Form,
+    is_messages,
 )
 
 Plain = dict[str, Any]
@@ -428,6 +429,9 @@ def _preference(example: Plain, losses: Losses) -> Row:
         row["rejected"] = _joined(body["rejected"][0], "rejected[0]", losses)
         for path, message in (("prompt", asked["messages"][0]), ("chosen", body["chosen"][0])):
             _without(message, f"{path}[0]", losses)
+        for path, text in row.items():
+            if is_messages(text):
+                raise CannotCarry(path, "the text is a list of messages, and would be read as one")
     else:
         row["prompt"] = [_message(m) for m in asked.get("messages", ())]
         row["chosen"] = [_message(m) for m in body.get("chosen", ())]

@@ -346,7 +346,7 @@ def test_what_it_did_is_counted(own_door: Callable[..., Door]) -> None:
         'qlorad_datasets_rows_total{format="instruction",outcome="kept"} 5.0',
         'qlorad_datasets_rows_total{format="instruction",outcome="duplicate"} 2.0',
         'qlorad_datasets_rows_total{format="instruction",outcome="skipped"} 1.0',
-        'qlorad_datasets_findings_total{rule="missing_field"} 2.0',
+        'qlorad_datasets_findings_total{rule="missing_field",severity="error"} 2.0',
         'qlorad_datasets_worker_seconds_count{outcome="done",work="ingest"} 1.0',
         'qlorad_datasets_workers{work="ingest"} 0.0',
     ):

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
 from services.common.prompt import example as canonical
 from services.datasets.forms import CHAT, COMPLETION, FORMS, INSTRUCTION, TEXT
@@ -15,56 +14,7 @@ from services.datasets.worker import forms, rules
 from services.datasets.worker.found import ERROR
 from services.datasets.worker.plain import Plain
 from services.datasets.writing import CannotCarry, write
-
-text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=12)
-full = text.filter(lambda t: bool(t.strip()))
-plain = st.recursive(
-    st.none() | st.booleans() | st.integers(-1000, 1000) | text,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
-    max_leaves=5,
-)
-extras = st.dictionaries(text.map(lambda t: "x-" + t), plain, max_size=2)
-objects = st.dictionaries(text, plain, max_size=2)
-
-
-@st.composite
-def calls(draw: st.DrawFn) -> dict[str, Any]:
-    arguments = json.dumps(draw(objects), ensure_ascii=False)
-    return {"id": draw(full), "type": "function", "function": {"name": draw(full), "arguments": arguments}}
-
-
-@st.composite
-def chats(draw: st.DrawFn) -> dict[str, Any]:
-    content = full | st.lists(full, min_size=2, max_size=3).map(lambda ts: [{"type": "text", "text": t} for t in ts])
-    messages: list[dict[str, Any]] = [{"role": "system", "content": draw(content)}] if draw(st.booleans()) else []
-    for _ in range(draw(st.integers(1, 2))):
-        messages.append({"role": "user", "content": draw(content)})
-        if draw(st.booleans()):
-            asked = draw(st.lists(calls(), min_size=1, max_size=2, unique_by=lambda c: c["id"]))
-            messages.append({"role": "assistant", "content": None, "tool_calls": asked})
-            messages += [{"role": "tool", "content": draw(text), "tool_call_id": c["id"]} for c in asked]
-        messages.append({"role": "assistant", "content": draw(content)})
-    if draw(st.booleans()):
-        messages[0]["name"] = draw(full)
-    if draw(st.booleans()):
-        messages[-1]["x-weight"] = draw(plain)
-    row: dict[str, Any] = {"messages": messages}
-    if draw(st.booleans()):
-        function = {"name": draw(full), "description": draw(full), "parameters": draw(objects), "x-strict": True}
-        row["tools"] = [{"type": "function", "function": function}]
-    return {**row, **draw(extras)}
-
-
-rows = {
-    CHAT: chats(),
-    INSTRUCTION: st.builds(
-        lambda i, n, o, s, e: {"instruction": i, "input": n, "output": o, **({"system": s} if s else {}), **e},
-        full, text, full, text, extras,
-    ),
-    COMPLETION: st.builds(lambda p, c, e: {"prompt": p, "completion": c, **e}, text, full, extras),
-    TEXT: st.builds(lambda t, e: {"text": t, **e}, full, extras),
-}  # fmt: skip
-any_row = st.sampled_from(list(rows)).flatmap(lambda form: st.tuples(st.just(form), rows[form]))
+from tests.datasets.examples import any_row
 
 
 def made(row: dict[str, Any], form: Any, **columns: str) -> tuple[Plain, list[str]]:
@@ -101,8 +51,8 @@ def test_what_is_read_in_a_form_is_written_the_same(pair: tuple[Any, dict[str, A
     assert write(example, form) == (row, [])
 
 
-@given(any_row, st.randoms())
-def test_renamed_columns_read_alike(pair: tuple[Any, dict[str, Any]], random: Any) -> None:
+@given(any_row)
+def test_renamed_columns_read_alike(pair: tuple[Any, dict[str, Any]]) -> None:
     form, row = pair
     columns = {name: f"c{i}" for i, name in enumerate(FORMS[form]) if name in row}
     renamed = {columns.get(k, k): v for k, v in row.items()}

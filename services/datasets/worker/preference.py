@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from services.datasets.forms import is_messages
 from services.datasets.worker import chat, sharegpt
 from services.datasets.worker.found import INFO, Problem
 from services.datasets.worker.plain import Plain, text_of
@@ -56,7 +57,7 @@ def _prompt(row: Row) -> str | list[Any] | None:
         if value is None or (name != row.named("prompt") and name not in row.rest):
             continue
         del row.rest[name]
-        if isinstance(value, str) and not _is_list(value):
+        if isinstance(value, str) and not is_messages(value):
             return value
         return row.listed(value, name, _ANSWERS) or []
     row.rest.pop(row.named("prompt"), None)
@@ -69,15 +70,9 @@ def _answer(row: Row, field: str) -> str | list[Any] | None:
     if value is None:
         row.missing(column, _ANSWERS)
         return None
-    if isinstance(value, str) and not _is_list(value):
+    if isinstance(value, str) and not is_messages(value):
         return value
     return row.listed([value] if isinstance(value, dict) else value, column, _ANSWERS)
-
-
-def _is_list(text: str) -> bool:
-    """Whether a text is a list of messages, as CSV fields hold it, and no text of its own."""
-    stripped = text.strip()
-    return stripped.startswith("[{") and stripped.endswith("}]")
 
 
 def _one_turn(text: str) -> list[Any]:
