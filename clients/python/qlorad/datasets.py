@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias, Unpack
 
 from qlorad import errors
 from qlorad._connection import new_request_id
@@ -27,9 +28,13 @@ from qlorad._wire_core import (
     stage,
     worth_repeating,
 )
+from qlorad.plans import Plan, Validation, request_of
 from qlorad.v1 import datasets_pb2 as pb
 from qlorad.v1 import messages_pb2
 from qlorad.v1.datasets_pb2_grpc import DatasetServiceStub
+
+File: TypeAlias = "str | os.PathLike[str] | pb.Upload"
+"""A file to be sent, or what was sent."""
 
 
 class Datasets:
@@ -86,42 +91,73 @@ class Datasets:
     def create(
         self,
         dataset: str,
-        files: Sequence[str | os.PathLike[str] | pb.Upload],
+        files: Sequence[File] = (),
         *,
-        format: str | int = 0,
-        validation: float = 0.0,
-        test: float = 0.0,
-        seed: int = 0,
-        on_row_error: str | int = 0,
-        columns: Mapping[str, str] | None = None,
         move_alias: bool = False,
-        keep_duplicates: bool = False,
         progress: Progress = silent,
         request_id: str = "",
         patience_seconds: float = DEFAULT_PATIENCE_SECONDS,
+        **plan: Unpack[Plan],
     ) -> pb.Dataset:
-        """Makes the dataset `dataset` of files (uploaded first) or of complete uploads.
-
-        `validation` and `test` are the shares set aside with `seed`.
-        """
-        uploads: list[str] = []
-        request = pb.CreateDatasetRequest(
-            request_id=request_id or new_request_id(),
-            dataset_id=dataset.removeprefix("datasets/"),
-            format=enum_value(pb.RowFormat, "ROW_FORMAT_", "format", format),
-            on_row_error=enum_value(pb.OnRowError, "ON_ROW_ERROR_", "on_row_error", on_row_error),
-            columns=columns or {},
-            move_alias=move_alias,
-            keep_duplicates=keep_duplicates,
-        )
-        if validation or test:
-            request.split.CopyFrom(pb.Split(validation_fraction=validation, test_fraction=test, seed=seed))
-        for file in files:
-            sent = file if isinstance(file, pb.Upload) else self.upload(file, progress=progress)
-            uploads.append(sent.name)
-        request.uploads.extend(uploads)
+        """Makes the dataset `dataset` of files (uploaded first), of complete uploads, or of what the plan names."""
+        request = request_of(**plan)
+        request.request_id = request_id or new_request_id()
+        request.dataset_id = dataset.removeprefix("datasets/")
+        request.move_alias = move_alias
+        request.uploads.extend(self._sent(files, progress))
         last = self._wire.work(lambda: self._stub.CreateDataset, request, progress, patience_seconds)
         return last.dataset
+
+    def validate(
+        self,
+        files: Sequence[File] = (),
+        *,
+        min_severity: str | int = 0,
+        progress: Progress = silent,
+        **plan: Unpack[Plan],
+    ) -> Iterator[pb.Finding | pb.ValidationReport]:
+        """What `create` would find: every finding in order of file and line, then the report. Seals nothing."""
+        request = pb.ValidateDatasetRequest(
+            plan=request_of(**plan), min_severity=enum_value(pb.Severity, "SEVERITY_", "min_severity", min_severity)
+        )
+        request.plan.uploads.extend(self._sent(files, progress))
+        for message in self._wire.stream(self._stub.ValidateDataset, request):
+            kind = message.WhichOneof("update")
+            if kind == "progress":
+                progress(message.progress)
+            elif kind == "report":
+                yield message.report
+            else:
+                for finding in message.findings.findings:
+                    yield finding
+
+    def validation(
+        self,
+        files: Sequence[File] = (),
+        *,
+        min_severity: str | int = 0,
+        progress: Progress = silent,
+        **plan: Unpack[Plan],
+    ) -> Validation:
+        """As `validate`, with all findings held in memory."""
+        found: list[pb.Finding] = []
+        for told in self.validate(files, min_severity=min_severity, progress=progress, **plan):
+            if isinstance(told, pb.ValidationReport):
+                return Validation(told, tuple(found))
+            found.append(told)
+        raise errors.Unavailable("the validation ended without a report")
+
+    def steps(self) -> Sequence[pb.StepKind]:
+        """The steps that a plan may name, those of plug-ins too."""
+        return (self._wire.call(self._stub.ListSteps, pb.ListStepsRequest())).steps
+
+    def _sent(self, files: Sequence[File], progress: Progress) -> Sequence[str]:
+        """Names of complete uploads."""
+        names = []
+        for file in files:
+            sent = file if isinstance(file, pb.Upload) else self.upload(file, progress=progress)
+            names.append(sent.name)
+        return names
 
     def get(self, dataset: str) -> pb.Dataset:
         """One dataset by alias or digest."""
