@@ -15,9 +15,9 @@ import warnings
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from qlorad.v1 import artifacts_pb2
+from qlorad.v1 import artifacts_pb2, messages_pb2
 from services.common import facts
-from services.common.prompt import golden
+from services.common.prompt import formats, golden
 from services.common.prompt.render import Renderer
 from services.common.prompt.tokens import Tokenizer
 from services.common.shelf import Sealed, Shelf
@@ -52,15 +52,23 @@ def make(payload: pathlib.Path, folder: pathlib.Path, name: str, seed: int, zero
 
 
 def seal(
-    shelf: Shelf, base: Sealed, name: str, told: facts.AdapterFacts, staged, renderings, base_digest: str = ""
+    shelf: Shelf,
+    base: Sealed,
+    name: str,
+    told: facts.AdapterFacts,
+    staged,
+    renderings,
+    base_digest: str = "",
+    prompt_format: formats.Format = formats.OWN,
 ) -> Sealed:
     model = facts.from_manifest(facts.ModelFacts, base.manifest)
     lineage = artifacts_pb2.Lineage(
         base_digest=base_digest or base.digest,
         tokenizer_digest=model.tokenizer_digest,
-        template_digest=model.template_digest,
+        template_digest=formats.template_digest(prompt_format, model.template_digest),
     )
-    told = dataclasses.replace(told, golden=tuple(renderings))
+    named = formats.name_of(prompt_format)
+    told = dataclasses.replace(told, golden=tuple(renderings), prompt_format=named)
     sealed = shelf.seal(staged, artifacts_pb2.ARTIFACT_KIND_ADAPTER, facts.to_facts(told), lineage)
     shelf.set_alias("adapters", name, sealed.digest)
     return sealed
@@ -115,6 +123,14 @@ def main(home: pathlib.Path) -> None:
         sealed = seal(shelf, base, name, make(base.payload, staged.payload, name, seed), staged, renderings)
         model = PeftModel.from_pretrained(fresh(base.payload), str(sealed.payload)).eval()
         answers[name] = oracle(model, tokenizer, told.eos_token_ids)
+
+    # Trained with a prompt format of ours; once as it was rendered then, once as the base's template renders.
+    alpaca = messages_pb2.PROMPT_FORMAT_ALPACA
+    formed = golden.make(Renderer.open(base.payload, told.template_date, alpaca))
+    for name, rendered in (("formed", formed), ("misformed", renderings)):
+        staged = shelf.stage()
+        made = make(base.payload, staged.payload, "ada", 7 + len(name))
+        seal(shelf, base, name, made, staged, rendered, prompt_format=alpaca)
 
     def unsound(name: str, seed: int, spoil, **how) -> None:
         staged = shelf.stage()

@@ -9,7 +9,12 @@ from collections.abc import Callable
 import grpc
 import pytest
 
-from qlorad.v1 import inference_pb2
+from qlorad.v1 import inference_pb2, messages_pb2
+from services.common import facts
+from services.common.prompt import formats
+from services.common.prompt.example import as_template_sees
+from services.common.prompt.render import Renderer
+from services.common.prompt.tokens import Tokenizer
 from services.common.shelf import Shelf
 from tests.house import House, eventually
 from tests.inference import kit
@@ -22,6 +27,7 @@ from tests.inference.conftest import Served
         ("zero", grpc.StatusCode.FAILED_PRECONDITION, "REJECTED", "check 'effect'"),
         ("renamed", grpc.StatusCode.FAILED_PRECONDITION, "REJECTED", "check 'keys'"),
         ("foreign-base", grpc.StatusCode.FAILED_PRECONDITION, "REJECTED", "check 'base'"),
+        ("misformed", grpc.StatusCode.FAILED_PRECONDITION, "REJECTED", "check 'golden renderings'"),
         ("golden", grpc.StatusCode.FAILED_PRECONDITION, "REJECTED", "check 'golden renderings'"),
         ("flipped", grpc.StatusCode.DATA_LOSS, "CORRUPT", "adapter_model.safetensors"),
     ],
@@ -48,6 +54,45 @@ def test_an_unsound_adapter_is_refused_by_name_while_a_stream_goes_on(
     ids = [i for delta in rest for i in delta.ids]
     assert ids[: len(expected["ids"])] == expected["ids"]
     assert served.stub.ListAdapters(inference_pb2.ListAdaptersRequest()) == before
+
+
+def test_an_adapter_is_served_with_the_prompt_format_it_was_trained_with(served: Served) -> None:
+    """A conversation becomes what the format writes of it, for this adapter alone; what it cannot is refused."""
+    sealed = Shelf(served.home / "store").open("models", "starter-test")
+    date = facts.from_manifest(facts.ModelFacts, sealed.manifest).template_date
+    renderer = Renderer.open(sealed.payload, date, messages_pb2.PROMPT_FORMAT_ALPACA)
+    asked = kit.turn(messages_pb2.ROLE_USER, "Add them.")
+    asked.parts.add(text="\n\n2 and 3")
+    talk = messages_pb2.Conversation(messages=[asked])
+    options = inference_pb2.GenerationOptions(max_tokens=12)
+    served.stub.LoadAdapter(inference_pb2.LoadAdapterRequest(adapter="adapters/formed"), timeout=60)
+    try:
+        request = inference_pb2.ChatRequest(conversation=talk, adapter="adapters/formed", options=options)
+        answer = kit.read(served.stub.Chat(request, timeout=60))
+        prompt = renderer.render(*as_template_sees(talk, parts=True), add_generation_prompt=True).text
+        assert "### Input:\n2 and 3" in prompt
+        assert answer.started.prompt_tokens == len(Tokenizer.open(sealed.payload).encode(prompt).ids)
+        assert answer.ids == kit.generate(served.stub, prompt, "adapters/formed", max_tokens=12).ids
+        request.adapter = "adapters/ada"
+        assert kit.read(served.stub.Chat(request, timeout=60)).started.prompt_tokens < answer.started.prompt_tokens
+        request.adapter = "adapters/formed"
+        request.conversation.tools.add(name="f")
+        refusal = kit.refused(lambda: served.stub.Chat(request, timeout=60))
+        assert refusal.code == grpc.StatusCode.INVALID_ARGUMENT
+        assert "tools: the Alpaca format" in refusal.message and "prompt format takes" in refusal.message
+    finally:
+        served.stub.UnloadAdapter(inference_pb2.UnloadAdapterRequest(adapter="adapters/formed"), timeout=60)
+
+
+def test_the_text_that_ends_an_answer_stops_it_where_the_model_has_no_token_for_it() -> None:
+    from services.common.frames.v1 import engine_pb2
+    from services.inference.worker.scheduler import make_row
+
+    submit = engine_pb2.EngineSubmit(options=inference_pb2.GenerationOptions(stop=["\n\n"]))
+    assert make_row(1, submit, [1], lambda ids: "").stops.stops == ("\n\n",)
+    end = formats.end_text(messages_pb2.PROMPT_FORMAT_PHI3)
+    row = make_row(1, submit, [1], lambda ids: "", end)
+    assert row.stops.push("blue<|e") == ("blue", False) and row.stops.push("nd|>\n") == ("", True)
 
 
 def test_unloading_lets_requests_finish_and_frees_what_was_told(served: Served) -> None:

@@ -126,6 +126,15 @@ def test_lineage_names_the_first_thing_that_differs() -> None:
         assert f"check '{what}'" in caught.value.message and "sha256:other" in caught.value.message
 
 
+def test_an_adapter_with_a_prompt_format_is_compared_with_that() -> None:
+    told = {"base_digest": "sha256:b", "tokenizer_digest": "sha256:t", "template_digest": "sha256:format"}
+    manifest = artifacts_pb2.Manifest(lineage=artifacts_pb2.Lineage(**told))
+    adapters.check_lineage("a", manifest, "sha256:b", MODEL, "sha256:format")
+    for served in ("", "sha256:another"):
+        with pytest.raises(Fault, match="check 'template'"):
+            adapters.check_lineage("a", manifest, "sha256:b", MODEL, served)
+
+
 def test_precision_follows_the_free_bytes_unless_it_was_asked_for() -> None:
     nothing = inference_pb2.PRECISION_UNSPECIFIED
     assert precision.choose(nothing, MODEL, 2_500_000) == inference_pb2.PRECISION_BF16
