@@ -9,14 +9,15 @@ import asyncio
 import os
 import pathlib
 import re
+import urllib.parse
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry
 
 from qlorad.v1 import datasets_pb2_grpc
 from services.common import idempotency
-from services.common.config import setting
-from services.common.server import App, Health, ServerSettings
+from services.common.config import ConfigError, setting
+from services.common.server import App, Health, ServerSettings, is_loopback
 from services.common.shelf import Shelf
 from services.common.store import Store
 from services.datasets import catalog, ingest, uploads
@@ -63,6 +64,11 @@ class Config:
     import_roots: tuple[pathlib.Path, ...] = setting(
         (pathlib.Path("/"),), "folders that datasets may be read from, separated by commas"
     )
+
+    def __post_init__(self) -> None:
+        hub = urllib.parse.urlsplit(self.hub_endpoint)
+        if self.hub_token_file and hub.scheme == "http" and not is_loopback(hub.hostname or ""):
+            raise ConfigError(["--hub-token-file: accepted: only with a hub over https, or on loopback"])
 
 
 def build(config: Config) -> App:

@@ -15,7 +15,9 @@ from collections.abc import Iterator
 import pytest
 
 from qlorad.v1 import datasets_pb2, errors_pb2
+from services.common.config import ConfigError
 from services.common.errors import Fault
+from services.datasets.app import Config
 from services.datasets.fetches import KEEP_SECONDS
 from services.datasets.worker.hub import Patience, Repository
 from tests.datasets.fetching import Bench, contents, workers_running
@@ -234,6 +236,16 @@ async def test_two_calls_for_one_repository_fetch_once(hub: Server, bench: Bench
     request = datasets_pb2.CreateDatasetRequest(hub=datasets_pb2.HubSource(repo="lab/big"))
     one, two = await asyncio.gather(*(fetches.fetch(request, lambda *_: None) for _ in range(2)))
     assert one == two and len(hub.log("GET /lfs/")) == 2
+
+
+def test_a_token_goes_over_no_open_wire(tmp_path: pathlib.Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("open-sesame")
+    for endpoint in ("https://hub.example", "http://127.0.0.1:80", "http://localhost"):
+        assert Config(hub_endpoint=endpoint, hub_token_file=str(token)).hub_endpoint == endpoint
+    assert Config(hub_endpoint="http://hub.example").hub_token_file == ""
+    with pytest.raises(ConfigError, match="--hub-token-file"):
+        Config(hub_endpoint="http://hub.example", hub_token_file=str(token))
 
 
 async def test_sweep(bench: Bench) -> None:
