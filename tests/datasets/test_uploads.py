@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -15,50 +14,6 @@ from tests.datasets.kit import Door, jsonl, numbered, pieces, refusal
 from tests.house import eventually
 
 DATA = random.Random(5).randbytes(3 << 20)
-
-
-@pytest.mark.parametrize("seed", [1, 2])
-def test_an_upload_cut_anywhere_by_kill_9_resumes(own_door: Callable[..., Door], seed: int) -> None:
-    door, draw = own_door(), random.Random(seed)
-    opened = door.start(DATA, request_id="cut")
-    part = door.home / "state" / "uploads" / f"{opened.name.removeprefix('uploads/')}.part"
-    committed = 0
-    for _ in range(3):
-        cut = draw.randint(committed, len(DATA) - 1)
-        whole = draw.random() < 0.5  # a stream that ends by itself, or one that is still open at the kill
-
-        def stream(
-            begin: int = committed, end: int = cut, whole: bool = whole
-        ) -> Iterator[datasets_pb2.WriteUploadRequest]:
-            yield from pieces(opened.name, DATA[begin:end], begin, draw.randint(1000, 1 << 20))
-            if not whole:
-                eventually(lambda: part.exists() and part.stat().st_size >= end, what="the bytes on their way")
-                door.kill()
-
-        try:
-            answer = door.stub.WriteUpload(stream(), timeout=30)
-            assert whole and answer.upload.committed_bytes == cut
-            door.kill()
-        except grpc.RpcError as e:
-            assert e.code() == grpc.StatusCode.UNAVAILABLE
-        door.again()
-        assert door.start(DATA, request_id="cut").name == opened.name
-        now = door.look(opened.name)
-        assert committed <= now.committed_bytes <= cut and not now.complete
-        if whole:
-            assert now.committed_bytes == cut
-        committed = now.committed_bytes
-        assert part.read_bytes()[:committed] == DATA[:committed]
-        assert refusal(lambda: door.make("early", opened.name)).reason == "WRONG_STATE"
-        assert door.listed() == []
-    done = door.write(opened.name, DATA[committed:], committed)
-    assert done.complete and done.sha256 == hashlib.sha256(DATA).hexdigest()
-    assert part.read_bytes() == DATA
-    door.kill()
-    door.again()
-    assert door.look(opened.name) == done
-    assert door.start(DATA, request_id="cut") == done
-    assert door.write(opened.name, b"", len(DATA)) == done
 
 
 def test_what_a_broken_stream_brought_counts(door: Door) -> None:
