@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from qlorad.v1 import datasets_pb2
+from qlorad.v1 import datasets_pb2, messages_pb2
 from tests.datasets.kit import Door, jsonl, numbered, open_door, refusal
 from tests.house import House
 
@@ -76,8 +76,44 @@ def test_rows_that_are_too_long_are_named_cut_or_dropped(model_door: Door) -> No
     assert (cut.splits[0].rows, cut.splits[0].truncated_rows) == (4, 1)
     row = read(door, cut.digest)[3]
     assert len(row.ids) == 64 and len(row.cut_ids) == cut.splits[0].cut_tokens > 0
+    assert len(row.cut_pieces) == len(row.cut_ids) and "on and on" in "".join(row.cut_pieces)
+    assert (row.origin.file, row.origin.line, row.source_row) == ("rows.jsonl", 4, 3)
     dropped = build(door, made.name, 64, over_length=datasets_pb2.OVER_LENGTH_DROP)[-1].ledger
     assert (dropped.splits[0].rows, dropped.splits[0].dropped_rows) == (3, 1)
+    whole = build(door, made.name, 512, over_length=datasets_pb2.OVER_LENGTH_ERROR)[-1].ledger.splits[0]
+    parted = build(door, made.name, 64, over_length=datasets_pb2.OVER_LENGTH_SPLIT)[-1].ledger
+    pieces = [r for r in read(door, parted.digest) if r.source_row == 3]
+    (told,) = parted.splits
+    assert (told.split_rows, told.rows) == (1, 3 + len(pieces)) and len(pieces) > 2
+    assert [r.piece for r in pieces] == list(range(len(pieces))) and {r.origin.line for r in pieces} == {4}
+    assert told.trained_tokens == whole.trained_tokens, "every trained token is trained once"
+    assert told.cut_tokens == sum(len(r.cut_ids) for r in pieces)
+
+
+def test_a_prompt_format_is_chosen_and_a_dataset_is_measured(model_door: Door) -> None:
+    door = model_door
+    made = door.make("formed", jsonl(numbered(40)), split=datasets_pb2.Split(validation_fraction=0.25))
+    vicuna = build(door, made.name, prompt_format=messages_pb2.PROMPT_FORMAT_VICUNA)[-1].ledger
+    assert vicuna.prompt_format == messages_pb2.PROMPT_FORMAT_VICUNA
+    assert vicuna.digest != build(door, made.name)[-1].ledger.digest
+    row = read(door, vicuna.digest, max_rows=1)[0]
+    assert "USER: Say " in row.text and row.text == "".join(row.pieces)
+
+    def measured(**fields: object) -> datasets_pb2.DatasetMeasure:
+        request = datasets_pb2.MeasureDatasetRequest(dataset=made.name, model=MODEL, **fields)
+        return list(door.stub.MeasureDataset(request, timeout=60))[-1].measure
+
+    told = measured(prompt_format=messages_pb2.PROMPT_FORMAT_VICUNA)
+    assert (told.dataset_digest, told.rows) == (made.digest, 40)
+    assert told.tokens == sum(s.tokens for s in vicuna.splits)
+    assert told.trained_tokens == sum(s.trained_tokens for s in vicuna.splits)
+    assert [f.max_length_tokens for f in told.forecasts] == [128, 256, 512, 1024] and told.quantiles[-1].tokens < 128
+    (short,) = measured(max_length_tokens=[20]).forecasts
+    assert short.longer_rows == 40 and short.cut_tokens > 0 and 0 < short.packing_fill <= 1
+    wrong = refusal(lambda: measured(max_length_tokens=[0, 8], prompt_format=99))
+    assert wrong.fields == ["prompt_format", "max_length_tokens[0]"]
+    assert refusal(lambda: measured(max_length_tokens=[1 << 15])).fields == ["max_length_tokens"]
+    assert refusal(lambda: build(door, made.name, prompt_format=99)).fields == ["prompt_format"]
 
 
 def test_wrong_requests_are_refused_by_field(model_door: Door) -> None:
