@@ -7,7 +7,6 @@ refused by name before a row is read, a value that it cannot hold is a problem.
 from __future__ import annotations
 
 import math
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -60,7 +59,7 @@ def plain(kind: Any, name: str, level: int = 2) -> Plain:
         raise Unreadable(Problem("too_deep", told, f"at most {MAX_DEPTH} levels of lists and objects", name))
     if isinstance(kind, pa.BaseExtensionType):
         if kind.extension_name == "arrow.uuid":
-            return Plain(kind.storage_type, lambda v: str(uuid.UUID(bytes=v)))
+            return Plain(kind.storage_type, _uuid)
         inner = plain(kind.storage_type, name, level)
         return Plain(inner.cast or kind.storage_type, inner.each)
     if types.is_dictionary(kind):
@@ -153,6 +152,11 @@ def _text(value: bytes, name: str) -> str:
     except UnicodeDecodeError:
         told = f"{len(value)} bytes that are not UTF-8 text"
         raise NotPlain(Problem("binary_value", told, "leave the column out, or write it as text", name)) from None
+
+
+def _uuid(value: bytes) -> str:
+    digits = value.hex()
+    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
 
 
 def _date(days: int, name: str) -> str:
