@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pathlib
+import re
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -223,14 +225,26 @@ def _marked(row: datasets_pb2.LedgerRow) -> str:
     colour = out.terminal(sys.stdout)
     on, off = ("\x1b[1;32m", "\x1b[0m") if colour else ("[[", "]]")
     cut_on, cut_off = ("\x1b[9;31m", "\x1b[0m") if colour else ("{{", "}}")
-    text, inside = "", False
+    runs: list[tuple[bool, list[str]]] = []
     for piece, trained in zip(row.pieces, row.trained, strict=True):
-        if trained != inside:
-            text += on if trained else off
-            inside = trained
-        text += piece
-    text += off if inside else ""
-    return text + (cut_on + "".join(row.cut_pieces) + cut_off if row.cut_ids else "")
+        if not runs or runs[-1][0] != trained:
+            runs.append((trained, []))
+        runs[-1][1].append(piece)
+    text = "".join(f"{on}{_whole(pieces)}{off}" if trained else _whole(pieces) for trained, pieces in runs)
+    return text + (cut_on + _whole(row.cut_pieces) + cut_off if row.cut_ids else "")
+
+
+def _whole(pieces: Iterable[str]) -> str:
+    """Pieces as one text; bytes that several tokens spell are a character again where all of them are there."""
+
+    def character(found: re.Match[str]) -> str:
+        told = bytes(int(n, 16) for n in re.findall("<0x(..)>", found[0]))
+        try:
+            return told.decode()
+        except UnicodeDecodeError:
+            return found[0]
+
+    return re.sub("(?:<0x[89A-F][0-9A-F]>){2,}", character, "".join(pieces))
 
 
 def _show(wanted: Format, dataset: datasets_pb2.Dataset) -> None:
