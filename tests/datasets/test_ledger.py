@@ -107,8 +107,8 @@ def test_a_prompt_format_is_chosen_and_a_dataset_is_measured(model_door: Door) -
     assert (told.dataset_digest, told.rows) == (made.digest, 40)
     assert told.tokens == sum(s.tokens for s in vicuna.splits)
     assert told.trained_tokens == sum(s.trained_tokens for s in vicuna.splits)
-    assert [f.max_length_tokens for f in told.forecasts] == [128, 256, 512, 1024] and told.quantiles[-1].tokens < 128
-    (short,) = measured(max_length_tokens=[20]).forecasts
+    assert [f.max_length_tokens for f in told.forecasts] == [128, 256, 512, 1024] and 0 < told.quantiles[0].tokens < 256
+    (short,) = measured(max_length_tokens=[10]).forecasts
     assert short.longer_rows == 40 and short.cut_tokens > 0 and 0 < short.packing_fill <= 1
     wrong = refusal(lambda: measured(max_length_tokens=[0, 8], prompt_format=99))
     assert wrong.fields == ["prompt_format", "max_length_tokens[0]"]
