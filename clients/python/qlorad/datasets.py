@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias, Unpack
 
 from qlorad import errors
@@ -182,16 +182,28 @@ class Datasets:
         )
         return (self._wire.call(self._stub.DeleteDataset, request)).freed_bytes
 
-    def export(self, dataset: str, *, split: str = "", format: str | int = 0, max_rows: int = 0) -> Iterator[bytes]:
-        """The rows as JSONL, whole lines without their newline."""
+    def export(
+        self,
+        dataset: str,
+        *,
+        split: str = "",
+        format: str | int = 0,
+        max_rows: int = 0,
+        on_loss: str | int = 0,
+        summary: Callable[[pb.ExportSummary], None] | None = None,
+    ) -> Iterator[bytes]:
+        """The rows as JSONL, whole lines without their newline; `summary` is told at the end what was lost."""
         request = pb.ExportDatasetRequest(
             name=full_name("datasets", dataset),
             split=split,
             format=enum_value(pb.RowFormat, "ROW_FORMAT_", "format", format),
             max_rows=max_rows,
+            on_loss=enum_value(pb.OnLoss, "ON_LOSS_", "on_loss", on_loss),
         )
         rest = b""
         for message in self._wire.stream(self._stub.ExportDataset, request):
+            if summary is not None and message.HasField("summary"):
+                summary(message.summary)
             *lines, rest = (rest + message.data).split(b"\n")
             for line in lines:
                 yield line

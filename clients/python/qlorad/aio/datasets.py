@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pathlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, TypeAlias, Unpack
 
 from qlorad import errors
@@ -181,17 +181,27 @@ class Datasets:
         return (await self._wire.call(self._stub.DeleteDataset, request)).freed_bytes
 
     async def export(
-        self, dataset: str, *, split: str = "", format: str | int = 0, max_rows: int = 0
+        self,
+        dataset: str,
+        *,
+        split: str = "",
+        format: str | int = 0,
+        max_rows: int = 0,
+        on_loss: str | int = 0,
+        summary: Callable[[pb.ExportSummary], None] | None = None,
     ) -> AsyncIterator[bytes]:
-        """The rows as JSONL, whole lines without their newline."""
+        """The rows as JSONL, whole lines without their newline; `summary` is told at the end what was lost."""
         request = pb.ExportDatasetRequest(
             name=full_name("datasets", dataset),
             split=split,
             format=enum_value(pb.RowFormat, "ROW_FORMAT_", "format", format),
             max_rows=max_rows,
+            on_loss=enum_value(pb.OnLoss, "ON_LOSS_", "on_loss", on_loss),
         )
         rest = b""
         async for message in self._wire.stream(self._stub.ExportDataset, request):
+            if summary is not None and message.HasField("summary"):
+                summary(message.summary)
             *lines, rest = (rest + message.data).split(b"\n")
             for line in lines:
                 yield line
