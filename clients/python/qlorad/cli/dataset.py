@@ -6,56 +6,24 @@ import pathlib
 import re
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qlorad.cli import dataset_check, dataset_export, dataset_make, dataset_stats
+from qlorad.cli import dataset_show as past
 from qlorad.cli import output as out
+from qlorad.cli.dataset_options import Name
+from qlorad.cli.dataset_show import FINDINGS, example_text, format_of, rows_of, show_dataset
 from qlorad.cli.output import Format, Output
-from qlorad.cli.session import connected, pairs
+from qlorad.cli.session import connected
 
 if TYPE_CHECKING:
     from qlorad.v1 import datasets_pb2
 
 app = typer.Typer(help="Upload files, make datasets of them, look inside.", no_args_is_help=True)
-Name = Annotated[str, typer.Argument(help="A dataset: its alias or sha256:….")]
-
-
-@app.command("upload")
-def upload(
-    files: Annotated[list[pathlib.Path], typer.Argument(help="JSONL, JSON or CSV files, in order.")],
-    name: Annotated[str, typer.Option(help="The alias to give; else the first file's name.")] = "",
-    format: Annotated[str, typer.Option(help="instruction, chat, completion or text; else it is sniffed.")] = "",
-    validation: Annotated[float, typer.Option(help="Share set aside for validation.")] = 0.1,
-    test: Annotated[float, typer.Option(help="Share set aside for test.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Same seed and rows, same split.")] = 0,
-    on_row_error: Annotated[str, typer.Option(help="refuse or skip.")] = "refuse",
-    column: Annotated[
-        list[str] | None, typer.Option(help="FIELD=COLUMN, as in output=answer; may be repeated.")
-    ] = None,
-    move: Annotated[bool, typer.Option(help="If the alias exists, move it.")] = False,
-    keep_duplicates: Annotated[bool, typer.Option(help="Keep exact duplicates.")] = False,
-    output: Output = Format.table,
-) -> None:
-    """Uploads files and makes a dataset of them. Goes on where an earlier upload was cut."""
-    from qlorad.cli import progress
-
-    alias = name or files[0].stem.lower().replace("_", "-").replace(" ", "-")
-    with connected() as client, progress.shown(f"datasets/{alias}") as tell:
-        made = client.datasets.create(
-            alias,
-            files,
-            format=format,
-            validation=validation,
-            test=test,
-            seed=seed,
-            on_row_error=on_row_error,
-            columns=pairs(column or [], "--column"),
-            move_alias=move,
-            keep_duplicates=keep_duplicates,
-            progress=tell,
-        )
-    _show(output, made)
+for _verbs in (dataset_make, dataset_check, dataset_stats, dataset_export):
+    _verbs.add_to(app)
 
 
 @app.command("list")
@@ -63,8 +31,8 @@ def list_(output: Output = Format.table) -> None:
     """Lists datasets, newest first."""
     columns: list[out.Column] = [
         ("NAME", lambda d: out.bare(d.name)),
-        ("ROWS", lambda d: _rows(d)),
-        ("FORMAT", _format),
+        ("ROWS", rows_of),
+        ("FORMAT", format_of),
         ("SIZE", lambda d: out.size(d.size_bytes)),
         ("CREATED", lambda d: out.when(d.create_time)),
         ("DIGEST", lambda d: out.short(d.digest)),
@@ -74,10 +42,22 @@ def list_(output: Output = Format.table) -> None:
 
 
 @app.command("show")
-def show(name: Name, output: Output = Format.table) -> None:
+def show(
+    name: Name,
+    lineage: Annotated[bool, typer.Option("--lineage", help="What it was made of, up through its parents.")] = False,
+    output: Output = Format.table,
+) -> None:
     """Shows one dataset."""
     with connected() as client:
-        _show(output, client.datasets.get(name))
+        dataset = client.datasets.get(name)
+        if not lineage:
+            show_dataset(output, dataset)
+            return
+        told = past.lineage(client, dataset)
+    if output is not Format.table:
+        out.emit_json({"lineage": told})
+    else:
+        print("\n".join(past.tree(told, out.unicode_ok(sys.stdout))))
 
 
 @app.command("preview")
@@ -99,7 +79,7 @@ def preview(
         if output is Format.jsonl:
             out.emit_json(example)
         else:
-            print(f"--- row {number}\n{_example_text(example)}")
+            print(f"--- row {number}\n{example_text(example)}")
 
 
 @app.command("findings")
@@ -109,48 +89,9 @@ def findings(
     output: Output = Format.table,
 ) -> None:
     """Lists what validation saw."""
-    from qlorad.v1 import datasets_pb2
-
-    columns: list[out.Column] = [
-        ("SEVERITY", lambda f: out.word(datasets_pb2.Severity, "SEVERITY_", f.severity)),
-        ("WHERE", lambda f: f"{f.file}:{f.line}" if f.line else f.file),
-        ("RULE", lambda f: f.rule),
-        ("MESSAGE", lambda f: f.message),
-        ("HINT", lambda f: f.hint),
-    ]
     with connected() as client:
         found = client.datasets.findings(name, min_severity=severity)
-        out.many(output, "findings", found, columns, "no findings")
-
-
-@app.command("export")
-def export(
-    name: Name,
-    to: Annotated[pathlib.Path | None, typer.Option(help="The file to write; else stdout.")] = None,
-    split: Annotated[str, typer.Option(help="train, validation or test; else all in this order.")] = "",
-    format: Annotated[str, typer.Option(help="instruction, chat, completion or text; else canonical.")] = "",
-    rows: Annotated[int, typer.Option(min=0, help="At most so many; 0 = all.")] = 0,
-    output: Output = Format.table,
-) -> None:
-    """Writes the rows as JSONL; `-o` is the form of what is said about it, where a file is written."""
-    with connected() as client:
-        lines = client.datasets.export(name, split=split, format=format, max_rows=rows)
-        if to is None:
-            for line in lines:
-                sys.stdout.buffer.write(line + b"\n")
-            sys.stdout.buffer.flush()
-            return
-        part = to.with_name(to.name + ".part")
-        count = 0
-        with part.open("wb") as f:
-            for line in lines:
-                f.write(line + b"\n")
-                count += 1
-        part.replace(to)
-    if output is not Format.table:
-        out.emit_json({"file": str(to), "rows": count})
-    else:
-        print(f"{count} rows in {to}")
+        out.many(output, "findings", found, FINDINGS, "no findings")
 
 
 @app.command("delete")
@@ -194,7 +135,7 @@ def ledger(
         return
     print(f"ledger {made.digest}, at most {made.max_length_tokens} tokens a row")
     out.table(
-        ["SPLIT", "ROWS", "TOKENS", "TRAINED", "TRUNCATED", "SPLIT UP", "CUT", "DROPPED", "LONGEST", "PACKED", "FILL"],
+        ["SPLIT", "ROWS", "TOKENS", "TRAINED", "TRUNCATED", "SPLIT-UP", "CUT", "DROPPED", "LONGEST", "PACKED", "FILL"],
         [
             [s.split]
             + [
@@ -245,44 +186,3 @@ def _whole(pieces: Iterable[str]) -> str:
             return found[0]
 
     return re.sub("(?:<0x[89A-F][0-9A-F]>){2,}", character, "".join(pieces))
-
-
-def _show(wanted: Format, dataset: datasets_pb2.Dataset) -> None:
-    rows = [
-        ("name", dataset.name),
-        ("digest", dataset.digest),
-        ("format", _format(dataset)),
-        ("rows", _rows(dataset)),
-        ("skipped rows", str(dataset.stats.skipped_rows or "")),
-        ("duplicates dropped", str(dataset.stats.duplicate_rows or "")),
-        ("findings", ", ".join(f"{n} {rule}" for rule, n in sorted(dataset.stats.findings.items()))),
-        ("size", out.size(dataset.size_bytes)),
-        ("created", out.when(dataset.create_time)),
-    ]
-    out.one(wanted, dataset, rows)
-
-
-def _rows(dataset: datasets_pb2.Dataset) -> str:
-    rows = dataset.stats.rows
-    names = [n for n in ("train", "validation", "test") if n in rows] + sorted(
-        set(rows) - {"train", "validation", "test"}
-    )
-    return ", ".join(f"{rows[n]} {n}" for n in names)
-
-
-def _format(dataset: datasets_pb2.Dataset) -> str:
-    from qlorad.v1 import datasets_pb2 as pb
-
-    return out.word(pb.RowFormat, "ROW_FORMAT_", dataset.format).lower()
-
-
-def _example_text(example: dict[str, Any]) -> str:
-    if "completion" in example:
-        body = example["completion"]
-        return f"[prompt] {body.get('prompt', '')}\n[completion] {body.get('completion', '')}"
-    lines = []
-    for message in example.get("chat", {}).get("messages", []):
-        role = str(message.get("role", "")).removeprefix("ROLE_").lower()
-        lines.append(f"[{role}] " + "".join(part.get("text", "") for part in message.get("parts", [])))
-        lines += [f"  calls {call.get('name')}({call.get('arguments_json')})" for call in message.get("tool_calls", [])]
-    return "\n".join(lines)

@@ -84,3 +84,33 @@ def _framed(
     first, last = f"{xs[0]:g}", f"{labels[0]} {xs[1]:g}"
     lines.append(" " * (margin + 2) + first + last.rjust(max(width - len(first), len(last) + 1)))
     return lines
+
+
+def histogram(bounds: Sequence[int], counts: Sequence[int], width: int = 40, fancy: bool = True) -> list[str]:
+    """A bar for each count: values at most bounds[i], the last above all of them.
+
+    Empty bars before the first and behind the last full one are left out; where
+    every count is 0 there are no lines. A count above 0 has at least the smallest bar.
+    """
+    full = [i for i, n in enumerate(counts) if n]
+    if not full:
+        return []
+    most = max(counts)
+    at_most, above = ("≤", ">") if fancy else ("<=", ">")
+    rows = range(full[0], full[-1] + 1)
+    names = {
+        i: f"{at_most} {bounds[i]}" if i < len(bounds) else f"{above} {bounds[-1]}" if bounds else "all" for i in rows
+    }
+    margin = max(len(name) for name in names.values())
+    wall = "│" if fancy else "|"
+    return [f"{names[i]:>{margin}} {wall}{_bar(counts[i] / most * width, counts[i], fancy)} {counts[i]}" for i in rows]
+
+
+def _bar(length: float, count: int, fancy: bool) -> str:
+    """A bar in eighths of a character where the terminal can."""
+    if not count:
+        return ""
+    if not fancy:
+        return "#" * max(1, round(length))
+    eighths = max(1, round(length * 8))
+    return "█" * (eighths // 8) + "▏▎▍▌▋▊▉"[eighths % 8 - 1 : eighths % 8]

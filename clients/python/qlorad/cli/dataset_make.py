@@ -1,0 +1,123 @@
+"""`qlorad dataset upload`, `import`, `split`: new datasets of files, hubs, folders and other datasets.
+
+Law of this room: every verb makes one plan and one call; nothing is decided here.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qlorad.cli import dataset_options as given
+from qlorad.cli.dataset_show import show_dataset
+from qlorad.cli.output import Format, Output
+from qlorad.cli.session import connected
+
+if TYPE_CHECKING:
+    from qlorad.plans import Plan
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds the verbs."""
+    app.command("upload")(upload)
+    app.command("import")(import_)
+    app.command("split")(split)
+
+
+def upload(
+    files: Annotated[
+        list[pathlib.Path],
+        typer.Argument(help="JSONL, JSON, CSV, TSV, Parquet or Arrow files, packed as .gz or .zst too, in order."),
+    ],
+    name: Annotated[str, typer.Option(help="The alias to give; else the first file's name.")] = "",
+    format: given.FormatOf = "",
+    validation: given.Share = 0.1,
+    test: given.TestShare = 0.0,
+    seed: given.Seed = 0,
+    stratify_by: given.Stratify = "",
+    on_row_error: given.OnRowError = "refuse",
+    column: given.Column = None,
+    steps: given.Steps = None,
+    repair: given.Repair = None,
+    near_duplicates: given.Near = "",
+    similarity: given.Similarity = None,
+    move: given.Move = False,
+    keep_duplicates: given.KeepDuplicates = False,
+    output: Output = Format.table,
+) -> None:
+    """Uploads files and makes a dataset of them. Goes on where an earlier upload was cut."""
+    asked = given.plan(
+        format, column, validation, test, seed, stratify_by, False, on_row_error, keep_duplicates, near_duplicates,
+        similarity, repair, steps,
+    )  # fmt: skip
+    _make(output, name or alias_of(files[0].name.partition(".")[0]), files, move, asked)
+
+
+def import_(
+    source: Annotated[str, typer.Argument(help="hub:OWNER/NAME[@REVISION], or a folder of the daemon's host.")],
+    name: Annotated[str, typer.Option(help="The alias to give; else the source's name.")] = "",
+    config: given.Config = "",
+    split: given.Splits = None,
+    file: given.Patterns = None,
+    keep_splits: given.KeepSplits = False,
+    format: given.FormatOf = "",
+    validation: given.Share = 0.1,
+    test: given.TestShare = 0.0,
+    seed: given.Seed = 0,
+    stratify_by: given.Stratify = "",
+    on_row_error: given.OnRowError = "refuse",
+    column: given.Column = None,
+    steps: given.Steps = None,
+    repair: given.Repair = None,
+    near_duplicates: given.Near = "",
+    similarity: given.Similarity = None,
+    move: given.Move = False,
+    keep_duplicates: given.KeepDuplicates = False,
+    output: Output = Format.table,
+) -> None:
+    """Makes a dataset of a hub's repository, or of a folder laid out like one. What was fetched is kept for a week."""
+    asked = given.plan(
+        format, column, validation, test, seed, stratify_by, keep_splits, on_row_error, keep_duplicates,
+        near_duplicates, similarity, repair, steps,
+    )  # fmt: skip
+    asked = given.sourced(asked, source, config, split or [], file or [])
+    last = source.partition("@")[0] if source.startswith("hub:") else str(pathlib.Path(source).resolve())
+    _make(output, name or alias_of(re.split(r"[/:]", last)[-1]), [], move, asked)
+
+
+def split(
+    dataset: given.Name,
+    name: given.Alias,
+    validation: given.Share = 0.0,
+    test: given.TestShare = 0.0,
+    seed: given.Seed = 0,
+    stratify_by: given.Stratify = "",
+    near_duplicates: given.Near = "",
+    similarity: given.Similarity = None,
+    steps: given.Steps = None,
+    move: given.Move = False,
+    output: Output = Format.table,
+) -> None:
+    """Makes a dataset of another's rows, split anew; equal and nearly equal rows stay on one side."""
+    asked = given.plan(
+        validation=validation, test=test, seed=seed, stratify_by=stratify_by, near=near_duplicates,
+        similarity=similarity, steps=steps,
+    )  # fmt: skip
+    _make(output, name, [], move, {**asked, "parents": [dataset]})
+
+
+def _make(output: Format, alias: str, files: list[pathlib.Path], move: bool, asked: Plan) -> None:
+    from qlorad.cli import progress
+
+    sent: list[Any] = list(files)
+    with connected() as client, progress.shown(f"datasets/{alias}") as tell:
+        made = client.datasets.create(alias, sent, move_alias=move, progress=tell, **asked)
+    show_dataset(output, made)
+
+
+def alias_of(name: str) -> str:
+    """An alias like a file's or a repository's name."""
+    return re.sub(r"[^a-z0-9.-]+", "-", name.lower()).strip("-.") or "dataset"

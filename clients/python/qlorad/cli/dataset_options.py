@@ -1,0 +1,156 @@
+"""Options that several verbs of `qlorad dataset` share, and their words as a plan.
+
+Law of this room: a word means the same behind every verb.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qlorad.cli.session import pairs
+
+if TYPE_CHECKING:
+    from qlorad.plans import Plan, Step
+
+Name = Annotated[str, typer.Argument(help="A dataset: its alias or sha256:….")]
+Alias = Annotated[str, typer.Option("--name", help="The alias to give.")]
+Move = Annotated[bool, typer.Option("--move", help="If the alias exists, move it.")]
+FormatOf = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        help="instruction, chat, completion, text, sharegpt, preference, infill or canonical; else it is sniffed.",
+    ),
+]
+Column = Annotated[
+    list[str] | None, typer.Option("--column", help="FIELD=COLUMN, as in output=answer; may be repeated.")
+]
+Share = Annotated[float, typer.Option("--validation", help="Share set aside for validation.")]
+TestShare = Annotated[float, typer.Option("--test", help="Share set aside for test.")]
+Seed = Annotated[int, typer.Option("--seed", help="Same seed and rows, same split.")]
+Stratify = Annotated[
+    str,
+    typer.Option("--stratify-by", help="form, language, source or metadata.KEY: each kind gets its share."),
+]
+KeepSplits = Annotated[
+    bool, typer.Option("--keep-splits", help="Keep the splits that the source has; no shares are set aside.")
+]
+OnRowError = Annotated[str, typer.Option("--on-row-error", help="refuse or skip.")]
+KeepDuplicates = Annotated[bool, typer.Option("--keep-duplicates", help="Keep exact duplicates.")]
+Near = Annotated[
+    str,
+    typer.Option("--near-duplicates", help="ignore, together or drop; else together where rows are set aside."),
+]
+Similarity = Annotated[
+    float | None,
+    typer.Option("--similarity", min=0.5, max=1.0, help="How similar near duplicates are; else 0.8."),
+]
+Repair = Annotated[list[str] | None, typer.Option("--repair", help="A repair by name, or all; may be repeated.")]
+Steps = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--steps", help="A YAML file of steps, or NAME, or NAME={PARAMETER: VALUE, …}; may be repeated, in order."
+    ),
+]
+Config = Annotated[str, typer.Option("--config", help="The configuration that the source's card names.")]
+Splits = Annotated[list[str] | None, typer.Option("--split", help="A split of the source; may be repeated; else all.")]
+Patterns = Annotated[
+    list[str] | None, typer.Option("--file", help="A pattern of files to take, as in data/*.jsonl; may be repeated.")
+]
+
+
+def plan(
+    format: str = "",
+    column: Sequence[str] | None = None,
+    validation: float = 0.0,
+    test: float = 0.0,
+    seed: int = 0,
+    stratify_by: str = "",
+    keep_splits: bool = False,
+    on_row_error: str = "",
+    keep_duplicates: bool = False,
+    near: str = "",
+    similarity: float | None = None,
+    repair: Sequence[str] | None = None,
+    steps: Sequence[str] | None = None,
+) -> Plan:
+    """The words of the shared options as a plan."""
+    asked: Plan = {
+        "format": format,
+        "columns": pairs(list(column or []), "--column"),
+        "validation": 0.0 if keep_splits else validation,
+        "test": test,
+        "seed": seed,
+        "stratify_by": stratify_by,
+        "keep_splits": keep_splits,
+        "on_row_error": on_row_error,
+        "keep_duplicates": keep_duplicates,
+        "near_duplicates": near,
+        "repairs": list(repair or []),
+        "steps": steps_of(steps or []),
+    }
+    if similarity is not None:
+        asked["similarity"] = similarity
+    return asked
+
+
+def sourced(asked: Plan, source: str, config: str, splits: Sequence[str], files: Sequence[str]) -> Plan:
+    """The plan with rows of "hub:OWNER/NAME[@REV]" or of a folder."""
+    from qlorad import plans
+    from qlorad.v1 import datasets_pb2 as pb
+
+    if source.startswith("hub:"):
+        hub = plans.hub_of(source.removeprefix("hub:"))
+        hub.config = config
+        hub.splits.extend(splits)
+        hub.files.extend(files)
+        return {**asked, "hub": hub}
+    path = str(pathlib.Path(source).expanduser().resolve())
+    return {**asked, "folder": pb.FolderSource(path=path, config=config, splits=splits, files=files)}
+
+
+def steps_of(words: Sequence[str]) -> list[Step]:
+    """Steps of words, in order: files of them, or one each."""
+    found: list[Step] = []
+    for word in words:
+        path = pathlib.Path(word)
+        found += _of_file(path) if path.suffix in (".yaml", ".yml", ".json") else [_of_word(word)]
+    return found
+
+
+def _of_word(word: str) -> Step:
+    name, found, told = word.partition("=")
+    if not found:
+        return name
+    parameters = _parsed(told if told.lstrip().startswith("{") else "{" + told + "}", f"--steps {name}")
+    return name, parameters
+
+
+def _of_file(path: pathlib.Path) -> list[Step]:
+    from qlorad import errors
+
+    try:
+        text = path.read_text()
+    except OSError as e:
+        raise errors.invalid("--steps", str(path), f"a readable file ({e.strerror})") from None
+    tree = _parsed(text, f"--steps {path}")
+    steps = tree.get("steps") if isinstance(tree, dict) else tree
+    if not isinstance(steps, list) or not all(isinstance(s, str | dict) for s in steps):
+        raise errors.invalid("--steps", str(path), "a list of NAME or {NAME: {PARAMETER: VALUE}}, alone or under steps")
+    return steps
+
+
+def _parsed(text: str, option: str) -> Any:
+    import yaml
+
+    from qlorad import errors
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        told = " ".join(str(e).split())
+        raise errors.invalid(option, text[:80], f"YAML, as in {{min_words: 3}} ({told})") from None

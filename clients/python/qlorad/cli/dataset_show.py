@@ -1,0 +1,185 @@
+"""How a dataset, its rows and its past look in a terminal.
+
+Law of this room: prints what it is given; asks nobody but for the parents of a lineage.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from qlorad.cli import output as out
+from qlorad.cli.output import Format
+
+if TYPE_CHECKING:
+    from qlorad.client import Client
+    from qlorad.v1 import datasets_pb2
+
+_SPLITS = ("train", "validation", "test")
+
+
+def _severity(finding: datasets_pb2.Finding) -> str:
+    from qlorad.v1 import datasets_pb2 as pb
+
+    return out.word(pb.Severity, "SEVERITY_", finding.severity)
+
+
+FINDINGS: list[out.Column] = [
+    ("SEVERITY", _severity),
+    ("WHERE", lambda f: f"{f.file}:{f.line}" if f.line else f.file),
+    ("FIELD", lambda f: f.field),
+    ("RULE", lambda f: f.rule),
+    ("MESSAGE", lambda f: f.message),
+    ("HINT", lambda f: f.hint),
+]
+
+
+def show_dataset(wanted: Format, dataset: datasets_pb2.Dataset) -> None:
+    """One dataset."""
+    stats, lineage = dataset.stats, dataset.lineage
+    near = f"{stats.near_duplicate_rows} near" if stats.near_duplicate_rows else ""
+    exact = f"{stats.duplicate_rows} exact dropped" if stats.duplicate_rows else ""
+    rows = [
+        ("name", dataset.name),
+        ("digest", dataset.digest),
+        ("format", format_of(dataset)),
+        ("rows", rows_of(dataset)),
+        ("skipped rows", str(stats.skipped_rows or "")),
+        ("duplicates", ", ".join(x for x in (exact, near) if x)),
+        ("repaired", counted(stats.repaired)),
+        ("dropped by step", counted(stats.dropped_by_step)),
+        ("changed by step", counted(stats.changed_by_step)),
+        ("findings", ", ".join(f"{n} {rule}" for rule, n in sorted(stats.findings.items()))),
+        ("score", f"{stats.quality.score:.1f} of 100" if stats.quality.parts else ""),
+        ("from", lineage.source or ", ".join(p.name for p in lineage.parents)),
+        ("size", out.size(dataset.size_bytes)),
+        ("created", out.when(dataset.create_time)),
+    ]
+    out.one(wanted, dataset, rows)
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """Counts by name, as in "2 citations"; steps in their order."""
+    return ", ".join(f"{counts[k]} {k}" for k in sorted(counts, key=lambda k: (_index(k), k)))
+
+
+def _index(key: str) -> int:
+    """The place of a step in its pipeline, in "2:citations"."""
+    first = key.partition(":")[0]
+    return int(first) if first.isdigit() else -1
+
+
+def rows_of(dataset: datasets_pb2.Dataset) -> str:
+    """Rows by split."""
+    rows = dataset.stats.rows
+    names = [n for n in _SPLITS if n in rows] + sorted(set(rows) - set(_SPLITS))
+    return ", ".join(f"{rows[n]} {n}" for n in names)
+
+
+def format_of(dataset: datasets_pb2.Dataset) -> str:
+    """The form of rows; where files differ, the forms."""
+    from qlorad.v1 import datasets_pb2 as pb
+
+    if not dataset.format and dataset.stats.forms:
+        return ", ".join(sorted(dataset.stats.forms))
+    return out.word(pb.RowFormat, "ROW_FORMAT_", dataset.format).lower()
+
+
+# Rows
+
+
+def example_text(example: dict[str, Any]) -> str:
+    """A canonical example as people read it."""
+    return "\n".join(_lines(example))
+
+
+def _lines(example: dict[str, Any]) -> Iterator[str]:
+    if "completion" in example:
+        body = example["completion"]
+        if body.get("prompt"):
+            yield f"[prompt] {body['prompt']}"
+        yield f"[{'completion' if body.get('prompt') else 'text'}] {body.get('completion', '')}"
+    elif "infill" in example:
+        for name in ("prefix", "middle", "suffix"):
+            yield f"[{name}] {example['infill'].get(name, '')}"
+    elif "preference" in example:
+        told = example["preference"]
+        yield from _conversation(told.get("prompt", {}))
+        for side in ("chosen", "rejected"):
+            yield f"[{side}]"
+            yield from ("  " + line for line in _turns(told.get(side, [])))
+    else:
+        yield from _conversation(example.get("chat", {}))
+    if example.get("metadata"):
+        yield "[metadata] " + json.dumps(example["metadata"], ensure_ascii=False, sort_keys=True)
+
+
+def _conversation(conversation: dict[str, Any]) -> Iterator[str]:
+    for tool in conversation.get("tools", []):
+        described = f": {tool['description']}" if tool.get("description") else ""
+        yield f"[tool on offer] {tool.get('name')}({tool.get('parameters_json', '')}){described}"
+    yield from _turns(conversation.get("messages", []))
+
+
+def _turns(messages: list[dict[str, Any]]) -> Iterator[str]:
+    for message in messages:
+        role = str(message.get("role", "")).removeprefix("ROLE_").lower()
+        answers = f" {message['tool_call_id']}" if message.get("tool_call_id") else ""
+        text = "".join(part.get("text", "") for part in message.get("parts", []))
+        yield f"[{role}{answers}] {text}".rstrip()
+        for call in message.get("tool_calls", []):
+            ident = f" as {call['id']}" if call.get("id") else ""
+            yield f"  calls {call.get('name')}({call.get('arguments_json', '')}){ident}"
+
+
+# Lineage
+
+
+def lineage(client: Client, dataset: datasets_pb2.Dataset) -> dict[str, Any]:
+    """A dataset and all that it was made of, up through its parents; one that is gone says so."""
+    from qlorad.errors import NotFound
+
+    parents: list[dict[str, Any]] = []
+    for parent in dataset.lineage.parents:
+        try:
+            found = client.datasets.get(parent.digest)
+        except NotFound:
+            parents.append({"name": parent.name, "digest": parent.digest, "is_gone": True})
+        else:
+            parents.append({**lineage(client, found), "name": parent.name})
+    told: dict[str, Any] = out.as_dict(dataset.lineage)
+    told["parents"] = parents
+    rows = dict(dataset.stats.rows)
+    return {"name": dataset.name, "digest": dataset.digest, "is_gone": False, "rows": rows, **told}
+
+
+def tree(told: dict[str, Any], fancy: bool) -> list[str]:
+    """A lineage as lines."""
+    rows = ", ".join(f"{n} {split}" for split, n in told.get("rows", {}).items())
+    gone = "gone from this store" if told["is_gone"] else rows
+    lines = [f"{told['name']}  {out.short(told['digest'])}  {gone}".rstrip()]
+    branches = [[f"repaired: {', '.join(told['repairs'])}"]] if told.get("repairs") else []
+    branches += [[_step(s)] for s in told.get("steps", [])]
+    branches += [[f"from {told['source']}"]] if told.get("source") else []
+    branches += [
+        [f"{f['file']}  sha256:{f['sha256'][:12]}  {out.size(f['size_bytes'])}, {f['container']}, {_form(f['format'])}"]
+        for f in told.get("files", [])
+    ]
+    branches += [tree(parent, fancy) for parent in told.get("parents", [])]
+    bar, tee, end = ("│  ", "├─ ", "└─ ") if fancy else ("|  ", "|- ", "`- ")
+    for i, branch in enumerate(branches):
+        last = i == len(branches) - 1
+        lines.append((end if last else tee) + branch[0])
+        lines += [("   " if last else bar) + line for line in branch[1:]]
+    return lines
+
+
+def _step(applied: dict[str, Any]) -> str:
+    step = applied["step"]
+    parameters = json.dumps(step["parameters"], ensure_ascii=False) if step.get("parameters") else ""
+    return f"step {step['name']} {parameters}".rstrip() + f"  ({applied['package']})"
+
+
+def _form(name: str) -> str:
+    return name.removeprefix("ROW_FORMAT_").lower()
