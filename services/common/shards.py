@@ -12,7 +12,7 @@ import itertools
 import mmap
 import pathlib
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import BinaryIO
 
@@ -30,9 +30,16 @@ def splits_in(folder: pathlib.Path) -> list[str]:
 
 
 class ShardWriter:
-    """Writes one split, row by row; memory does not grow with rows."""
+    """Writes one split, row by row; memory does not grow with rows. `whole` hears of each shard that is."""
 
-    def __init__(self, folder: pathlib.Path, split: str, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        split: str,
+        shard_bytes: int = SHARD_BYTES,
+        whole: Callable[[pathlib.Path], object] | None = None,
+    ) -> None:
+        self._whole = whole
         self._folder = folder
         self._split = split
         self._limit = shard_bytes
@@ -72,9 +79,14 @@ class ShardWriter:
             first += count
         self.rows += len(sizes)
 
-    def _next_shard(self) -> None:
+    def _end_shard(self) -> None:
         if self._shard is not None:
             self._shard.close()
+            if self._whole is not None:
+                self._whole(pathlib.Path(self._shard.name))
+
+    def _next_shard(self) -> None:
+        self._end_shard()
         self._number += 1
         self._at = 0
         self._shard = (self._folder / f"{self._split}-{self._number:05d}.jsonl").open("wb")
@@ -82,8 +94,7 @@ class ShardWriter:
     def close(self) -> None:
         """Ends the split. Durability is the shelf's business, at sealing."""
         self._index.close()
-        if self._shard is not None:
-            self._shard.close()
+        self._end_shard()
 
     def __enter__(self) -> ShardWriter:
         return self

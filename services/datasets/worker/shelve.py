@@ -10,6 +10,7 @@ import contextlib
 import pathlib
 from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy.typing as npt
 
 from qlorad.v1 import datasets_pb2
 from services.common.shards import ShardWriter
+from services.common.shelf import fsync_path
 from services.datasets.worker.split import SIDES
 from services.datasets.worker.spool import Block, Spool
 
@@ -66,16 +68,24 @@ def distribute(
     kept_sides = np.bincount(sides[keep], minlength=len(SIDES))
     wanted = {name: int(n) for name, n in zip(SIDES, kept_sides, strict=True) if n or asked.get(name)}
     totals.rows = wanted
-    with contextlib.ExitStack() as stack:
+    syncing: list[Future[None]] = []
+    with ThreadPoolExecutor(1) as beside, contextlib.ExitStack() as stack:
         writers = {}
         if payload is not None:
-            writers = {SIDES.index(name): stack.enter_context(ShardWriter(payload, name)) for name in wanted}
+
+            def start(path: pathlib.Path) -> None:
+                # Sealing waits for the disk; it waits less if the disk begins now.
+                syncing.append(beside.submit(fsync_path, path))
+
+            writers = {SIDES.index(n): stack.enter_context(ShardWriter(payload, n, whole=start)) for n in wanted}
         for block in spool.blocks():
             here = slice(block.first, block.first + len(block.entries))
             totals.add(block.entries[keep[here]])
             if writers:
                 _move(block, np.where(keep[here], sides[here], 255), writers)
             tell("write", block.first + len(block.entries), spool.rows)
+    for done in syncing:
+        done.result()  # a fault of the disk is told once, and to whoever asked first
     return totals
 
 
