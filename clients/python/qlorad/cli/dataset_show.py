@@ -73,8 +73,11 @@ def _index(key: str) -> int:
 def rows_of(dataset: datasets_pb2.Dataset) -> str:
     """Rows by split."""
     rows = dataset.stats.rows
-    names = [n for n in _SPLITS if n in rows] + sorted(set(rows) - set(_SPLITS))
-    return ", ".join(f"{rows[n]} {n}" for n in names)
+    return ", ".join(f"{rows[n]} {n}" for n in _ordered(rows))
+
+
+def _ordered(rows: Mapping[str, int]) -> list[str]:
+    return [n for n in _SPLITS if n in rows] + sorted(set(rows) - set(_SPLITS))
 
 
 def format_of(dataset: datasets_pb2.Dataset) -> str:
@@ -150,7 +153,9 @@ def lineage(client: Client, dataset: datasets_pb2.Dataset) -> dict[str, Any]:
             parents.append({**lineage(client, found), "name": parent.name})
     told: dict[str, Any] = out.as_dict(dataset.lineage)
     told["parents"] = parents
-    rows = dict(dataset.stats.rows)
+    for applied in told["steps"]:
+        applied["step"]["parameters"] = _whole(applied["step"].get("parameters") or {})
+    rows = {split: dataset.stats.rows[split] for split in _ordered(dataset.stats.rows)}
     return {"name": dataset.name, "digest": dataset.digest, "is_gone": False, "rows": rows, **told}
 
 
@@ -179,6 +184,15 @@ def _step(applied: dict[str, Any]) -> str:
     step = applied["step"]
     parameters = json.dumps(step["parameters"], ensure_ascii=False) if step.get("parameters") else ""
     return f"step {step['name']} {parameters}".rstrip() + f"  ({applied['package']})"
+
+
+def _whole(value: Any) -> Any:
+    """Whole numbers as such, and keys in order: a Struct has every number as a double, and no order."""
+    if isinstance(value, dict):
+        return {k: _whole(v) for k, v in sorted(value.items())}
+    if isinstance(value, list):
+        return [_whole(v) for v in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _form(name: str) -> str:
