@@ -14,6 +14,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from services.datasets import repairs
+from services.datasets.forms import CHAT
 from services.datasets.worker.found import INFO, Problem, clip
 from services.datasets.worker.plain import ROLES, Plain
 from services.datasets.worker.row import Row
@@ -75,7 +77,8 @@ def _message(value: Any, where: str, row: Row) -> Plain:
         _legacy(row, f"{where}.role", "the role tool")
     else:
         hint = _ROLE_HINT + ("; ShareGPT's from/value are another form" if "from" in value else "")
-        row.wrong("unknown_role", f"the role is {clip(role)}", hint, f"{where}.role")
+        repair = repairs.ROLE_NAMES if repairs.role_of(role) and row.form == CHAT else ""
+        row.problems.append(Problem("unknown_role", f"the role is {clip(role)}", hint, f"{where}.role", repair=repair))
     content = value.get("content")
     if type(content) is str:
         if content:

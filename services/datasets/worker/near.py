@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rensa import RMinHash
 
 from services.datasets.worker.bags import Bags
 from services.datasets.worker.spool import Spool
@@ -30,7 +29,7 @@ RECALL = 0.999
 STAGE = "near duplicates"
 _SEED = 2026
 _ROUNDS = 16
-"""So many rows of a bucket are compared with all its others; no more, or a bucket of unlike rows would take for ever."""
+"""So many rows of a bucket are compared with all its others, or one of unlike rows would take for ever."""
 _PART_ROWS = 1 << 20
 _NO_WORDS = np.uint64(0)
 
@@ -95,6 +94,8 @@ def _contents(spool: Spool) -> Array:
 
 def _write_bands(filled: Iterable[tuple[Array, Array]], cut: Bands, scratch: pathlib.Path) -> list[pathlib.Path]:
     """For each band a file with a hash for every bag, in order; 0 for a bag without words."""
+    from rensa import RMinHash  # here, since most datasets need none of its memory
+
     paths = [scratch / f"band-{n}" for n in range(cut.bands)]
     odd = np.random.default_rng(_SEED).integers(0, 1 << 63, cut.rows, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
     with contextlib.ExitStack() as stack:
@@ -112,7 +113,7 @@ def _write_bands(filled: Iterable[tuple[Array, Array]], cut: Bands, scratch: pat
 
 
 def _buckets(path: pathlib.Path, contents: Array) -> Iterator[tuple[Array, Array]]:
-    """Bags that agree on a band and the hash they share, in order of hash and content; one part of the band at a time."""
+    """Bags that agree on a band, and the hash they share, by hash and content; one part of the band at a time."""
     parts = max(1, -(-len(contents) // _PART_ROWS))
     for part in range(parts):
         hashes, members = _part(path, part, parts)

@@ -15,10 +15,10 @@ from typing import Any
 
 from services.common.prompt import example as canonical
 from services.datasets.forms import Form
-from services.datasets.worker import fast, forms, private, rules
+from services.datasets.worker import fast, forms, glance, rules
 from services.datasets.worker.findings import Notes
 from services.datasets.worker.found import ERROR, Problem, Record
-from services.datasets.worker.plain import Plain, body_of, weigh
+from services.datasets.worker.plain import Plain, body_of, hash_of, weigh
 from services.datasets.worker.records import MAX_ROW_BYTES, too_long
 from services.datasets.worker.repairs import Repairs
 from services.datasets.worker.spool import Segment
@@ -94,15 +94,20 @@ class Parser:
     def _quickly(self, read: fast.Read, place: Place, record: Record, row: int, segment: Segment) -> bool:
         """Spools a common row about which nothing is to be said; False for every other."""
         at, data, _, _ = record
-        example = read(data)  # type: ignore[arg-type]
-        if example is None or rules.check(example, place.form) or private.scan(example):
+        found = read(data)  # type: ignore[arg-type]
+        if found is None:
             return False
-        content, characters, taught = weigh(example)
+        example, said, shape, taught = found
+        joined = "\0".join(said)
+        told = joined.encode()
+        if glance.is_worth_a_look(joined, told):
+            return False
         example["origin"] = {"file": place.name, "line": str(at)}
         line = canonical.line_of(example)
         if len(line) > MAX_ROW_BYTES:
             return False
-        segment.add(line, content, at, row, (characters, taught), place.file, 0, place.side, place.form)
+        size = (len(joined) - len(said) + 1, taught)
+        segment.add(line, hash_of(told, shape), at, row, size, place.file, 0, place.side, place.form)
         return True
 
     def _row(self, place: Place, record: Record, row: int, segment: Segment, notes: Notes) -> None:
@@ -119,6 +124,8 @@ class Parser:
         if place.is_ours:
             example = data
         else:
+            if self.repairs.names:
+                data = self.repairs.mend_row(data, place.form, place.columns)
             example, problems = forms.example_of(data, place.form, place.columns)
         if self.repairs.names:
             example, problems = self.repairs.mend(example, problems)
@@ -143,7 +150,7 @@ class Parser:
                 form = form if body_of(stepped) == body_of(example) else checked
                 example = stepped
         problems += rules.check(example, checked)
-        problems += private.scan(example)
+        problems += glance.look(example)
         if problems:
             if any(p.severity == ERROR for p in problems):
                 self._leave_out(problems, place, at, row, notes)

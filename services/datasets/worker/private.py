@@ -196,22 +196,6 @@ _FEWEST = 5
 _FEWEST_OF_ACCOUNT = 10
 
 
-def scan(example: Plain) -> list[Problem]:
-    """What of a row looks like a secret or like somebody's data: one warning for each place and kind."""
-    if "chat" in example:
-        joined = ""
-        for message in example["chat"].get("messages", ()):
-            for part in message.get("parts", ()):
-                joined += part["text"] + "\n"
-            if "tool_calls" in message:
-                return _looked_through(example)
-    elif "completion" in example:
-        joined = "\n".join(example["completion"].values())
-    else:
-        return _looked_through(example)
-    return _looked_through(example) if _is_worth_a_look(joined) else []
-
-
 def _has_digit(t: str) -> bool:
     # Ten searches for one character each are several times faster than one pattern.
     return (
@@ -220,8 +204,8 @@ def _has_digit(t: str) -> bool:
     )  # fmt: skip
 
 
-def _is_worth_a_look(t: str) -> bool:
-    """Whether a closer look can find anything; most texts end here."""
+def is_worth_a_look(t: str, data: bytes) -> bool:
+    """Whether a closer look can find anything: given a text, and itself as UTF-8. Most texts end here."""
     if "@" in t:
         return True
     if "=" in t or ":" in t:
@@ -239,14 +223,14 @@ def _is_worth_a_look(t: str) -> bool:
         return True
     if "G" in t and "SG." in t:
         return True
-    data = t.encode()
     digits = len(data) - len(data.translate(None, _DIGITS))
     if digits < _FEWEST:
         return False
     return _NUMBERS.search(t) is not None or (digits >= _FEWEST_OF_ACCOUNT and _ACCOUNT.search(t) is not None)
 
 
-def _looked_through(example: Plain) -> list[Problem]:
+def scan(example: Plain) -> list[Problem]:
+    """What of a row looks like a secret or like somebody's data: one warning for each place and kind."""
     problems = []
     for place, text in texts(example):
         seen = Counter((kind.rule, kind.told) for kind, _ in found(text))

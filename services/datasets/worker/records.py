@@ -298,7 +298,7 @@ def table(f: BinaryIO, delimiter: str) -> Iterator[Record]:
         row = dict(zip(header, fields, strict=False))
         if problem is None and any("\x00" in field for field in fields):
             problem = odd_text(row)
-        yield Record(begin, row if problem is None else None, problem)
+        yield Record(begin, row, None) if problem is None else Record(begin, None, problem, row)
     if header is None:
         raise Unreadable(Problem("empty_file", "the file holds no row", "send a header and rows"))
 

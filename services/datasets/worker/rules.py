@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from qlorad.v1 import datasets_pb2
+from services.datasets import repairs
 from services.datasets.forms import INSTRUCTION, TEXT, Form
 from services.datasets.worker.found import ERROR, WARNING, Problem
 from services.datasets.worker.plain import Plain, text_of
@@ -32,7 +33,7 @@ def check(example: Plain, form: Form) -> list[Problem]:
     if "chat" in example:
         messages = example["chat"].get("messages", ())
         if form != INSTRUCTION:
-            return [*_order(messages), *_turns(messages)]
+            return [*order(messages), *_turns(messages)]
         # One question, one answer: most rows of the world, and most of them are fine.
         question, answer = text_of(messages[-2]), text_of(messages[-1])
         if question and answer and not question.isspace() and not answer.isspace() and len(messages) < 4:
@@ -66,7 +67,7 @@ def _preference(told: Plain) -> Iterator[Problem]:
         else:
             turns = prompt + answer
             places = [f"prompt[{i}]" for i in range(len(prompt))] + [f"{field}[{i}]" for i in range(len(answer))]
-            yield from _order(turns, places, field, ERROR)
+            yield from order(turns, places, field, ERROR)
             yield from _turns(turns, places)
     if not prompt:
         yield Problem("empty_instruction", "there is no prompt", "what both answers answer", "prompt")
@@ -92,7 +93,7 @@ def _prompt(question: str) -> Iterator[Problem]:
         yield Problem("empty_instruction", "instruction and input are empty", hint, "instruction")
 
 
-def _order(
+def order(
     messages: Sequence[Plain],
     places: Sequence[str] = (),
     whole: str = "messages",
@@ -106,8 +107,10 @@ def _order(
             return
         if role not in _MAY_FOLLOW[before]:
             told = f"{_SPOKEN[role]} " + (f"follows {_SPOKEN[before]}" if before else "begins")
-            may = " or ".join(_SPOKEN[r] for r in _MAY_FOLLOW[before])
-            yield Problem("role_order", told, f"here only {may}; join turns of one speaker", f"{_at(i, places)}.role")
+            hint = f"here only {' or '.join(_SPOKEN[r] for r in _MAY_FOLLOW[before])}"
+            joins = whole == "messages" and can_join(messages[i - 1] if i else {}, message)
+            repair = repairs.JOIN_TURNS if joins else ""
+            yield Problem("role_order", told, hint, f"{_at(i, places)}.role", repair=repair)
             return
         if role == _TOOL and before == _ASSISTANT and not messages[i - 1].get("tool_calls"):
             hint = "give the assistant's turn its tool_calls"
@@ -119,7 +122,19 @@ def _order(
         yield Problem("no_assistant_turn", "no turn of the assistant, so nothing to learn", hint, whole)
     elif before != _ASSISTANT:
         told = f"ends with a turn of {_SPOKEN[before]}, which is not trained"
-        yield Problem("ends_without_answer", told, "add the answer, or cut the last turn", whole, unanswered)
+        repair = repairs.TRAILING_TURN if whole == "messages" and before == _USER else ""
+        yield Problem("ends_without_answer", told, "add the answer, or cut the last turn", whole, unanswered, repair)
+
+
+def can_join(before: Plain, message: Plain) -> bool:
+    """Whether two turns are of one speaker and nothing but text, so that they can be one."""
+    role = message.get("role")
+    is_text = not before.get("tool_calls") and not message.get("tool_calls")
+    return role in (_USER, _ASSISTANT) and role == before.get("role") and is_text and _name(before) == _name(message)
+
+
+def _name(message: Plain) -> Plain:
+    return {k: v for k, v in message.items() if k not in ("role", "parts")}
 
 
 def _at(i: int, places: Sequence[str]) -> str:
@@ -136,7 +151,9 @@ def _turns(messages: Sequence[Plain], places: Sequence[str] = ()) -> Iterator[Pr
                 yield from _output("", f"{_at(i, places)}.content")
             called = {call["id"] for call in calls if call.get("id")} if calls else set()
         elif role == _USER and not text_of(message).strip():
-            yield Problem("empty_turn", "the user says nothing", "write the turn", f"{_at(i, places)}.content", WARNING)
+            repair = "" if places else repairs.EMPTY_TURNS
+            told, place = "the user says nothing", f"{_at(i, places)}.content"
+            yield Problem("empty_turn", told, "write the turn", place, WARNING, repair)
         elif role == _TOOL and answered and called and answered not in called:
             hint = f"one of {', '.join(sorted(called))}"
             told = f"answers {answered!r}, which no call has"

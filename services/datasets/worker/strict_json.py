@@ -13,6 +13,7 @@ from typing import Any
 
 import orjson
 
+from services.datasets import repairs
 from services.datasets.worker.found import Problem, clip
 
 MAX_DEPTH = 24
@@ -139,7 +140,8 @@ def odd_text(value: Any) -> Problem | None:
     for path, text in texts(value):
         where = path.encode("utf-8", "replace").decode()
         if "\x00" in text:
-            return Problem("nul_character", f"holds NUL at character {text.index(chr(0))}", "remove it", where)
+            told = f"holds NUL at character {text.index(chr(0))}"
+            return Problem("nul_character", told, "remove it", where, repair=repairs.NUL_CHARACTERS)
         try:
             text.encode()
         except UnicodeEncodeError as e:
@@ -148,5 +150,6 @@ def odd_text(value: Any) -> Problem | None:
                 f"holds half a surrogate pair (U+{ord(text[e.start]):04X}) at character {e.start}, which is not text",
                 "write the whole character, or its \\uXXXX\\uXXXX pair",
                 where,
+                repair=repairs.LONE_SURROGATES,
             )
     return None
