@@ -42,7 +42,7 @@ def test_datasets_go_in_and_come_out(cli: Cli, rows: pathlib.Path, tmp_path: pat
 
     out = tmp_path / "out.jsonl"
     told = cli.json("dataset", "export", "my-rows", "--format", "instruction", "--to", str(out))
-    assert told == {"file": str(out), "rows": 40}
+    assert (told["file"], told["rows"]) == (str(out), 40)
     assert sorted(out.read_text().splitlines()) == sorted(
         cli.run("dataset", "export", "my-rows", "--format", "instruction").stdout.splitlines()
     )
@@ -52,7 +52,10 @@ def test_datasets_go_in_and_come_out(cli: Cli, rows: pathlib.Path, tmp_path: pat
     assert [r["row"] for r in told["rows"]] == [0, 1]
     assert len(told["rows"][0]["ids"]) == len(told["rows"][0]["trained"])
     shown = cli.run("dataset", "ledger", "my-rows", "--model", "starter-test", "--max-length", "256").stdout
-    assert "[[" in shown and "]]" in shown
+    assert "[[" in shown and "]]" in shown and "{{" not in shown and "--- row 0 (My_Rows.jsonl:" in shown
+    how = ("--model", "starter-test", "--max-length", "32", "--over-length", "truncate", "--prompt-format", "llama2")
+    shown = cli.run("dataset", "ledger", "my-rows", *how).stdout
+    assert "[INST] " in shown and "{{" in shown and "}}" in shown
     again = cli.json("dataset", "upload", str(rows), code=1)["error"]
     assert again["code"] == "ALREADY_EXISTS"
     assert cli.json("dataset", "delete", "my-rows")["freed_bytes"] > 0
