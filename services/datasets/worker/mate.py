@@ -18,7 +18,7 @@ from services.datasets.worker.records import jsonl
 from services.datasets.worker.repairs import Repairs
 from services.datasets.worker.spool import Segment
 from services.datasets.worker.steps import Pipeline
-from services.datasets.worker.stretches import Lines, Stretch
+from services.datasets.worker.stretches import Stretch, open_stretch
 
 
 def parse(order: ingest_pb2.StretchOrder) -> ingest_pb2.StretchReport:
@@ -32,7 +32,7 @@ def parse(order: ingest_pb2.StretchOrder) -> ingest_pb2.StretchReport:
         order.stop_at_errors,
     )
     place = Place(order.file, order.filename, order.side, order.format, dict(request.columns))
-    lines = Lines(path, Stretch(order.begin, order.end, order.lines_before))
+    lines = open_stretch(path, Stretch(order.begin, order.end, order.lines_before))
     segment, notes = Segment(scratch, order.segment), Notes(notes_path(scratch, order.segment))
     try:
         for _ in parser.run(place, jsonl(lines, order.lines_before), segment, notes):

@@ -58,6 +58,7 @@ class Place:
     is_ours: bool = False
     """Rows of a sealed dataset: plain examples already."""
 
+
 class Parser:
     """Takes records, gives spooled rows and notes."""
 

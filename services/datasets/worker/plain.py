@@ -67,53 +67,58 @@ def weigh(example: Plain) -> tuple[bytes, int, int]:
     The hash has 16 bytes and is equal for equal content; metadata, origin, and
     how a text is cut into parts do not count.
     """
+    said: list[str] = []
     if "chat" in example:
         chat = example["chat"]
-        said, characters, taught = _weigh_messages(chat.get("messages", ()))
+        shape, taught = _weigh_messages(chat.get("messages", ()), said)
         if "tools" in chat:
-            said.append(_line(chat["tools"]))
+            shape.append(_line(chat["tools"]))
     elif "preference" in example:
         told = example["preference"]
         prompt = told.get("prompt", {})
-        said, characters, _ = _weigh_messages(prompt.get("messages", ()))
-        better, more, taught = _weigh_messages(told.get("chosen", ()))
-        worse, less, _ = _weigh_messages(told.get("rejected", ()))
-        said = ["preference", *said, _BORDER, *better, _BORDER, *worse, _line(prompt.get("tools"))]
-        characters += more + less
+        before, _ = _weigh_messages(prompt.get("messages", ()), said)
+        better, taught = _weigh_messages(told.get("chosen", ()), said)
+        worse, _ = _weigh_messages(told.get("rejected", ()), said)
+        shape = ["preference", *before, "chosen", *better, "rejected", *worse, _line(prompt.get("tools"))]
     else:
         name = body_of(example)
         body = example.get(name, {})
-        said = [name, _line(body)]
-        characters = sum(map(len, body.values()))
+        said += body.values()
+        shape = [name, *body]
         taught = words(body.get("middle" if name == "infill" else "completion", ""))
-    # No text holds NUL, so what stands between two of them cannot be mistaken.
-    return hashlib.blake2b("\0".join(said).encode(), digest_size=16).digest(), characters, taught
+    content = hash_of("\0".join(said).encode(), "\0".join(shape).encode())
+    return content, sum(map(len, said)), taught
 
 
-_BORDER = "\0"
+def hash_of(said: bytes, shape: bytes) -> bytes:
+    """The hash of texts, joined by NUL, which no text holds, and of what is said around them."""
+    return hashlib.blake2b(said + b"\0\0" + shape, digest_size=16).digest()
 
 
 def _line(value: Any) -> str:
     return orjson.dumps(value, option=orjson.OPT_SORT_KEYS).decode()
 
 
-def _weigh_messages(messages: Sequence[Plain]) -> tuple[list[str], int, int]:
-    said: list[str] = []
-    characters = taught = 0
+def _weigh_messages(messages: Sequence[Plain], said: list[str]) -> tuple[list[str], int]:
+    """What is around the texts of messages, and words of what they teach; their texts go to `said`."""
+    shape: list[str] = []
+    taught = 0
     for message in messages:
         role, parts = message.get("role", ""), message.get("parts")
         text = "" if not parts else parts[0]["text"] if len(parts) == 1 else "".join([p["text"] for p in parts])
-        said += (role, text)
-        characters += len(text)
+        said.append(text)
+        shape.append(role)
         if role == "ROLE_ASSISTANT":
             taught += words(text)
         if len(message) > 2 or (parts is None and len(message) > 1):
-            said.append(_line({k: v for k, v in message.items() if k not in ("role", "parts")}))
-            for call in message.get("tool_calls", ()):
+            rest = {k: v for k, v in message.items() if k not in ("role", "parts", "tool_calls")}
+            calls = message.get("tool_calls", ())
+            shape.append(_line([rest, [{k: v for k, v in c.items() if k != "arguments_json"} for c in calls]]))
+            for call in calls:
                 arguments = call.get("arguments_json", "")
-                characters += len(arguments)
+                said.append(arguments)
                 taught += words(arguments)
-    return said, characters, taught
+    return shape, taught
 
 
 def words(text: str) -> int:

@@ -7,6 +7,7 @@ had read the file from its beginning to its end; only the order of work differs.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import BinaryIO
 
 from services.common import frames
 from services.common.frames.v1 import ingest_pb2
@@ -24,7 +26,7 @@ from services.datasets.worker.bound import Refused
 from services.datasets.worker.findings import Tally
 
 LARGE_BYTES = 32 << 20
-_STRETCH_BYTES = 16 << 20
+STRETCH_BYTES = 16 << 20
 _BLOCK_BYTES = 1 << 20
 
 
@@ -42,12 +44,12 @@ def worth_it(container: str, size: int) -> bool:
     return container == "jsonl" and size >= LARGE_BYTES and (os.cpu_count() or 1) > 1
 
 
-def cut(path: pathlib.Path, begin: int, stretch_bytes: int = _STRETCH_BYTES) -> Iterator[Stretch]:
+def cut(path: pathlib.Path, begin: int, stretch_bytes: int = STRETCH_BYTES) -> Iterator[Stretch]:
     """The stretches of a file from a byte on; reads it once, holds one block."""
     with path.open("rb") as f:
         f.seek(begin)
         at, start, lines, lines_before = begin, begin, 0, 0
-        while block := f.read(_BLOCK_BYTES):
+        while block := f.read(min(_BLOCK_BYTES, stretch_bytes)):
             if at + len(block) - start >= stretch_bytes and (newline := block.find(b"\n")) >= 0:
                 lines += 1
                 yield Stretch(start, at + newline + 1, lines_before)
@@ -60,15 +62,25 @@ def cut(path: pathlib.Path, begin: int, stretch_bytes: int = _STRETCH_BYTES) -> 
             yield Stretch(start, at, lines_before)
 
 
-class Lines:
-    """The bytes of a stretch as a file: ends where the stretch does."""
+def open_stretch(path: pathlib.Path, stretch: Stretch) -> BinaryIO | _Rest:
+    """A stretch as a file of its own. One with a giant line is not held in memory, all others are."""
+    f = path.open("rb")
+    f.seek(stretch.begin)
+    size = stretch.end - stretch.begin
+    if size > 2 * STRETCH_BYTES:
+        return _Rest(f, size)
+    with f:
+        return io.BytesIO(f.read(size))
 
-    def __init__(self, path: pathlib.Path, stretch: Stretch) -> None:
-        self._file = path.open("rb", buffering=1 << 20)
-        self._file.seek(stretch.begin)
-        self._left = stretch.end - stretch.begin
 
-    def readline(self, limit: int) -> bytes:
+class _Rest:
+    """So many bytes of a file, as a file of lines."""
+
+    def __init__(self, f: BinaryIO, size: int) -> None:
+        self._file = f
+        self._left = size
+
+    def readline(self, limit: int, /) -> bytes:
         """The next line, or its first bytes; empty behind the last."""
         line = self._file.readline(min(limit, self._left))
         self._left -= len(line)
