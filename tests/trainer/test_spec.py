@@ -71,6 +71,7 @@ def test_all_violations_at_once() -> None:
     train.lora.rank, train.lora.alpha, train.lora.dropout = 0, 0, 1
     train.lora.target_modules.names.extend(["q_prj", "v_proj", "v_proj"])
     train.data.max_length_tokens, train.data.micro_batch_tokens, train.data.accumulation = 4096, 8, 0
+    train.data.prompt_format = 99  # type: ignore[assignment]
     train.optimizer.learning_rate, train.optimizer.beta1 = float("nan"), 1
     train.schedule.max_steps, train.schedule.warmup_steps = 10, 10
     train.evaluation.every_steps = 5
@@ -89,6 +90,7 @@ def test_all_violations_at_once() -> None:
         "data.max_length_tokens",
         "data.micro_batch_tokens",
         "data.accumulation",
+        "data.prompt_format",
         "optimizer.learning_rate",
         "optimizer.beta1",
         "schedule.warmup_steps",
@@ -100,6 +102,7 @@ def test_all_violations_at_once() -> None:
     }
     assert "did you mean 'q_proj'" in found["lora.target_modules.names"][1]
     assert "256 (the model's context)" in found["data.max_length_tokens"][1]
+    assert "PROMPT_FORMAT_CHATML" in found["data.prompt_format"][1]
 
 
 @pytest.mark.parametrize(

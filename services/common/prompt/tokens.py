@@ -12,10 +12,12 @@ import itertools
 import json
 import pathlib
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import tokenizers
+import tokenizers.models
 
 from services.common.errors import rejected
 from services.common.prompt.render import TOKENIZER, read_config, special_tokens
@@ -109,7 +111,17 @@ INFILL_TOKENS = "; ".join(" ".join((i.prefix, i.suffix, i.middle)) for i in _INF
 class Tokenizer:
     """The tokenizer of one model. Safe to share between threads; holds no settings that calls change."""
 
-    __slots__ = ("_added", "_byte_level", "_bytes", "_spells", "_tokenizer", "_widths", "eos_id", "infill", "lead_ids")
+    __slots__ = (
+        "_added",
+        "_byte_level",
+        "_bytes",
+        "_composes",
+        "_tokenizer",
+        "_widths",
+        "eos_id",
+        "infill",
+        "lead_ids",
+    )
 
     eos_id: int | None
     """The end token that tokenizer_config.json names; None if it names none."""
@@ -134,8 +146,8 @@ class Tokenizer:
         if self.infill is not None and self.infill.end not in known:
             self.infill = replace(self.infill, end="")
         self._byte_level = _is_byte_level(tokenizer)
-        self._spells = _spells(tokenizer)
-        self._widths: list[int] = []
+        self._composes = tokenizer.normalizer is not None
+        self._widths: list[int] | None = None
         self._bytes = _bytes_of_characters()
 
     @classmethod
@@ -167,22 +179,20 @@ class Tokenizer:
         return [Encoded(e) for e in found]
 
     def encode_many(self, texts: Sequence[str]) -> Sequence[Encoded | Spelled]:
-        """Many texts, each as encode gives it, by the quicker way where that is certain to give the same.
-
-        Not for several threads at once.
-        """
-        if not self._spells:
-            return self.encode_batch(texts)
+        """Many texts, each as encode gives it, by the quicker way where that is certain to give the same."""
+        if self._widths is None:
+            self._widths = self._count_bytes() if _spells(self._tokenizer) else []
         if not self._widths:
-            self._widths = self._count_bytes()
+            return self.encode_batch(texts)
         found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [self._spelled(text, e.ids) for text, e in zip(texts, found, strict=True)]
+        width = self._widths.__getitem__
+        return [self._spelled(text, e.ids, width) for text, e in zip(texts, found, strict=True)]
 
-    def _spelled(self, text: str, ids: list[int]) -> Encoded | Spelled:
-        begins = list(itertools.accumulate(map(self._widths.__getitem__, ids), initial=0))
+    def _spelled(self, text: str, ids: list[int], width: Callable[[int], int]) -> Encoded | Spelled:
+        begins = list(itertools.accumulate(map(width, ids), initial=0))
         plain = text.isascii()
         sure = begins[-1] == (len(text) if plain else len(text.encode()))
-        if sure and (plain or unicodedata.is_normalized("NFC", text)):
+        if sure and (plain or not self._composes or unicodedata.is_normalized("NFC", text)):
             return Spelled(text, ids, begins)
         return self.encode(text)
 
@@ -234,24 +244,26 @@ def _lead(tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
 
 def _spells(tokenizer: tokenizers.Tokenizer) -> bool:
     """Whether tokens joined are the text: byte-level, nothing normalised but NFC, no blank set before, no unknowns."""
-    told = json.loads(tokenizer.to_str())
-    steps = told["pre_tokenizer"] or {}
+    steps = _state(tokenizer.pre_tokenizer)
     levels = [s for s in [steps, *steps.get("pretokenizers", [])] if s.get("type") == "ByteLevel"]
-    normalizer = told["normalizer"]
     return (
         _is_byte_level(tokenizer)
         and bool(levels)
         and not any(s.get("add_prefix_space", True) for s in levels)
-        and (normalizer is None or normalizer["type"] == "NFC")
-        and told["model"]["type"] == "BPE"
-        and not told["model"].get("unk_token")
+        and _state(tokenizer.normalizer).get("type", "NFC") == "NFC"
+        and isinstance(tokenizer.model, tokenizers.models.BPE)
+        and not tokenizer.model.unk_token
     )
 
 
+def _state(part: Any) -> dict[str, Any]:
+    """What a part of a tokenizer is, as its file tells it; empty where there is none."""
+    told: dict[str, Any] = {} if part is None else json.loads(part.__getstate__())
+    return told
+
+
 def _is_byte_level(tokenizer: tokenizers.Tokenizer) -> bool:
-    if tokenizer.decoder is None:
-        return False
-    told = json.loads(tokenizer.decoder.__getstate__())
+    told = _state(tokenizer.decoder)
     return any(d.get("type") == "ByteLevel" for d in [told, *told.get("decoders", [])])
 
 

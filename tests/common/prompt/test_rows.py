@@ -7,6 +7,8 @@ import functools
 import itertools
 import pathlib
 import tempfile
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -403,3 +405,49 @@ def test_every_trained_token_is_trained_once_and_every_token_is_told(turns: list
     assert [trained[n] for n in range(len(whole.ids))] == list(whole.mask)
     assert sum(len(r.cut_ids) for r in made) == sum(not seen[n] for n in range(len(whole.ids)))
     assert all(row.mask[0] == 0 for row in made if row.piece)
+
+
+def quick(change: Callable[[Any], None]) -> Tokenizer:
+    import tokenizers
+
+    from tests.common.prompt.models import tokenizer_json
+
+    made = tokenizers.Tokenizer.from_str(tokenizer_json())
+    change(made)
+    return Tokenizer(made, "</s>")
+
+
+def test_places_are_counted_only_where_tokens_spell_the_text() -> None:
+    from tokenizers import normalizers, pre_tokenizers
+
+    from services.common.prompt.tokens import Encoded, Spelled
+
+    def normalised(made: Any) -> None:
+        made.normalizer = normalizers.NFC()
+
+    def lowered(made: Any) -> None:
+        made.normalizer = normalizers.Lowercase()
+
+    def spaced(made: Any) -> None:
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+
+    def stripping(made: Any) -> None:
+        import tokenizers
+
+        made.add_special_tokens([tokenizers.AddedToken("<gap>", lstrip=True)])
+
+    plain, nfc = quick(lambda made: None), quick(normalised)
+    assert all(isinstance(e, Spelled) for e in plain.encode_many(["a", "நன்றி e\u0301"]))
+    composed, apart = nfc.encode_many(["\u00e9 நன்றி", "e\u0301"])
+    assert isinstance(composed, Spelled) and isinstance(apart, Encoded), "what NFC changes is told by offsets"
+    for change in (lowered, spaced):
+        assert isinstance(quick(change).encode_many(["a"])[0], Encoded)
+    swallowed, whole = quick(stripping).encode_many(["a  <gap>b", "a<gap>b"])
+    assert isinstance(swallowed, Encoded) and isinstance(whole, Spelled), "a token that takes blanks along"
+    for tokenizer in (plain, nfc, quick(stripping)):
+        for text in ("a  <gap>b", "e\u0301 x", "<s>நன்</s>"):
+            (found,) = tokenizer.encode_many([text])
+            assert list(found.ids) == tokenizer.encode(text).ids
+            for begin in range(len(text)):
+                spans = [(begin, len(text))]
+                assert rows.ranges_of(found, spans) == rows.ranges_of(tokenizer.encode(text), spans)
