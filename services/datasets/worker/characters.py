@@ -14,7 +14,7 @@ from services.datasets.worker.found import INFO, WARNING, Problem
 from services.datasets.worker.plain import Plain, conversations, text_of, texts
 
 BLANKS = " \t\n\r\f\v"
-_KEPT = b"\t\n"
+_KEPT = b"\0\t\n"
 CONTROLS = bytes(n for n in (*range(1, 32), 127) if n not in _KEPT)
 """Of one byte each. CR is among them: a text without any needs no closer look. NUL is refused where rows are read."""
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]")
