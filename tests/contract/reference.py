@@ -1,4 +1,4 @@
-"""Makes docs/settings.md, docs/metrics.md and docs/cli.md from what the programs say of themselves.
+"""Makes docs/settings.md, docs/metrics.md and docs/cli.md, and the table of docs/formats.md, from what the programs say.
 
 `python -m tests.contract.reference` writes them; test_reference holds them
 against the programs. Not for prose: that stands in the other pages.
@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from services.common import config
+from tests.contract import formats
 from tests.house import ROOT, House, house
 
 SERVICES = config.SERVICES
@@ -149,6 +150,7 @@ def main() -> None:
     (ROOT / "docs" / "metrics.md").write_text(metrics(told))
     (ROOT / "docs" / "settings.md").write_text(settings())
     (ROOT / "docs" / "cli.md").write_text(cli())
+    formats.main()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from services.datasets.forms import (
     TEXT,
 )
 
-_ODD = ("வணக்கம் 👋🏽", "שלום", "مرحبا بك", "a\r\nb", "\tx\t", "\n\n", " \u2028", "你好", '{"a": [1]}', "[1, 2]", "0")
+_ODD = ("வணக்கம் 👋🏽", "שלום", "مرحبا بك", "a\r\nb", "\tx\t", "\n\n", "\n\nx", "", " \u2028", "你好", '{"a": [1]}', "[1, 2]", "0")
 text = st.sampled_from(_ODD) | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=8)
 full = text.filter(lambda t: bool(t.strip()))
 _number = st.integers(-1000, 1000) | st.floats(allow_nan=False, allow_infinity=False, width=32).filter(
@@ -58,7 +58,33 @@ def tools(draw: st.DrawFn) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-content = full | st.lists(full, min_size=2, max_size=3).map(lambda ts: [{"type": "text", "text": t} for t in ts])
+_cut = st.lists(text, min_size=2, max_size=3).filter(lambda ts: any(t.strip() for t in ts))
+content = full | _cut.map(lambda ts: [{"type": "text", "text": t} for t in ts])
+# Fields of a row's own that look like places of others.
+MISLEADING = st.dictionaries(
+    st.sampled_from(
+        [
+            *("messages[0].role", "messages[0].content", "messages[1].tool_calls", "messages[1].function_call"),
+            *("messages[0].from", "messages[1].from", "messages[1].content[0].text", "messages[0].content[1].x"),
+            *("messages[1].tool_calls[0].id", "messages[1].tool_calls[0].function/name", "messages[9].x"),
+            *("messages[1].function_call.weight", "messages[1].value", "tools[0].function", "tools[0].function/name"),
+            *("tools[0].tool_calls[0].x", "chosen[0].role", "prompt[0].y", "rejected[0].tool_calls", "question"),
+            *(
+                "context",
+                "response",
+                "fim_prefix",
+                "content",
+                "conversation",
+                "functions",
+                "history",
+                "text",
+                "messages",
+            ),
+        ]
+    ),
+    st.sampled_from(("bard", "x", 1, None)),
+    max_size=3,
+)
 
 
 @st.composite
@@ -101,6 +127,8 @@ def sharegpts(draw: st.DrawFn) -> dict[str, Any]:
                 asked[0] |= {"id": draw(full), "x-at": draw(plain)}
             value = json.dumps(asked[0] if len(asked) == 1 else asked, ensure_ascii=False)
             turns.append({"from": "function_call", "value": value})
+            if draw(st.integers(0, 3)) == 0:
+                turns[-1]["weight"] = turns[-2]["weight"] = draw(plain)
             turns.append({"from": "observation", "value": draw(text)})
         turns.append({"from": draw(st.sampled_from(("gpt", "gpt", "bard"))), "value": draw(full)})
     if draw(st.booleans()):
