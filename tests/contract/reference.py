@@ -1,4 +1,4 @@
-"""Makes docs/settings.md, docs/metrics.md and docs/cli.md, and the table of docs/formats.md, from what the programs say.
+"""Makes docs/settings.md, docs/metrics.md, docs/cli.md and the table of docs/formats.md from what the programs say.
 
 `python -m tests.contract.reference` writes them; test_reference holds them
 against the programs. Not for prose: that stands in the other pages.
