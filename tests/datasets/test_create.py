@@ -332,7 +332,7 @@ def test_a_row_that_would_burst_the_worker_is_refused(own_door: Callable[..., Do
 
 def test_the_bound_on_cpu_time_is_a_setting(own_door: Callable[..., Door]) -> None:
     door = own_door("--worker-cpu-seconds", "1", "--max-workers", "1")
-    refused = refusal(lambda: door.make("slow", BIG + jsonl(numbered(40_000, 12_000))))
+    refused = refusal(lambda: door.make("slow", BIG + jsonl(numbered(160_000, 12_000))))
     assert (refused.code, refused.reason) == ("RESOURCE_EXHAUSTED", "TOO_LARGE") and "1 CPU" in refused.message
 
 
