@@ -47,3 +47,17 @@ def test_marks_are_seen_over_the_curve_and_what_is_not_finite_is_left_out() -> N
 def test_braille_holds_eight_dots_a_cell() -> None:
     full = picture.draw([(x, y) for x in range(2) for y in range(4)] * 2, width=1, height=1)
     assert full[1].split()[-1][-1] in {chr(c) for c in range(0x2801, 0x2900)}
+
+
+@given(st.lists(st.integers(0, 10**12), min_size=1, max_size=20), st.integers(1, 60), st.booleans())
+def test_a_histogram_has_a_bar_for_each_count_between_the_full_ones(counts: list[int], width: int, fancy: bool) -> None:
+    bounds = [1 << n for n in range(len(counts) - 1)]
+    lines = picture.histogram(bounds, counts, width, fancy)
+    full = [i for i, n in enumerate(counts) if n]
+    assert len(lines) == (full[-1] - full[0] + 1 if full else 0)
+    wall, bar = ("│", "█▏▎▍▌▋▊▉") if fancy else ("|", "#")
+    for line, count in zip(lines, counts[full[0] :] if full else [], strict=False):
+        drawn, told = line.partition(wall)[2].rsplit(" ", 1)
+        assert int(told) == count and bool(drawn) == bool(count) and set(drawn) <= set(bar)
+        assert len(drawn) <= width and (count < max(counts) or len(drawn) == width)
+        assert fancy or line.isascii()
