@@ -29,6 +29,7 @@ os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import psutil
+
 import qlorad
 from benchmarks import report
 

@@ -45,9 +45,11 @@ CREATE TABLE uploads (
 """
 _NOW = "(julianday('now') - 2440587.5) * 86400.0"
 KEEP_SECONDS = 7 * 86400.0
-_SYNC_BYTES = 16 << 20
+_FIRST_SYNC_BYTES = 8 << 20
+_SYNC_BYTES = 64 << 20
+"""Bytes are made safe when as many came as are safe already, between these bounds, or after these seconds."""
 _SYNC_SECONDS = 2.0
-_MAX_UNSAFE_BYTES = 4 * _SYNC_BYTES
+_MAX_UNSAFE_BYTES = 2 * _SYNC_BYTES
 _METHOD = "StartUpload"
 
 
@@ -209,7 +211,8 @@ class Uploads:
 
     async def _sync_now_and_then(self, ident: str, file: _Open) -> None:
         """Has bytes made safe while others arrive; waits only where too many are not."""
-        if file.end - file.safe < _SYNC_BYTES and time.monotonic() - file.synced_at < _SYNC_SECONDS:
+        due = min(_SYNC_BYTES, max(_FIRST_SYNC_BYTES, file.safe))
+        if file.end - file.safe < due and time.monotonic() - file.synced_at < _SYNC_SECONDS:
             return
         if file.syncing is not None and file.syncing.done():
             await self._synced(file)

@@ -31,8 +31,10 @@ IMPURE = (
     *("asyncio", "threading", "multiprocessing", "signal", "fcntl", "urllib", "http", "glob", "mmap"),
 )
 CLOCKS = ("now", "utcnow", "today", "read_text", "read_bytes", "write_text", "write_bytes", "mkdir", "unlink")
-PLUGINS = ("importlib.metadata", "importlib.import_module", "runpy", "pkg_resources", "pkgutil")
-"""What finds or loads code by name."""
+PLUGINS = ("importlib.metadata.EntryPoint", "importlib.import_module", "runpy", "pkg_resources", "pkgutil")
+"""What loads code by name."""
+LOADED = "load"
+"""How an entry point is loaded; only finding it, and asking for versions, is free to all."""
 STATEFUL = (
     *("Lock", "Queue", "Event", "Counter", "Gauge", "Histogram", "Semaphore", "Thread", "Pool", "Registry", "deque"),
     *("defaultdict", "OrderedDict", "open", "list", "set", "bytearray", "connect", "socket", "local"),
@@ -202,7 +204,10 @@ def _rule_7(file: File) -> Iterator[Breach]:
     for name, line in imports(file):
         if _within(name, PLUGINS):
             yield Breach(7, file.path, line, f"imports {name}")
+    finds = any(_within(name, ("importlib.metadata",)) for name, _ in imports(file))
     for node in ast.walk(file.tree):
+        if finds and isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == LOADED:
+            yield Breach(7, file.path, node.lineno, "loads an entry point")
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("__import__", "importlib.import_module"):
             yield Breach(7, file.path, node.lineno, f"calls {ast.unparse(node.func)}")
 

@@ -58,7 +58,12 @@ PLANTED = [
     (5, "services/trainer/x.py", "for n in (1, 2):\n    pass", ""),
     (6, "services/trainer/jobs.py", "@dataclass\nclass X:\n    a: int", "services/trainer/runner.py"),
     (6, "services/trainer/spec.py", "@dataclass(frozen=True)\nclass X:\n    a: int", "services/trainer/runner.py"),
-    (7, "services/datasets/app.py", "from importlib.metadata import entry_points", "services/datasets/worker/x.py"),
+    (
+        7,
+        "services/datasets/app.py",
+        "from importlib.metadata import entry_points\n\n\ndef f():\n    [e.load() for e in entry_points()]",
+        "services/datasets/worker/x.py",
+    ),
     (7, "services/datasets/app.py", "def f(n):\n    return __import__(n)", "services/datasets/worker/x.py"),
 ]
 

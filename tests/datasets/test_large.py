@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import pathlib
+import queue
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import grpc
 import pytest
@@ -22,7 +24,9 @@ MOST_MEMORY = 300_000_000
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_million_rows_with_twenty_cuts_in_little_memory(own_door: Callable[..., Door], tmp_path: pathlib.Path) -> None:
+def test_a_million_rows_with_twenty_cuts_in_little_memory(
+    own_door: Callable[..., Door], tmp_path: pathlib.Path
+) -> None:
     file = tmp_path / "rows.jsonl"
     make(file, ROWS)
     size, digest, different = file.stat().st_size, hashlib.sha256(), set()
@@ -63,17 +67,19 @@ def upload_until(door: Door, name: str, file: pathlib.Path, end: int) -> dataset
     """Sends what is missing up to a place, then breaks the call off; the answer where it is the end."""
     while True:
         begin = door.look(name).committed_bytes
+        calls: queue.SimpleQueue[grpc.Future] = queue.SimpleQueue()
 
-        def pieces(begin: int = begin) -> Iterator[datasets_pb2.WriteUploadRequest]:
+        def pieces(begin: int = begin, calls: Any = calls) -> Iterator[datasets_pb2.WriteUploadRequest]:
             yield datasets_pb2.WriteUploadRequest(upload=name, offset=begin)
             with file.open("rb") as f:
                 f.seek(begin)
                 while f.tell() < end and (data := f.read(min(PIECE, end - f.tell()))):
                     yield datasets_pb2.WriteUploadRequest(data=data)
             if end < file.stat().st_size:
-                call.cancel()
+                calls.get().cancel()
 
         call = door.stub.WriteUpload.future(pieces(), timeout=120)
+        calls.put(call)
         try:
             return call.result().upload
         except grpc.FutureCancelledError:

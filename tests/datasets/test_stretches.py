@@ -36,7 +36,9 @@ turns = st.builds(
 )
 polite = st.lists(st.tuples(texts, texts), min_size=1, max_size=2).map(
     lambda pairs: [
-        {"role": role, "content": content} for pair in pairs for role, content in zip(("user", "assistant"), pair)
+        {"role": role, "content": content}
+        for pair in pairs
+        for role, content in zip(("user", "assistant"), pair, strict=True)
     ]
 )
 chats = st.builds(

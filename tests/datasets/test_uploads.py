@@ -6,9 +6,6 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 
-import grpc
-import pytest
-
 from qlorad.v1 import datasets_pb2
 from tests.datasets.kit import Door, jsonl, numbered, pieces, refusal
 from tests.house import eventually

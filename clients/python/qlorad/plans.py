@@ -5,7 +5,6 @@ Law of this room: pure; knows names and forms, not what the daemon accepts.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypedDict, Unpack
@@ -87,7 +86,7 @@ def request_of(**plan: Unpack[Plan]) -> pb.CreateDatasetRequest:
         request.hub.CopyFrom(hub_of(plan["hub"]))
     if "folder" in plan:
         given = plan["folder"]
-        request.folder.CopyFrom(given if isinstance(given, pb.FolderSource) else pb.FolderSource(path=os.fspath(given)))
+        request.folder.CopyFrom(given if isinstance(given, pb.FolderSource) else pb.FolderSource(path=str(given)))
     return request
 
 

@@ -28,9 +28,9 @@ Array = npt.NDArray[Any]
 
 MAX_CHARACTERS = 1 << 18
 """Of a row that are compared; a longer one is known by its beginning."""
-_BATCH_CHARACTERS = 1 << 19
-_BATCH_ROWS = 1 << 11
-_PAIR_TOKENS = 1 << 19
+_BATCH_CHARACTERS = 1 << 17
+_BATCH_ROWS = 1 << 9
+_PAIR_TOKENS = 1 << 18
 _PARTS, _WORD, _SINGLE, _PAIR, _TRIPLE, _NEW = range(6)
 _SINGLES = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))
 _PAIRS = ((0x3040, 0x30FF), (0x31F0, 0x31FF))

@@ -72,7 +72,10 @@ def chat(row: dict[str, Any]) -> Quick | None:
     told = row.get("messages")
     if type(told) is not list or not told or "tools" in row:
         return None
-    messages, said, shape, taught = [], [], [], 0
+    messages: list[Any] = []
+    said: list[str] = []
+    shape: list[Any] = []
+    taught = 0
     expected = "user"
     for message in told:
         if type(message) is not dict or len(message) != 2:

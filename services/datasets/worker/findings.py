@@ -69,13 +69,13 @@ def read(path: pathlib.Path, rows_before: int = 0) -> Iterator[Noted]:
 def finding(noted: Noted, names: Sequence[str]) -> datasets_pb2.Finding:
     """A finding as the contract tells it. File number -1 = no file."""
     file, line, row, rule, severity, field, message, hint, repair = noted
-    problem = Problem(rule, message, hint, field, severity, repair)
+    problem = Problem(rule, message, hint, field, datasets_pb2.Severity.ValueType(severity), repair)
     return problem.at(names[file] if file >= 0 else "", line, row)
 
 
 def write(path: pathlib.Path, names: Sequence[str], streams: Iterable[Iterable[Noted]]) -> None:
     """The sealed file, made of streams that are each in order of file and line."""
-    severities = {v: n for n, v in datasets_pb2.Severity.items()}
+    severities: dict[int, str] = {v: n for n, v in datasets_pb2.Severity.items()}
     with path.open("wb", buffering=1 << 18) as out:
         for file, line, row, rule, severity, field, message, hint, repair in heapq.merge(
             *streams, key=lambda n: (n[0], n[1])

@@ -11,7 +11,7 @@ import itertools
 import pathlib
 import resource
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from qlorad.v1 import datasets_pb2, errors_pb2
 from services.common.frames.v1 import ingest_pb2
 from services.datasets.forms import NAMES
-from services.datasets.worker import duplicates, findings, grouping, language, near, rules
+from services.datasets.worker import duplicates, findings, grouping, language, near, rules, short
 from services.datasets.worker.bound import Bench, Refused
 from services.datasets.worker.findings import Noted, Notes, Tally
 from services.datasets.worker.found import ERROR, INFO, WARNING, Problem, Unreadable, clip
@@ -81,7 +81,7 @@ class Ingest:
         self._enter("duplicates")
         spool = self._reading.spool()
         keep, repeated = np.ones(spool.rows, bool), duplicates.repeated(spool, self._scratch)
-        self._note_rows(spool, repeated, "exact.notes", self._exact())
+        self._note_rows(spool, repeated, self._exact())
         if not self._request.keep_duplicates:
             keep[repeated] = False
         groups, nearly, dropped = self._near(spool, keep)
@@ -94,6 +94,7 @@ class Ingest:
         payload = None if self._validate else pathlib.Path(self._order.payload)
         totals = distribute(spool, keep, sides, payload, self._asked(), self._progress)
         self._enter("describe")
+        self._note_rows(spool, *short.outputs(spool, keep))
         stats = self._stats(spool, totals, len(repeated), nearly, dropped)
         self._judge_whole(stats)
         self._write_findings(payload or self._scratch)
@@ -156,10 +157,11 @@ class Ingest:
         told = "it was kept as asked" if self._request.keep_duplicates else "it was left out"
         return Problem("exact_duplicate", "the content of an earlier row", told, "", WARNING)
 
-    def _note_rows(self, spool: Spool, places: Array, name: str, problem: Problem) -> None:
+    def _note_rows(self, spool: Spool, places: Array, problem: Problem) -> None:
         """Notes a problem of many rows, in order."""
-        notes = Notes(self._scratch / name)
-        self._later[self._scratch / name] = notes.tally
+        path = self._scratch / f"{problem.rule}.notes"
+        notes = Notes(path)
+        self._later[path] = notes.tally
         for block in spool.blocks() if len(places) else ():
             begin, end = np.searchsorted(places, [block.first, block.first + len(block.entries)])
             for entry in block.entries[places[begin:end] - block.first]:
@@ -178,7 +180,7 @@ class Ingest:
         drop = wanted == datasets_pb2.NEAR_DUPLICATES_DROP
         told = f"nearly equal (similarity {similarity:g} or more) to an earlier row"
         hint = "it was left out" if drop else "both stay on one side of a split; near_duplicates DROP leaves it out"
-        self._note_rows(spool, later, "near.notes", Problem("near_duplicate", told, hint, "", WARNING))
+        self._note_rows(spool, later, Problem("near_duplicate", told, hint, "", WARNING))
         nearly = len(later) + len(np.unique(groups[later]))
         if drop:
             keep[later] = False
@@ -205,14 +207,18 @@ class Ingest:
             row_characters=totals.histogram,
             languages=language.mix(spool, totals.kept),
         )
+        met: Counter[str] = Counter()
+        for counted in finding_counts(self._tallies()):
+            met[counted.rule] += counted.count
+        is_looked_for = grouping.wanted(self._request) != datasets_pb2.NEAR_DUPLICATES_IGNORE
         figures = Figures(
             read=parser.counts.records,
             skipped=parser.counts.skipped,
             repeated=repeated,
-            near=nearly,
+            near=nearly if is_looked_for else None,
             kept=totals.kept,
             words=totals.words,
-            findings={c.rule: c.count for c in finding_counts(self._tallies())},
+            findings=met,
         )
         stats.quality.CopyFrom(score(figures))
         return stats

@@ -9,7 +9,6 @@ not sure of is "und", and so are code, numbers and words without a sentence.
 from __future__ import annotations
 
 import functools
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -89,24 +88,17 @@ def _sample(spool: Spool) -> Iterable[bytes]:
     """Lines of rows whose contents have the lowest hashes, each content once."""
     contents = np.concatenate([b.entries["content"][:, 0] for b in spool.blocks()])
     if len(contents) > SAMPLE:
-        # Twice as many where some are equal: as few as there are, each once, come out below.
-        lowest = np.unique(np.partition(contents, min(len(contents), 8 * SAMPLE) - 1)[: 8 * SAMPLE])
-        bound = lowest[: min(SAMPLE, len(lowest))][-1]
+        bound = np.unique(contents)[:SAMPLE][-1]
     else:
         bound = contents.max()
     met: set[int] = set()
     for block in spool.blocks():
-        low = block.entries["content"][:, 0]
-        places = np.flatnonzero(low <= bound)
-        if not len(places):
-            continue
-        ends = np.cumsum(block.entries["size"], dtype=np.int64)
-        with block.path.open("rb", buffering=0) as f:
-            for place in places.tolist():
-                if int(low[place]) not in met:
-                    met.add(int(low[place]))
-                    size = int(block.entries["size"][place])
-                    yield os.pread(f.fileno(), size - 1, block.offset + int(ends[place]) - size)
+        contents = block.entries["content"][:, 0]
+        places = np.flatnonzero(contents <= bound)
+        for content, line in zip(contents[places].tolist(), block.chosen(places), strict=True):
+            if content not in met:
+                met.add(content)
+                yield line
 
 
 def scaled(met: Mapping[str, int], total: int) -> dict[str, int]:

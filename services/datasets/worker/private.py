@@ -271,7 +271,8 @@ def found(text: str) -> Iterator[tuple[Kind, Span]]:
 
 def redact(text: str) -> tuple[str, int]:
     """The text with "[KIND]" in place of each secret and of somebody's data, and how many there were."""
-    pieces, after, count = [], 0, 0
+    pieces: list[str] = []
+    after = count = 0
     for kind, (begin, end) in found(text):
         pieces += (text[after:begin], f"[{kind.name}]")
         after = end

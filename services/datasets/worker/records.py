@@ -148,9 +148,10 @@ def _broken(error: ValueError, hint: str) -> Problem:
 
 
 def _record(number: int, value: object, problem: Problem | None) -> Record:
-    if problem is None and not isinstance(value, dict):
-        problem = Problem("not_an_object", f"the row is {clip(value)}", "a JSON object with named fields")
-    return Record(number, value, None) if problem is None else Record(number, None, problem, value)
+    if problem is None and isinstance(value, dict):
+        return Record(number, value, None)
+    problem = problem or Problem("not_an_object", f"the row is {clip(value)}", "a JSON object with named fields")
+    return Record(number, None, problem, value)
 
 
 class _Text:
