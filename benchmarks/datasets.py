@@ -166,7 +166,9 @@ def main() -> None:
         size = file.stat().st_size
     middle = {name: statistics.median(s) for name, s in took.items()}
     results = {
-        "datasets.ingest_vs_hf": round(statistics.median(p / o for o, p in zip(took["ours"], took["peer"])), 3),
+        "datasets.ingest_vs_hf": round(
+            statistics.median(p / o for o, p in zip(took["ours"], took["peer"], strict=True)), 3
+        ),
         "datasets.ingest_rss_mb": round(max(peaks), 1),
         "rows_per_second": {"ours": round(given.rows / middle["ours"]), "peer": round(given.rows / middle["peer"])},
         "seconds": {name: [round(s, 3) for s in all_] for name, all_ in took.items()},

@@ -26,8 +26,9 @@ def quick(line: bytes) -> Any:
     """The object on a line, where nothing about it needs a closer look; None where StrictJson must say.
 
     A key twice shows in the count of colons: each key has one, and every colon
-    that is no key's stands inside a text. Numbers of sixteen digits might be
-    rounded (a whole number beyond what is exact may come as a float), escapes might hide what is no text, many brackets might be deep.
+    that is no key's stands inside a text. Numbers of sixteen digits might be rounded
+    (a whole number beyond what is exact may come as a float), escapes might hide
+    what is no text, many brackets might be deep.
     """
     try:
         value = orjson.loads(line)
