@@ -40,12 +40,31 @@ def sides(spool: Spool, groups: Array | None, asked: datasets_pb2.Split) -> Arra
     for block in spool.blocks():
         here = slice(block.first, block.first + len(block.entries))
         contents[here], strata[here] = block.entries["content"][:, 0], block.entries["stratum"]
-    if groups is not None:
-        order = np.lexsort((contents, groups))
-        heads = np.flatnonzero(np.r_[True, groups[order][1:] != groups[order][:-1]])
-        lowest, sizes = order[heads], np.diff(np.r_[heads, len(order)])
-        by_group_contents, by_group_strata = contents[lowest], strata[lowest]
-        contents[order], strata[order] = np.repeat(by_group_contents, sizes), np.repeat(by_group_strata, sizes)
-    different, first, back = np.unique(contents, return_index=True, return_inverse=True)
-    drawn = split.sides(different, strata[first], asked)
-    return drawn if isinstance(drawn, Problem) else drawn[back]
+    different, back = np.unique(contents, return_inverse=True)
+    del contents
+    # Equal rows may be of several kinds, as of two files: the lowest, so that order does not matter.
+    kinds = np.full(len(different), np.iinfo(np.uint32).max, np.uint32)
+    np.minimum.at(kinds, back, strata)
+    if groups is None:
+        drawn = split.sides(different, kinds, asked)
+        return drawn if isinstance(drawn, Problem) else drawn[back]
+    # A row that was left out has its own place as its group, which is above that of the equal row that stays.
+    group = np.full(len(different), spool.rows)
+    np.minimum.at(group, back, groups)
+    # `different` rises, so the first content of a group is its lowest.
+    _, lowest, of_content = np.unique(group, return_index=True, return_inverse=True)
+    drawn = split.sides(different[lowest], kinds[lowest], asked)
+    return drawn if isinstance(drawn, Problem) else drawn[of_content][back]
+
+
+def straddling(spool: Spool, keep: Array, groups: Array | None, sides: Array) -> Array:
+    """Places of the kept rows that are equal or nearly equal to one of another side, where the source made the sides.
+
+    Of such rows those of the first side are not told, so of train and test those of test.
+    """
+    if groups is None:
+        contents = np.concatenate([np.zeros(0, np.uint64), *(b.entries["content"][:, 0] for b in spool.blocks())])
+        _, groups = np.unique(contents, return_inverse=True)
+    first = np.full(spool.rows, len(split.SIDES), np.uint8)
+    np.minimum.at(first, groups[keep], sides[keep])
+    return np.flatnonzero(keep & (sides > first[groups]))

@@ -90,6 +90,8 @@ class Ingest:
         if isinstance(sides, Problem):
             self._judge([sides])
             sides = np.zeros(spool.rows, np.uint8)
+        elif self._request.split.keep_source and (groups is not None or self._request.keep_duplicates):
+            self._note_rows(spool, grouping.straddling(spool, keep, groups, sides), self._straddles())
         self._enter("write")
         payload = None if self._validate else pathlib.Path(self._order.payload)
         totals = distribute(spool, keep, sides, payload, self._asked(), self._progress)
@@ -157,6 +159,10 @@ class Ingest:
         told = "it was kept as asked" if self._request.keep_duplicates else "it was left out"
         return Problem("exact_duplicate", "the content of an earlier row", told, "", WARNING)
 
+    def _straddles(self) -> Problem:
+        told = "equal or nearly equal to a row of another split, so what is measured on it is too good"
+        return Problem("straddles", told, "leave it out of one of them, or split anew by fractions", "", WARNING)
+
     def _note_rows(self, spool: Spool, places: Array, problem: Problem) -> None:
         """Notes a problem of many rows, in order."""
         path = self._scratch / f"{problem.rule}.notes"
@@ -179,7 +185,8 @@ class Ingest:
         later = np.flatnonzero(keep & (groups != np.arange(spool.rows)))
         drop = wanted == datasets_pb2.NEAR_DUPLICATES_DROP
         told = f"nearly equal (similarity {similarity:g} or more) to an earlier row"
-        hint = "it was left out" if drop else "both stay on one side of a split; near_duplicates DROP leaves it out"
+        stay = "where the source has them" if self._request.split.keep_source else "on one side of a split"
+        hint = "it was left out" if drop else f"both stay {stay}; near_duplicates DROP leaves it out"
         self._note_rows(spool, later, Problem("near_duplicate", told, hint, "", WARNING))
         nearly = len(later) + len(np.unique(groups[later]))
         if drop:

@@ -145,21 +145,28 @@ def _part(path: pathlib.Path, part: int, parts: int) -> tuple[Array, Array]:
 def _joined(bags: Bags, roots: Array, members: Array, buckets: Array, similarity: float) -> Array:
     """The roots after the near rows of every bucket were joined.
 
-    The first row of each bucket is compared with all the others; what is not near to it is a bucket again.
+    The first row of each bucket is compared with all the others, and is done with. In a large bucket so are
+    those that are near to it, or one of equal rows would take for ever.
     """
     for _ in range(_ROUNDS):
         if len(members) < 2:
             break
-        begins = np.flatnonzero(np.concatenate(([True], buckets[1:] != buckets[:-1])))
-        leaders = np.repeat(members[begins], np.diff(np.append(begins, len(members))))
+        is_first = np.concatenate(([True], buckets[1:] != buckets[:-1]))
+        begins = np.flatnonzero(is_first)
+        sizes = np.diff(np.append(begins, len(members)))
+        leaders = np.repeat(members[begins], sizes)
         is_open = roots[leaders] != roots[members]
-        leaders, members, buckets = leaders[is_open], members[is_open], buckets[is_open]
-        is_near = bags.are_similar(leaders, members, similarity)
+        asked = np.flatnonzero(is_open)
+        is_near = np.zeros(len(members), bool)
+        is_near[asked] = bags.are_similar(leaders[asked], members[asked], similarity)
         if is_near.any():
             for one, other in zip(leaders[is_near].tolist(), members[is_near].tolist(), strict=True):
                 roots[_root(roots, one)] = _root(roots, other)
             roots = _flat(roots)
-        members, buckets = members[~is_near], buckets[~is_near]
+        # A bucket whose rows are all of one group has nothing left to find.
+        is_mixed = np.logical_or.reduceat(roots[members] != roots[leaders], begins)
+        stays = ~is_first & np.repeat(is_mixed, sizes) & (np.repeat(sizes <= _ROUNDS, sizes) | (is_open & ~is_near))
+        members, buckets = members[stays], buckets[stays]
     return roots
 
 

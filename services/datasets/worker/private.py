@@ -106,7 +106,7 @@ KINDS: tuple[Kind, ...] = (
         "password",
         SECRET,
         "a password",
-        ("assw", "ASSW", "pwd", "PWD"),
+        ("assw", "ASSW", "assW", "pwd", "PWD", "Pwd"),
         re.compile(
             r"(?i)(?:password|passwd|passwort|pwd)[\"']?\s{0,3}(?:=(?!=)|:(?!:))\s{0,3}"
             r"(?:[\"'](?P<quoted>[^\s\"']{6,128})[\"']|(?P<bare>[^\s\"',;<>(){}\[\]]{6,128}))"
@@ -212,6 +212,8 @@ def is_worth_a_look(t: str, data: bytes) -> bool:
         low = t.lower()
         if "assw" in low or "pwd" in low or "key" in low or "oken" in low or "ecret" in low:
             return True
+    if "A" in t and ("AKIA" in t or "ASIA" in t):  # one in thirty has no digit
+        return True
     if not _has_digit(t):
         return False
     # One character first: it is found five times faster than three.
@@ -219,7 +221,7 @@ def is_worth_a_look(t: str, data: bytes) -> bool:
         return True
     if "-" in t and ("-----" in t or "sk-" in t or "glpat-" in t or "xox" in t or "pypi-" in t):
         return True
-    if ("A" in t and ("AKIA" in t or "ASIA" in t or "AIza" in t)) or ("J" in t and "eyJ" in t):
+    if ("A" in t and "AIza" in t) or ("J" in t and "eyJ" in t):
         return True
     if "G" in t and "SG." in t:
         return True

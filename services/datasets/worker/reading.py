@@ -21,7 +21,7 @@ from services.datasets.worker.parents import Parent
 from services.datasets.worker.parse import ENOUGH_ERRORS, Parser, Place, notes_path
 from services.datasets.worker.repairs import Repairs
 from services.datasets.worker.sources import Source, open_source
-from services.datasets.worker.split import SIDES
+from services.datasets.worker.split import SIDES, named
 from services.datasets.worker.spool import Segment, Spool
 from services.datasets.worker.steps import Pipeline
 
@@ -77,24 +77,28 @@ class Reading:
         """The notes of each segment, in order."""
         return [findings.read(notes_path(self._scratch, n), before) for n, before in enumerate(self._rows_before)]
 
-    def _side(self, told: ingest_pb2.IngestSource) -> int:
-        if not self._request.split.keep_source or told.split not in SIDES:
+    def _side(self, number: int, told: ingest_pb2.IngestSource, notes: Notes) -> int:
+        if not self._request.split.keep_source:
             return 0
-        self.sides.add(told.split)
-        return SIDES.index(told.split)
+        side, problem = named(told.split)
+        if problem is not None:
+            notes.add(problem, number, 0, 0)
+        self.sides.add(SIDES[side])
+        return side
 
     def _parent(self, number: int, told: ingest_pb2.IngestSource) -> None:
         form = datasets_pb2.ROW_FORMAT_CANONICAL
-        place = Place(number, told.filename, self._side(told), form, {}, is_ours=True)
+        notes = self._open(0)
+        place = Place(number, told.filename, self._side(number, told, notes), form, {}, is_ours=True)
         rows = Parent(pathlib.Path(told.path), told.split)
-        self._parse(place, rows, self._open(0), None, len(rows))
+        self._parse(place, rows, notes, None, len(rows))
 
     def _file(self, number: int, told: ingest_pb2.IngestSource, source: Source) -> None:
         path = pathlib.Path(told.path)
         size = path.stat().st_size
         notes = self._open(0)
         form, columns, first = self._settle(number, source, notes)
-        place = Place(number, told.filename, self._side(told), form, columns)
+        place = Place(number, told.filename, self._side(number, told, notes), form, columns)
         self.lineage.files.add(
             file=told.filename,
             sha256=told.sha256 or sha256_file(path),

@@ -8,6 +8,7 @@ change when rows change order, and a row more moves few others.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,12 +16,27 @@ import numpy as np
 import numpy.typing as npt
 
 from qlorad.v1 import datasets_pb2
-from services.datasets.worker.found import Problem
+from services.datasets.worker.found import INFO, WARNING, Problem, clip
+from services.datasets.worker.layout import split_of
 
 Array = npt.NDArray[Any]
 
 SIDES = ("train", "validation", "test")
 _MASK = (1 << 64) - 1
+
+
+def named(name: str) -> tuple[int, Problem | None]:
+    """The side, as a number in SIDES, that a source's name for a split means, and what is to be told of it."""
+    if (usual := split_of(name)) in SIDES:
+        return SIDES.index(usual), None
+    words = {split_of(word) for word in re.split(r"[-._ 0-9]+", name)} & set(SIDES)
+    if len(words) == 1:
+        (meant,) = words
+        told = f"the split {clip(name)} is read as {meant}"
+        return SIDES.index(meant), Problem("unknown_split", told, "name the splits to read", "", INFO)
+    told = f"{clip(name)} is no usual name of a split" if name else "the source names no split"
+    hint = "set rows aside by fractions, or leave the split out if it is not to be trained"
+    return 0, Problem("unknown_split", f"{told}: its rows go to train", hint, "", WARNING)
 
 
 def _mixed(value: int) -> int:
