@@ -17,7 +17,7 @@ import numpy as np
 
 from qlorad.v1 import datasets_pb2
 from services.common import packing
-from services.common.errors import Violation, invalid, rejected
+from services.common.errors import Fault, Violation, invalid, rejected
 from services.common.prompt import rows, tally
 from services.common.prompt.body import Place
 from services.common.prompt.columns import Array, ColumnWriter, PlaceWriter
@@ -149,7 +149,7 @@ class Build:
             splits.append({f.name: getattr(count, f.name) for f in count.DESCRIPTOR.fields})
             numbers[name] = tally.text_of(split.number)
         if self._wrong:
-            raise invalid(self._wrong)
+            raise _unusable(self._wrong, "")
         known = seen.ids()
         pieces = dict(zip(map(str, known), self._tokenizer.pieces(known), strict=True))
         return Made(splits, list(files), numbers, pieces)
@@ -180,4 +180,11 @@ class Build:
         else:
             raise rejected(str(place), str(error))
         if len(self._wrong) >= MAX_VIOLATIONS:
-            raise invalid(self._wrong)
+            raise _unusable(self._wrong, "at least ")
+
+
+def _unusable(wrong: list[Violation], more: str) -> Fault:
+    """INVALID_ARGUMENT with the rows that cannot be used, and how many they are."""
+    fault = invalid(wrong)
+    fault.message = f"{more}{len(wrong)} row{'s' if len(wrong) != 1 else ''} cannot be used: {fault.message}"
+    return fault
