@@ -96,15 +96,78 @@ def test_steps_are_listed(cli: Cli) -> None:
         (("--steps", "min_words={min_words: none}"), "a whole number"),
         (("--steps", "no-such.yaml"), "a readable file"),
         (("--steps", "min_words={min_words: 3"), "YAML"),
-        (("--steps", "min_words=3"), "parameters"),
+        (("--steps", "min_words=3"), "min_words=min_words: 3"),
         (("--near-duplicates", "perhaps"), "together"),
         (("--repair", "everything"), "role_names"),
         (("--stratify-by", "length"), "metadata.KEY"),
+        (("--validation", "0.6", "--test", "0.6"), "together with --test"),
+        (("--name", "Not A Name"), "of [a-z0-9._-]"),
+        (("--column", "instruction"), "KEY=VALUE"),
+        (("--format", "alpaca"), "instruction, chat"),
     ],
 )
 def test_wrong_words_are_told(cli: Cli, papers: pathlib.Path, words: tuple[str, ...], told: str) -> None:
     error = cli.json("dataset", "upload", str(papers), "--name", "wrong", *words, code=2)["error"]
     assert told in json.dumps(error, ensure_ascii=False)
+
+
+def test_all_wrong_words_are_told_at_once_and_nothing_is_sent(cli: Cli, papers: pathlib.Path) -> None:
+    words = ("--validation", "1.5", "--on-row-error", "maybe", "--near-duplicates", "perhaps", "--keep-splits")
+    done = cli.run("dataset", "import", str(papers.parent), "--name", "wrong", *words, code=2)
+    told = done.stderr.splitlines()
+    assert told[0] == "qlorad: these things are wrong:" and len(told) == 5 and not done.stdout
+    assert {line.split(":")[0].strip() for line in told[1:]} == {
+        "--validation", "--on-row-error", "--near-duplicates", "--keep-splits",
+    }  # fmt: skip
+
+
+def test_errors_in_rows_are_told_once_each(cli: Cli, broken: pathlib.Path) -> None:
+    done = cli.run("dataset", "upload", str(broken), "--name", "wrong", code=2)
+    told = [line for line in done.stderr.splitlines() if "[" in line]
+    assert "qlorad: 5 errors in the rows:" in done.stderr and len(told) == 5 and "got" not in done.stderr
+    assert all(line.startswith("  broken.jsonl:") and "; accepted: " in line for line in told)
+
+
+def test_a_taken_name_is_told_before_anything_is_sent(cli: Cli, papers: pathlib.Path, made: dict[str, object]) -> None:
+    done = cli.run("dataset", "upload", str(papers), code=1)
+    assert "choose another --name, or --move it" in done.stderr and "upload" not in done.stderr
+    assert cli.json("dataset", "upload", str(papers), code=1)["error"]["reason"] == "ALREADY_EXISTS"
+
+
+def test_what_is_no_source_is_told(cli: Cli, papers: pathlib.Path) -> None:
+    assert "hub:lab/notes" in cli.json("dataset", "import", "lab/notes", code=2)["error"]["message"]
+    gone = str(papers.with_name("gone.jsonl"))
+    assert "a readable file" in cli.json("dataset", "upload", gone, code=2)["error"]["message"]
+    assert "no file of that name" in cli.json("dataset", "validate", "gone.jsonl", code=3)["error"]["message"]
+    told = cli.json("dataset", "convert", "gone.jsonl", "--to", "chat", code=3)["error"]
+    assert "no file of that name" in told["message"] and told["reason"] == "NOT_FOUND"
+
+
+def test_a_file_that_cannot_be_written_is_told(cli: Cli, made: dict[str, object], tmp_path: pathlib.Path) -> None:
+    for to in (tmp_path, tmp_path / "none" / "x.jsonl"):
+        told = cli.json("dataset", "export", "papers", "--to", str(to), code=2)["error"]
+        assert [v["field"] for v in told["violations"]] == ["--to"]
+        assert (
+            "--out"
+            in cli.json("dataset", "convert", "papers", "--to", "chat", "--out", str(to), code=2)["error"]["message"]
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_tables_are_converted_by_their_columns(cli: Cli, tmp_path: pathlib.Path) -> None:
+    table, to = tmp_path / "table.csv", tmp_path / "rows.jsonl"
+    table.write_text("Frage,Antwort,Thema\nWas ist 1 und 1?,Zwei.,Zahlen\n")
+    words = ("dataset", "convert", str(table), "--to", "chat", "--out", str(to))
+    assert "unknown_format" in cli.json(*words, code=2)["error"]["message"] and not to.exists()
+    assert cli.json(*words, "--column", "instruction=Frage", "--column", "output=Antwort")["rows"] == 1
+    row = json.loads(to.read_text())
+    assert [m["content"] for m in row["messages"]] == ["Was ist 1 und 1?", "Zwei."] and row["Thema"] == "Zahlen"
+
+
+def test_rows_without_tokens_are_told_and_not_drawn(cli: Cli, tmp_path: pathlib.Path) -> None:
+    cli.json("dataset", "upload", str(written(tmp_path / "pairs.jsonl", [BODIES[2]])), "--validation", "0")
+    shown = cli.inside("dataset", "stats", "pairs", "--model", "starter-test")
+    assert "rows that cannot be trained on: 1 preference" in shown and "AT MOST" not in shown
 
 
 def test_a_lineage_is_a_tree_and_a_lost_parent_says_so(cli: Cli, made: dict[str, object], papers: pathlib.Path) -> None:
@@ -150,6 +213,8 @@ def test_validation_tells_everything_and_ends_with_its_verdict(
 
 
 def test_fixing_makes_a_dataset_and_tells_each_repair(cli: Cli, broken: pathlib.Path) -> None:
+    done = cli.run("dataset", "validate", str(broken), "--fix", "--name", "mended", code=2)
+    assert "no dataset was made" in done.stderr and "PART" in done.stdout
     assert "--name" in cli.json("dataset", "validate", str(broken), "--fix", code=2)["error"]["message"]
     assert (
         "no name without --fix"

@@ -13,7 +13,7 @@ from qlorad.cli import dataset_check, dataset_export, dataset_make, dataset_stat
 from qlorad.cli import dataset_show as past
 from qlorad.cli import output as out
 from qlorad.cli.dataset_options import Name
-from qlorad.cli.dataset_show import FINDINGS, example_text, format_of, rows_of, show_dataset
+from qlorad.cli.dataset_show import FINDINGS, came_from, example_text, format_of, rows_of, show_dataset
 from qlorad.cli.output import Format, Output
 from qlorad.cli.session import connected
 
@@ -78,7 +78,7 @@ def preview(
         if output is Format.jsonl:
             out.emit_json(example)
         else:
-            print(f"--- row {number}\n{example_text(example)}")
+            print(f"--- row {number}{came_from(example)}\n{example_text(example)}")
 
 
 @app.command("findings")

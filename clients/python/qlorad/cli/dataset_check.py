@@ -40,7 +40,7 @@ def validate(
     name: Annotated[str, typer.Option(help="The alias of the repaired dataset.")] = "",
     move: given.Move = False,
     format: given.FormatOf = "",
-    validation: given.Share = 0.0,
+    validation: given.CheckedShare = 0.0,
     test: given.TestShare = 0.0,
     seed: given.Seed = 0,
     on_row_error: given.OnRowError = "refuse",
@@ -60,26 +60,32 @@ def validate(
     if name and not fix:
         raise errors.invalid("--name", name, "no name without --fix: validate makes nothing")
     files = [pathlib.Path(s) for s in sources if pathlib.Path(s).exists()]
-    if files and len(files) < len(sources):
-        missing = next(s for s in sources if not pathlib.Path(s).exists())
-        raise errors.invalid("SOURCE", missing, "files that exist, or datasets alone")
+    others = [s for s in sources if not pathlib.Path(s).exists()]
+    if files and others:
+        raise errors.invalid("SOURCE", others[0], "files that exist, or datasets alone")
     asked = given.plan(
         format, column, validation, test, seed, "", False, on_row_error, False, near_duplicates, similarity,
         ["all"] if fix else repair, steps,
     )  # fmt: skip
-    if not files:
-        asked = {**asked, "parents": sources}
     with connected() as client:
+        if not files:
+            asked = {**asked, "parents": [given.there(client, s) for s in sources]}
         with progress.shown("validate") as tell:
             told = client.datasets.validate(files, min_severity=severity, progress=tell, **asked)
             found, report = _heard(output, told)
-        made = _fixed(client, name, files, move, asked) if fix else None
+        mended = fix and (report.passes or on_row_error == "skip")
+        made = _fixed(client, name, files, move, asked) if mended else None
     if output is Format.table:
         _show_findings(found, most)
         _show_report(report)
         if made is not None:
             print()
             show_dataset(output, made)
+        elif fix:
+            out.say(
+                "no dataset was made: no repair mends these errors; mend them, or leave the rows out with "
+                "--on-row-error skip"
+            )
     else:
         _emit(output, found, report, made)
     return 0 if report.passes or made is not None else DOES_NOT_PASS

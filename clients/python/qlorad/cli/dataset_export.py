@@ -6,6 +6,7 @@ Law of this room: rows go to the file or to stdout, words about them to stderr
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qlorad.cli import dataset_options as given
 from qlorad.cli import output as out
 from qlorad.cli.dataset_options import Name
 from qlorad.cli.output import Format, Output
@@ -55,6 +57,7 @@ def convert(
     source: Annotated[str, typer.Argument(help="A dataset (its alias or sha256:…), or a file with rows.")],
     to: Annotated[str, typer.Option(help=f"The form to write: {FORMS}.")],
     from_: Annotated[str, typer.Option("--from", help=f"The form of a file: {FORMS}; else it is sniffed.")] = "",
+    column: given.Column = None,
     out_: Annotated[pathlib.Path | None, typer.Option("--out", help="The file to write; else stdout.")] = None,
     on_loss: OnLoss = "refuse",
     output: Output = Format.table,
@@ -63,28 +66,30 @@ def convert(
     file = pathlib.Path(source)
     with connected() as client:
         if not file.is_file():
-            if from_:
+            if from_ or column:
                 from qlorad import errors
 
-                raise errors.invalid("--from", from_, "nothing: the form of a dataset is known; or the name of a file")
-            _write(output, out_, _reading(client, source, "", to, 0, on_loss))
+                option, told = ("--from", from_) if from_ else ("--column", (column or [""])[0])
+                raise errors.invalid(option, told, "nothing: the form of a dataset is known; or the name of a file")
+            _write(output, out_, _reading(client, given.there(client, source), "", to, 0, on_loss), "--out")
             return
-        name = _passing(client, file, from_)
+        name = _passing(client, file, from_, column)
         try:
-            _write(output, out_, _reading(client, name, "", to, 0, on_loss))
+            _write(output, out_, _reading(client, name, "", to, 0, on_loss), "--out")
         finally:
             client.datasets.delete(name)
 
 
-def _passing(client: Client, file: pathlib.Path, form: str) -> str:
+def _passing(client: Client, file: pathlib.Path, form: str, column: list[str] | None) -> str:
     """A dataset of the file's rows, all of them and in their order, under a name that nobody else has."""
     import uuid
 
     from qlorad.cli import progress
 
+    asked = given.plan(format=form, column=column, keep_duplicates=True)
     name = f"convert-{uuid.uuid4().hex[:20]}"
     with progress.shown(f"{file.name}") as tell:
-        client.datasets.create(name, [file], format=form, keep_duplicates=True, progress=tell)
+        client.datasets.create(name, [file], progress=tell, **asked)
     return name
 
 
@@ -94,7 +99,7 @@ def _reading(client: Client, name: str, split: str, form: str, rows: int, on_los
     )
 
 
-def _write(output: Format, to: pathlib.Path | None, read: Read) -> None:
+def _write(output: Format, to: pathlib.Path | None, read: Read, option: str = "--to") -> None:
     """Writes the lines, then tells what became of the rows."""
     from qlorad.v1 import datasets_pb2
 
@@ -106,20 +111,32 @@ def _write(output: Format, to: pathlib.Path | None, read: Read) -> None:
         if lost := _lost(summary):
             out.say(lost)
         return
-    part = to.with_name(to.name + ".part")
-    try:
-        with part.open("wb") as f:
-            for line in read(summary.CopyFrom):
-                f.write(line + b"\n")
-        part.replace(to)
-    finally:
-        part.unlink(missing_ok=True)
+    _to_file(to, read(summary.CopyFrom), option)
     if output is not Format.table:
         out.emit_json({"file": str(to), **out.as_dict(summary)})
         return
     print(f"{summary.rows} rows in {to}")
     if lost := _lost(summary):
         print(lost)
+
+
+def _to_file(to: pathlib.Path, lines: Iterator[bytes], option: str) -> None:
+    """The lines as a file: written beside it, and there whole or not at all."""
+    from qlorad import errors
+
+    if to.is_dir():
+        raise errors.invalid(option, str(to), "the name of a file; this is a folder")
+    part = to.with_name(f"{to.name}.part")
+    try:
+        with part.open("wb") as f:
+            for line in lines:
+                f.write(line + b"\n")
+        part.replace(to)
+    except OSError as e:
+        raise errors.invalid(option, str(to), f"a file that can be written ({e.strerror})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def _lost(summary: datasets_pb2.ExportSummary) -> str:

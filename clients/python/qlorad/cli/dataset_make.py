@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlorad.cli import dataset_options as given
+from qlorad.cli import output as out
 from qlorad.cli.dataset_show import show_dataset
 from qlorad.cli.output import Format, Output
 from qlorad.cli.session import connected
 
 if TYPE_CHECKING:
+    from qlorad.client import Client
     from qlorad.plans import Plan
 
 
@@ -34,7 +36,7 @@ def upload(
     ],
     name: Annotated[str, typer.Option(help="The alias to give; else the first file's name.")] = "",
     format: given.FormatOf = "",
-    validation: given.Share = 0.1,
+    validation: given.Share = None,
     test: given.TestShare = 0.0,
     seed: given.Seed = 0,
     stratify_by: given.Stratify = "",
@@ -64,7 +66,7 @@ def import_(
     file: given.Patterns = None,
     keep_splits: given.KeepSplits = False,
     format: given.FormatOf = "",
-    validation: given.Share = 0.1,
+    validation: given.Share = None,
     test: given.TestShare = 0.0,
     seed: given.Seed = 0,
     stratify_by: given.Stratify = "",
@@ -91,7 +93,7 @@ def import_(
 def split(
     dataset: given.Name,
     name: given.Alias,
-    validation: given.Share = 0.0,
+    validation: given.Share = None,
     test: given.TestShare = 0.0,
     seed: given.Seed = 0,
     stratify_by: given.Stratify = "",
@@ -101,7 +103,10 @@ def split(
     move: given.Move = False,
     output: Output = Format.table,
 ) -> None:
-    """Makes a dataset of another's rows, split anew; equal and nearly equal rows stay on one side."""
+    """Makes a dataset of another's rows, split anew; equal and nearly equal rows stay on one side.
+
+    --validation 0 without --test makes one split of all.
+    """
     asked = given.plan(
         validation=validation, test=test, seed=seed, stratify_by=stratify_by, near=near_duplicates,
         similarity=similarity, steps=steps,
@@ -113,9 +118,32 @@ def _make(output: Format, alias: str, files: list[pathlib.Path], move: bool, ask
     from qlorad.cli import progress
 
     sent: list[Any] = list(files)
-    with connected() as client, progress.shown(f"datasets/{alias}") as tell:
-        made = client.datasets.create(alias, sent, move_alias=move, progress=tell, **asked)
+    with connected() as client:
+        if not move:
+            _not_taken(client, alias)
+        with progress.shown(f"datasets/{alias}") as tell:
+            made = client.datasets.create(alias, sent, move_alias=move, progress=tell, **asked)
     show_dataset(output, made)
+    if output is Format.table and made.stats.findings:
+        out.say(f"`qlorad dataset findings {alias}` tells each finding")
+
+
+def _not_taken(client: Client, alias: str) -> None:
+    """Asks before anything is sent or fetched: the name may be wrong, or taken."""
+    from qlorad import errors
+
+    try:
+        taken = client.datasets.get(alias)
+    except errors.NotFound:
+        return
+    except errors.InvalidArgument:
+        accepted = "1 to 63 of [a-z0-9._-], begun and ended by a letter or digit, without '..'; not 'base'"
+        raise errors.invalid("--name", alias, accepted) from None
+    raise errors.AlreadyExists(
+        f"{taken.name!r} exists already; choose another --name, or --move it",
+        reason="ALREADY_EXISTS",
+        resource=taken.name,
+    )
 
 
 def alias_of(name: str) -> str:

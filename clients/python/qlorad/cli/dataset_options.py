@@ -6,6 +6,7 @@ Law of this room: a word means the same behind every verb.
 from __future__ import annotations
 
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ import typer
 from qlorad.cli.session import pairs
 
 if TYPE_CHECKING:
+    from qlorad.client import Client
     from qlorad.plans import Plan, Step
 
 Name = Annotated[str, typer.Argument(help="A dataset: its alias or sha256:….")]
@@ -29,7 +31,11 @@ FormatOf = Annotated[
 Column = Annotated[
     list[str] | None, typer.Option("--column", help="FIELD=COLUMN, as in output=answer; may be repeated.")
 ]
-Share = Annotated[float, typer.Option("--validation", help="Share set aside for validation.")]
+Share = Annotated[
+    float | None,
+    typer.Option("--validation", help="Share set aside for validation; else 0.1, or 0 with --keep-splits."),
+]
+CheckedShare = Annotated[float, typer.Option("--validation", help="Share set aside for validation.")]
 TestShare = Annotated[float, typer.Option("--test", help="Share set aside for test.")]
 Seed = Annotated[int, typer.Option("--seed", help="Same seed and rows, same split.")]
 Stratify = Annotated[
@@ -66,7 +72,7 @@ Patterns = Annotated[
 def plan(
     format: str = "",
     column: Sequence[str] | None = None,
-    validation: float = 0.0,
+    validation: float | None = 0.0,
     test: float = 0.0,
     seed: int = 0,
     stratify_by: str = "",
@@ -78,11 +84,14 @@ def plan(
     repair: Sequence[str] | None = None,
     steps: Sequence[str] | None = None,
 ) -> Plan:
-    """The words of the shared options as a plan."""
+    """The words of the shared options as a plan; what is wrong with them is told at once, before a byte is sent."""
+    if validation is None:
+        validation = 0.0 if keep_splits else 0.1
+    _check(format, on_row_error, near, validation, test, keep_splits)
     asked: Plan = {
         "format": format,
         "columns": pairs(list(column or []), "--column"),
-        "validation": 0.0 if keep_splits else validation,
+        "validation": validation,
         "test": test,
         "seed": seed,
         "stratify_by": stratify_by,
@@ -98,9 +107,52 @@ def plan(
     return asked
 
 
+def there(client: Client, name: str) -> str:
+    """The name of a dataset that is there; NOT_FOUND says that it is no file either."""
+    from qlorad import errors
+
+    try:
+        client.datasets.get(name)
+    except errors.NotFound as e:
+        told = f"{e.message}{'' if e.message.endswith('?') else '.'} There is no file of that name either"
+        raise errors.NotFound(told, reason=e.reason, resource=e.resource) from None
+    return name
+
+
+def _check(format: str, on_row_error: str, near: str, validation: float, test: float, keep_splits: bool) -> None:
+    from qlorad import errors
+    from qlorad._wire_core import enum_value
+    from qlorad.v1 import datasets_pb2 as pb
+
+    wrong: list[errors.Violation] = []
+
+    def refuse(option: str, given: object, accepted: str) -> None:
+        wrong.extend(errors.invalid(option, given, accepted).violations)
+
+    for option, enum, prefix, word in (
+        ("--format", pb.RowFormat, "ROW_FORMAT_", format),
+        ("--on-row-error", pb.OnRowError, "ON_ROW_ERROR_", on_row_error),
+        ("--near-duplicates", pb.NearDuplicates, "NEAR_DUPLICATES_", near),
+    ):
+        try:
+            enum_value(enum, prefix, option, word)
+        except errors.InvalidArgument as e:
+            wrong.extend(e.violations)
+    for option, share in (("--validation", validation), ("--test", test)):
+        if not 0 <= share < 1:
+            refuse(option, share, "0 to below 1")
+    if not wrong and validation + test >= 1:
+        refuse("--validation", validation, f"less than 1 together with --test {test:g}")
+    if keep_splits and (validation or test):
+        refuse("--keep-splits", True, "no --validation and no --test beside it: the source's splits are kept")
+    if wrong:
+        told = "; ".join(f"{v.field}: {v.description}" for v in wrong)
+        raise errors.InvalidArgument(told, reason="INVALID_REQUEST", violations=wrong)
+
+
 def sourced(asked: Plan, source: str, config: str, splits: Sequence[str], files: Sequence[str]) -> Plan:
     """The plan with rows of "hub:OWNER/NAME[@REV]" or of a folder."""
-    from qlorad import plans
+    from qlorad import errors, plans
     from qlorad.v1 import datasets_pb2 as pb
 
     if source.startswith("hub:"):
@@ -110,6 +162,8 @@ def sourced(asked: Plan, source: str, config: str, splits: Sequence[str], files:
         hub.files.extend(files)
         return {**asked, "hub": hub}
     path = str(pathlib.Path(source).expanduser().resolve())
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@.+)?", source) and not pathlib.Path(path).exists():
+        raise errors.invalid("SOURCE", source, f"hub:{source} for a dataset of the hub, or the path of a folder")
     return {**asked, "folder": pb.FolderSource(path=path, config=config, splits=splits, files=files)}
 
 
@@ -126,6 +180,10 @@ def _of_word(word: str) -> Step:
     name, found, told = word.partition("=")
     if not found:
         return name
+    if ":" not in told:
+        from qlorad import errors
+
+        raise errors.invalid("--steps", word, "NAME, or NAME=PARAMETER: VALUE, as in min_words=min_words: 3")
     parameters = _parsed(told if told.lstrip().startswith("{") else "{" + told + "}", f"--steps {name}")
     return name, parameters
 

@@ -92,6 +92,14 @@ def format_of(dataset: datasets_pb2.Dataset) -> str:
 # Rows
 
 
+def came_from(example: dict[str, Any]) -> str:
+    """Where a canonical example stood, as in " (rows.jsonl:7)"."""
+    origin = example.get("origin", {})
+    if not origin.get("file"):
+        return ""
+    return f" ({origin['file']}:{origin['line']})" if origin.get("line") else f" ({origin['file']})"
+
+
 def example_text(example: dict[str, Any]) -> str:
     """A canonical example as people read it."""
     return "\n".join(_lines(example))

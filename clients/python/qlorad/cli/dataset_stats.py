@@ -78,9 +78,12 @@ def _show_counts(dataset: datasets_pb2.Dataset) -> None:
 
 def _show_measure(measure: datasets_pb2.DatasetMeasure) -> None:
     share = measure.trained_tokens / measure.tokens if measure.tokens else 0.0
-    print(f"\n{measure.tokens} tokens in {measure.rows} rows, {measure.trained_tokens} ({share:.1%}) trained")
+    told = f"{measure.trained_tokens} ({share:.1%}) trained" if measure.rows else "none is trained"
+    print(f"\n{measure.tokens} tokens in {measure.rows} rows, {told}")
     if measure.unusable_rows:
         print(f"rows that cannot be trained on: {counted(measure.unusable_rows)}")
+    if not measure.rows:
+        return
     _bars("tokens of a row", measure.row_tokens)
     print()
     out.table(["OF ROWS", "AT MOST"], [[f"{q.share:.0%}", f"{q.tokens} tokens"] for q in measure.quantiles])

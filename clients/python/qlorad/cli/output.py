@@ -109,7 +109,7 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]], empty: str = "")
         from rich.table import Table
         from rich.text import Text
 
-        shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for number, title in enumerate(titles):
             shown.add_column(title, overflow="fold", no_wrap=number == 0)
         for row in rows:
@@ -126,15 +126,29 @@ def emit_error(output: Format, error: QloradError) -> None:
     if output is not Format.table:
         emit_json({"error": error.as_dict()})
         return
-    say(f"qlorad: {error.message}")
     if len(error.violations) > 1:
-        for violation in error.violations:
-            say(f"  {violation.field}: {violation.description}")
+        _say_each(error)
+    else:
+        say(f"qlorad: {error.message}")
     for blocker in error.blockers:
         if blocker.description not in error.message:
             say(f"  {blocker.subject}: {blocker.description}")
     if error.retry_after:
         say(f"  try again in {error.retry_after:g} s")
+
+
+def _say_each(error: QloradError) -> None:
+    """A head, and a line for each violation; the message would tell the same in one."""
+    head, _, rest = error.message.partition(f"{error.violations[0].field}: ")
+    if not rest:
+        say(f"qlorad: {error.message}")
+    else:
+        say(f"qlorad: {head.rstrip(': ') or 'these things are wrong'}:")
+    given = not rest or rest.startswith("got ")
+    for violation in error.violations:
+        # What is wrong with a row is a sentence, which nobody gave.
+        told = violation.description if given else violation.description.removeprefix("got ")
+        say(f"  {violation.field}: {told}")
 
 
 def freed(output: Format, count: int) -> None:
