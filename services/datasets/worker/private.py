@@ -74,8 +74,10 @@ KINDS: tuple[Kind, ...] = (
         "a private key",
         ("PRIVATE KEY",),
         re.compile(
+            # No step over another "-----", so that many beginnings without an end take no time.
             r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY(?: BLOCK)?-----"
-            r"(?:[A-Za-z0-9+/=\s\\:,.-]{16,}?-----END [A-Z ]{0,20}PRIVATE KEY(?: BLOCK)?-----|[A-Za-z0-9+/=\s\\]{16,})"
+            r"(?:(?:(?!-----)[A-Za-z0-9+/=\s\\:,.-]){16,}-----END [A-Z ]{0,20}PRIVATE KEY(?: BLOCK)?-----"
+            r"|(?:\s|\\[nr]){0,4}[A-Za-z0-9+/=]{24,}(?:(?:\s|\\[nr]){1,4}[A-Za-z0-9+/=]{16,})*)"
         ),
     ),
     Kind(
