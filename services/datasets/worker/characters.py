@@ -51,8 +51,21 @@ def without_marks(text: str) -> str:
 
 
 def without_controls(text: str) -> str:
-    """No control character but tab, LF and CR."""
-    return _CONTROL.sub("", text)
+    """No control character but tab, LF and CR. In what was misread they are halves of others, and stay."""
+    if text.isascii() or not _CONTROL.search(text):
+        return _CONTROL.sub("", text)
+    return "".join(piece if is_misread else _CONTROL.sub("", piece) for _, piece, is_misread in _pieces(text))
+
+
+def _pieces(text: str) -> Iterator[tuple[int, str, bool]]:
+    """The text in pieces, with where each begins, and whether it was misread."""
+    after = 0
+    for match in _RUN.finditer(text):
+        if _reread(match) != match[0]:
+            yield after, text[after : match.start()], False
+            yield match.start(), match[0], True
+            after = match.end()
+    yield after, text[after:], False
 
 
 def read_again(text: str) -> str:
@@ -78,12 +91,12 @@ def _reread(match: re.Match[str]) -> str:
 
 
 TEXT_REPAIRS: Mapping[str, Callable[[str], str]] = {
+    repairs.MOJIBAKE: read_again,
     repairs.LINE_ENDS: without_line_ends,
     repairs.BYTE_ORDER_MARKS: without_marks,
     repairs.CONTROL_CHARACTERS: without_controls,
-    repairs.MOJIBAKE: read_again,
 }
-"""In the order in which they are done."""
+"""In the order in which they are done: what was misread may hold what the others look for."""
 
 
 def scan(example: Plain) -> list[Problem]:
@@ -99,8 +112,9 @@ def _faults(place: str, text: str) -> Iterator[Problem]:
     if "\ufeff" in text:
         told = f"holds a byte order mark at character {text.index(chr(0xFEFF))}"
         yield Problem("byte_order_mark_in_text", told, "take it out", place, WARNING, repairs.BYTE_ORDER_MARKS)
-    if control := _CONTROL.search(text):
-        told = f"holds the control character U+{ord(control[0]):04X} at character {control.start()}"
+    controls = ((begin, _CONTROL.search(piece)) for begin, piece, is_misread in _pieces(text) if not is_misread)
+    if control := next(((begin + m.start(), m[0]) for begin, m in controls if m), None):
+        told = f"holds the control character U+{ord(control[1]):04X} at character {control[0]}"
         yield Problem("control_character", told, "take it out", place, WARNING, repairs.CONTROL_CHARACTERS)
     if text.isascii():
         return

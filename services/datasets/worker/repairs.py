@@ -81,8 +81,11 @@ class Repairs:
         return example, problems
 
     def _texts(self, example: Plain) -> Plain:
-        for name, mended in TEXT_REPAIRS.items():
-            if name in self.names:
+        asked = {name: mended for name, mended in TEXT_REPAIRS.items() if name in self.names}
+        before = None
+        while example is not before:  # one may bring to light what another one mends; each makes the text shorter
+            before = example
+            for name, mended in asked.items():
                 example = self._changed(name, example, _with_texts(example, mended))
         if repairs.BLANKS in self.names:
             example = self._changed(repairs.BLANKS, example, _with_messages(example, _stripped))
@@ -105,7 +108,9 @@ class Repairs:
         return example
 
     def _changed(self, name: str, before: Plain, after: Plain) -> Plain:
-        if after != before:
+        if after == before:
+            return before
+        if name not in self._done:
             self._done.append(name)
         return after
 
@@ -206,9 +211,11 @@ def _joined(messages: list[Plain]) -> list[Plain]:
     for message in messages:
         before = made[-1] if made else {}
         if rules.can_join(before, message):
-            between = [{"text": "\n\n"}] if before.get("parts") and message.get("parts") else []
-            parts = [*before.get("parts", ()), *between, *message.get("parts", ())]
-            made[-1] = _with_parts(before, parts)
+            parts, more = before.get("parts", []), message.get("parts", [])
+            if parts and more:
+                border = {**parts[-1], "text": f"{parts[-1]['text']}\n\n{more[0]['text']}"}
+                parts, more = [*parts[:-1], border], more[1:]
+            made[-1] = _with_parts(before, [*parts, *more])
         else:
             made.append(message)
     return made
