@@ -77,7 +77,7 @@ def test_steps_of_files_and_words_are_applied_in_order(cli: Cli, made: dict[str,
     assert made["stats"]["changed_by_step"] == {"0:citations": 5, "1:notation": 2, "3:whitespace": 1}
     assert made["stats"]["dropped_by_step"] == {"2:min_words": 1} and made["stats"]["duplicate_rows"] == 1
     shown = cli.inside("dataset", "show", "papers")
-    assert "1 2:min_words" in shown and "5 0:citations, 2 1:notation, 1 3:whitespace" in shown
+    assert "1 by min_words" in shown and "5 by citations, 2 by notation, 1 by whitespace" in shown
     assert "rise to 1.5e-5 M." in cli.inside("dataset", "preview", "papers", "--rows", "9")
 
 
@@ -202,11 +202,11 @@ def test_validation_tells_everything_and_ends_with_its_verdict(
     lines = cli.lines("dataset", "validate", str(broken), "--severity", "error", code=2)
     assert all("finding" in line for line in lines[:-1]) and list(lines[-1]) == ["report"]
     shown = cli.inside("dataset", "validate", str(broken), "--most", "9", code=2)
-    assert "passes           no" in shown and "WEIGHT" in shown and "unknown_role" in shown
+    assert "passes      no" in shown and "WEIGHT" in shown and "unknown_role" in shown
     assert "broken" not in {d["name"].removeprefix("datasets/") for d in cli.json("dataset", "list")["datasets"]}
 
     assert cli.json("dataset", "validate", "papers", "--steps", "min_words=min_words: 1")["report"]["passes"]
-    assert "passes           yes" in cli.inside("dataset", "validate", "papers")
+    assert "passes      yes" in cli.inside("dataset", "validate", "papers")
     assert cli.json("dataset", "validate", "no-such", code=3)["error"]["reason"] == "NOT_FOUND"
     both = cli.json("dataset", "validate", str(broken), "papers", code=2)["error"]
     assert "datasets alone" in both["message"]

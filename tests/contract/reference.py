@@ -1,4 +1,4 @@
-"""Makes docs/settings.md, docs/metrics.md, docs/cli.md and the table of docs/formats.md from what the programs say.
+"""Makes docs/settings.md, metrics.md and cli.md, and tables of docs/formats.md and steps.md, from what programs say.
 
 `python -m tests.contract.reference` writes them; test_reference holds them
 against the programs. Not for prose: that stands in the other pages.
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from services.common import config
-from tests.contract import formats
+from tests.contract import formats, steps
 from tests.house import ROOT, House, house
 
 SERVICES = config.SERVICES
@@ -151,6 +151,7 @@ def main() -> None:
     (ROOT / "docs" / "settings.md").write_text(settings())
     (ROOT / "docs" / "cli.md").write_text(cli())
     formats.main()
+    steps.main()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import typer
 
 from qlorad.cli import dataset_options as given
 from qlorad.cli import output as out
-from qlorad.cli.dataset_show import FINDINGS, counted, show_dataset
+from qlorad.cli.dataset_show import FINDINGS, by_step, counted, show_dataset
 from qlorad.cli.output import Format, Output
 from qlorad.cli.session import connected
 
@@ -146,14 +146,14 @@ def _show_report(report: datasets_pb2.ValidationReport) -> None:
         ("duplicates", f"{stats.duplicate_rows} exact, {stats.near_duplicate_rows} near"),
         ("findings", severities or "none"),
         ("repaired", counted(stats.repaired)),
-        ("dropped by step", counted(stats.dropped_by_step)),
-        ("changed by step", counted(stats.changed_by_step)),
+        ("dropped", by_step(stats.dropped_by_step)),
+        ("changed", by_step(stats.changed_by_step)),
         ("score", f"{stats.quality.score:.1f} of 100"),
     ]
     print()
     for key, value in rows:
         if value:
-            print(f"{key:<15}  {value}")
+            print(f"{key:<10}  {value}")
     print()
     parts = [[p.name, f"{p.score:.1f}", f"{p.weight:.0%}", p.told] for p in stats.quality.parts]
     out.table(["PART", "SCORE", "WEIGHT", "BECAUSE"], parts, "no parts")

@@ -48,8 +48,8 @@ def show_dataset(wanted: Format, dataset: datasets_pb2.Dataset) -> None:
         ("skipped rows", str(stats.skipped_rows or "")),
         ("duplicates", ", ".join(x for x in (exact, near) if x)),
         ("repaired", counted(stats.repaired)),
-        ("dropped by step", counted(stats.dropped_by_step)),
-        ("changed by step", counted(stats.changed_by_step)),
+        ("dropped", by_step(stats.dropped_by_step)),
+        ("changed", by_step(stats.changed_by_step)),
         ("findings", ", ".join(f"{n} {rule}" for rule, n in sorted(stats.findings.items()))),
         ("score", f"{stats.quality.score:.1f} of 100" if stats.quality.parts else ""),
         ("from", lineage.source or ", ".join(p.name for p in lineage.parents)),
@@ -60,14 +60,15 @@ def show_dataset(wanted: Format, dataset: datasets_pb2.Dataset) -> None:
 
 
 def counted(counts: Mapping[str, int]) -> str:
-    """Counts by name, as in "2 citations"; steps in their order."""
-    return ", ".join(f"{counts[k]} {k}" for k in sorted(counts, key=lambda k: (_index(k), k)))
+    """Counts by name, as in "2 role_names"."""
+    return ", ".join(f"{counts[k]} {k}" for k in sorted(counts))
 
 
-def _index(key: str) -> int:
-    """The place of a step in its pipeline, in "2:citations"."""
-    first = key.partition(":")[0]
-    return int(first) if first.isdigit() else -1
+def by_step(counts: Mapping[str, int]) -> str:
+    """Counts by INDEX:NAME in the order of steps, as in "2 by citations"; of steps that stand twice with the index."""
+    steps = sorted((int(key.partition(":")[0]), key.partition(":")[2], n) for key, n in counts.items())
+    names = [name for _, name, _ in steps]
+    return ", ".join(f"{n} by {name}" + (f" ({i})" if names.count(name) > 1 else "") for i, name, n in steps)
 
 
 def rows_of(dataset: datasets_pb2.Dataset) -> str:
