@@ -61,6 +61,16 @@ class Cli:
         assert ended == code, f"{words} ended with {ended}\n{told.getvalue()}\n{said.getvalue()}"
         return told.getvalue()
 
+    def both(self, *words: str, code: int, folder: pathlib.Path) -> tuple[str, str]:
+        """What a command prints and says, run in this very process and in a folder, as for a terminal with UTF-8."""
+        told, said = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+        with mock.patch.dict(os.environ, self.environment, clear=True), contextlib.chdir(folder):
+            with contextlib.redirect_stdout(told), contextlib.redirect_stderr(said):
+                ended = main.run(list(words))
+        shown = [stream.buffer.getvalue().decode() for stream in (told, said)]  # type: ignore[attr-defined]
+        assert ended == code, f"{words} ended with {ended}\n{shown}"
+        return shown[0], shown[1]
+
     def json(self, *words: str, code: int = 0) -> Any:
         """The one JSON document that a command prints."""
         told = self.inside(*words, "-o", "json", code=code)

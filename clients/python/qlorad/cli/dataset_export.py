@@ -22,6 +22,7 @@ from qlorad.cli.session import connected
 
 if TYPE_CHECKING:
     from qlorad.client import Client
+    from qlorad.plans import Plan
     from qlorad.v1 import datasets_pb2
 
 FORMS = "instruction, chat, completion, text, sharegpt, preference, infill or canonical"
@@ -58,6 +59,7 @@ def convert(
     to: Annotated[str, typer.Option(help=f"The form to write: {FORMS}.")],
     from_: Annotated[str, typer.Option("--from", help=f"The form of a file: {FORMS}; else it is sniffed.")] = "",
     column: given.Column = None,
+    repair: given.Repair = None,
     out_: Annotated[pathlib.Path | None, typer.Option("--out", help="The file to write; else stdout.")] = None,
     on_loss: OnLoss = "refuse",
     output: Output = Format.table,
@@ -66,27 +68,27 @@ def convert(
     file = pathlib.Path(source)
     with connected() as client:
         if not file.is_file():
-            if from_ or column:
+            if from_ or column or repair:
                 from qlorad import errors
 
-                option, told = ("--from", from_) if from_ else ("--column", (column or [""])[0])
-                raise errors.invalid(option, told, "nothing: the form of a dataset is known; or the name of a file")
+                told = {"--from": from_, "--column": (column or [""])[0], "--repair": (repair or [""])[0]}
+                option = next(option for option, word in told.items() if word)
+                raise errors.invalid(option, told[option], "nothing beside a dataset; or the name of a file")
             _write(output, out_, _reading(client, given.there(client, source), "", to, 0, on_loss), "--out")
             return
-        name = _passing(client, file, from_, column)
+        name = _passing(client, file, given.plan(format=from_, column=column, repair=repair, keep_duplicates=True))
         try:
             _write(output, out_, _reading(client, name, "", to, 0, on_loss), "--out")
         finally:
             client.datasets.delete(name)
 
 
-def _passing(client: Client, file: pathlib.Path, form: str, column: list[str] | None) -> str:
+def _passing(client: Client, file: pathlib.Path, asked: Plan) -> str:
     """A dataset of the file's rows, all of them and in their order, under a name that nobody else has."""
     import uuid
 
     from qlorad.cli import progress
 
-    asked = given.plan(format=form, column=column, keep_duplicates=True)
     name = f"convert-{uuid.uuid4().hex[:20]}"
     with progress.shown(f"{file.name}") as tell:
         client.datasets.create(name, [file], progress=tell, **asked)
