@@ -7,8 +7,10 @@ adapter, of what it was trained on; never of times, paths or makers.
 from __future__ import annotations
 
 import hashlib
+import os
 import pathlib
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from google.protobuf import json_format, struct_pb2
@@ -43,19 +45,20 @@ def list_payload(folder: pathlib.Path) -> list[artifacts_pb2.FileEntry]:
 
     Refuses links and anything that is not a plain file.
     """
-    entries = []
+    paths = []
     for path in sorted(folder.rglob("*"), key=lambda p: p.relative_to(folder).as_posix()):
         if path.is_symlink() or not (path.is_dir() or path.is_file()):
             raise corrupt(path.name, "is a link or a special file; only plain files are sealed")
         if not path.name.isprintable():
             raise corrupt(show(path.name), "has a name that cannot be printed; a manifest line must be one line")
         if path.is_file():
-            entries.append(
-                artifacts_pb2.FileEntry(
-                    path=path.relative_to(folder).as_posix(), size_bytes=path.stat().st_size, sha256=sha256_file(path)
-                )
-            )
-    return entries
+            paths.append(path)
+    with ThreadPoolExecutor(os.cpu_count()) as readers:
+        digests = list(readers.map(sha256_file, paths))
+    return [
+        artifacts_pb2.FileEntry(path=path.relative_to(folder).as_posix(), size_bytes=path.stat().st_size, sha256=digest)
+        for path, digest in zip(paths, digests, strict=True)
+    ]
 
 
 def digest_of(

@@ -68,14 +68,14 @@ class ShardWriter:
             if self._shard is None or (self._at and self._at + sizes[first] > self._limit):
                 self._next_shard()
             assert self._shard is not None
-            starts = list(itertools.accumulate(sizes[first:], initial=self._at))
+            shard = self._number << _OFFSET_BITS
+            starts = list(itertools.accumulate(sizes[first:], initial=shard + self._at))
             # Rows whose end lies within the limit; one that is longer has a shard of its own.
-            count = max(1, bisect.bisect_right(starts, self._limit) - 1)
-            number = self._number << _OFFSET_BITS
-            self._index.write(struct.pack(f"<{count}Q", *(number | at for at in starts[:count])))
-            end = taken + starts[count] - self._at
+            count = max(1, bisect.bisect_right(starts, shard + self._limit) - 1)
+            self._index.write(struct.pack(f"<{count}Q", *starts[:count]))
+            end = taken + starts[count] - starts[0]
             self._shard.write(lines[taken:end])
-            self._at, taken = starts[count], end
+            self._at, taken = starts[count] - shard, end
             first += count
         self.rows += len(sizes)
 

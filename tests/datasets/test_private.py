@@ -128,7 +128,7 @@ def test_what_is_found_passes_the_first_look_and_what_is_hidden_stays_hidden(pie
     spans = [span for _, span in found(said)]
     assert spans == sorted(spans) and all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
     if spans:
-        assert private.is_worth_a_look(said, said.encode())
+        assert private.is_worth_a_look(said.encode())
     hidden, count = redact(said)
     assert count == len(spans) and redact(hidden)[1] <= count
     assert [p.rule for p in private.scan(text(said))].count(SECRET) <= count
@@ -138,7 +138,7 @@ def test_what_is_found_passes_the_first_look_and_what_is_hidden_stays_hidden(pie
 @settings(max_examples=80)
 def test_any_text_is_looked_at(said: str) -> None:
     if list(found(said)):
-        assert private.is_worth_a_look(said, said.encode("utf-8", "replace"))
+        assert private.is_worth_a_look(said.encode("utf-8", "replace"))
     if redact(said)[1] == 0:
         assert redact(said)[0] == said
 
@@ -167,7 +167,7 @@ def test_a_long_text_of_beginnings_ends(piece: str) -> None:
     """A pattern that begins anew at each of them takes minutes; the deadline of the test is the bound."""
     said = piece * (400_000 // len(piece))
     list(found(said))
-    assert private.is_worth_a_look(said, said.encode()) in (True, False)
+    assert private.is_worth_a_look(said.encode()) in (True, False)
 
 
 def test_places_and_numbers_are_told(door: Door) -> None:

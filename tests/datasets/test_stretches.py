@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import pathlib
@@ -13,9 +14,13 @@ from hypothesis import strategies as st
 
 from qlorad.v1 import datasets_pb2
 from services.common.frames.v1 import ingest_pb2
+from services.common.prompt import example as canonical
 from services.datasets.worker import fast, forms, glance, mate, rules, stretches
-from services.datasets.worker.plain import hash_of, weigh
+from services.datasets.worker.jsonl import JsonLines
+from services.datasets.worker.plain import weigh
 from services.datasets.worker.spool import Spool, rows_path
+
+INSTRUCTION, CHAT = datasets_pb2.ROW_FORMAT_INSTRUCTION, datasets_pb2.ROW_FORMAT_CHAT
 
 texts = st.one_of(
     st.sampled_from(["", " ", "a", " a", "a\n", "Say it.", 'is: "so"', "தமிழ் 你好", "a  b\tc\nd", "x" * 40]),
@@ -34,6 +39,7 @@ turns = st.builds(
     values,
     st.dictionaries(st.sampled_from(["name", "weight"]), texts, max_size=1),
 )
+ODD = ("", " a", "a@example.org", "a\x07b", "\ufeffa", "Ã¤Ã¶", "\u0099a")
 polite = st.lists(st.tuples(texts, texts), min_size=1, max_size=2).map(
     lambda pairs: [
         {"role": role, "content": content}
@@ -46,29 +52,83 @@ chats = st.builds(
 )
 
 
-@settings(max_examples=400, deadline=None)
-@given(st.one_of(instructions.map(lambda r: (1, r)), chats.map(lambda r: (2, r))))
-def test_what_is_read_quickly_is_read_the_same(pair: tuple[Any, dict[str, Any]]) -> None:
-    form, row = pair
-    found = fast.READERS[form](dict(row))
-    if found is None:
-        return
-    example, problems = forms.example_of(row, form, {})
-    assert problems == [] and found.example == example
-    assert rules.check(example, form) == []
-    joined = "\0".join(found.said)
-    content, characters, words = weigh(example)
-    assert hash_of(joined.encode(), found.shape) == content
-    assert (len(joined) - len(found.said) + 1, found.words) == (characters, words)
-    if not glance.is_worth_a_look(joined, joined.encode()):
-        assert glance.look(example) == []
+def line_of(row: dict[str, Any]) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode()
+
+
+def read(form: Any, lines: list[bytes | None]) -> list[fast.Quick | None]:
+    return fast.read(fast.READERS[form], "a file.jsonl", 7, lines)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from([(INSTRUCTION, instructions), (CHAT, chats)]).flatmap(
+        lambda kind: st.tuples(st.just(kind[0]), st.lists(kind[1], min_size=1, max_size=6))
+    )
+)
+def test_what_is_read_quickly_is_read_the_same(told: tuple[Any, list[dict[str, Any]]]) -> None:
+    form, rows = told
+    found = read(form, [line_of(row) for row in rows])
+    assert len(found) == len(rows)
+    for at, (row, quick) in enumerate(zip(rows, found, strict=True), 7):
+        if quick is None:
+            continue
+        example, problems = forms.example_of(row, form, {})
+        assert problems == [] and rules.check(example, form) == [] and glance.look(example) == []
+        content, characters, words = weigh(example)
+        origin = {"file": "a file.jsonl", "line": str(at)}
+        assert quick == (canonical.line_of({**example, "origin": origin}), content, characters, words)
 
 
 def test_common_rows_are_read_quickly() -> None:
-    row = {"instruction": "Say 1.", "input": "now", "output": "It is 1.", "id": 1, "topic": "numbers"}
-    assert fast.instruction(row) is not None
+    row = {"instruction": "Say 1: now.", "input": "now", "output": "It is 1.", "id": 1, "topic": "numbers"}
     said = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "1?"}]
-    assert fast.chat({"messages": [*said, {"role": "assistant", "content": "1."}], "id": "x"}) is not None
+    chat = {"messages": [*said, {"role": "assistant", "content": "1 \n தமிழ்"}], "id": "x"}
+    assert None not in read(INSTRUCTION, [line_of(row), line_of({**row, "output": "is:\n1", "input": "é « a »"})])
+    assert None not in read(CHAT, [line_of(chat)] * 3)
+
+
+def test_a_row_that_needs_a_look_does_not_hide_in_a_batch() -> None:
+    fine = {"instruction": "Say 1.", "output": "It is 1."}
+    odd = [
+        b"",
+        None,
+        b"[]",
+        b'{"instruction": "a", "output": "b", "output": "c"}',
+        b'{"instruction": "a" , "output" :"b", "output" : "c: d"}',
+        b'{"instruction": "a", "output": "\\ud800"}',
+        *(
+            line_of({**fine, "output": said})
+            for said in ("", " a", "a@example.org", "a\x07b", "\ufeffa", "Ã¤Ã¶", "\u0099a")
+        ),
+        line_of({**fine, "id": 1 << 60}),
+        line_of({**fine, "id": 0.5}),
+        line_of({**fine, "system": "x"}),
+    ]
+    for some in odd:
+        found = read(INSTRUCTION, [line_of(fine), some, line_of(fine)])
+        assert [quick is None for quick in found] == [False, True, False], some
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.binary(max_size=30).map(lambda b: b.replace(b"\n", b"")), max_size=12), st.integers(1, 9), st.data())
+def test_every_line_comes_once_by_row_and_by_batch(lines: list[bytes], step: int, data: st.DataObject) -> None:
+    class Some(io.BytesIO):
+        def read1(self, size: int | None = -1, /) -> bytes:
+            return super().read1(step)
+
+    whole = b"\n".join(lines)
+    reader = JsonLines(Some(whole), 3)
+    taken: list[tuple[int, bytes | None]] = []
+    while (batch := reader.batch())[1]:
+        taken += enumerate(batch[1], batch[0])
+        if data.draw(st.booleans()) and (record := next(reader, None)) is not None:
+            while taken[-1][0] < record.line - 1:  # blank ones
+                taken.append((taken[-1][0] + 1, b""))
+            taken.append((record.line, lines[record.line - 4]))
+    told = [line for _, line in taken]
+    assert [n for n, _ in taken] == list(range(4, 4 + len(taken)))
+    assert told == lines[: len(told)] and not any(b"".join(lines[len(told) :]).split())
 
 
 def mixed(count: int) -> bytes:

@@ -22,6 +22,9 @@ from services.common import frames, process
 from services.common.errors import Fault, disk_full
 from services.common.frames.v1 import ingest_pb2
 
+_STACK_BYTES = 1 << 20
+"""Of a thread: the usual eight are much of what a worker may take."""
+
 
 class Refused(Exception):
     """The order is refused."""
@@ -56,6 +59,7 @@ class Bench:
         listens to it anyway.
         """
         process.apply_limits()
+        threading.stack_size(_STACK_BYTES)
         line = frames.Line(int(sys.argv[sys.argv.index("--fd") + 1]))
         order = line.receive()
         if order is None:

@@ -18,6 +18,8 @@ _KEPT = b"\0\t\n"
 CONTROLS = bytes(n for n in (*range(1, 32), 127) if n not in _KEPT)
 """Of one byte each. CR is among them: a text without any needs no closer look. NUL is refused where rows are read."""
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]")
+_CONTROL_BYTES = re.compile(b"\xc2[\x80-\x84\x86-\x9f]")
+"""Those of two bytes, in UTF-8."""
 _MAX_ROUNDS = 4
 # What bytes 0x80 to 0xBF look like to one who takes them for Latin-1 or Windows-1252.
 _FOLLOWS = "\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ"
@@ -28,16 +30,18 @@ _SURE = re.compile(f"[ÂÃ][{_FOLLOWS}]|â[€‚„]|ï»¿|ï¿½|ðŸ")
 """How one misread character begins that nobody writes; of others it takes two in a row."""
 
 
-def is_worth_a_look(text: str, data: bytes) -> bool:
-    """Whether a closer look can find anything: given a text, and itself as UTF-8."""
+def is_worth_a_look(data: bytes) -> bool:
+    """Whether a closer look can find anything: given texts as UTF-8."""
     if len(data.translate(None, CONTROLS)) != len(data):
         return True
-    if text.isascii():
+    if data.isascii():
         return False
-    # In bytes: each of these begins with a byte that is looked for at the speed of memory.
-    if b"\xef" in data and ("\ufffd" in text or "\ufeff" in text):
+    # Each begins with a byte that is looked for at the speed of memory.
+    if b"\xef" in data and (b"\xef\xbf\xbd" in data or b"\xef\xbb\xbf" in data):
         return True
-    return _LEAD.search(data) is not None or (b"\xc2" in data and _CONTROL.search(text) is not None)
+    return (b"\xc3" in data and _LEAD.search(data) is not None) or (
+        b"\xc2" in data and _CONTROL_BYTES.search(data) is not None
+    )
 
 
 def without_line_ends(text: str) -> str:

@@ -11,9 +11,9 @@ from services.datasets.worker.found import Problem
 from services.datasets.worker.plain import Plain, texts
 
 
-def is_worth_a_look(joined: str, data: bytes) -> bool:
-    """Whether any rule about texts may speak, but that about blanks at their ends: given texts joined, and as UTF-8."""
-    return characters.is_worth_a_look(joined, data) or private.is_worth_a_look(joined, data)
+def is_worth_a_look(data: bytes) -> bool:
+    """Whether any rule about texts may speak, but that about blanks at their ends: given texts as UTF-8."""
+    return characters.is_worth_a_look(data) or private.is_worth_a_look(data)
 
 
 def look(example: Plain) -> list[Problem]:
@@ -37,10 +37,10 @@ def look(example: Plain) -> list[Problem]:
         has_blanks = "preference" in example
     data = joined.encode()
     problems: list[Problem] = []
-    if characters.is_worth_a_look(joined, data):
+    if characters.is_worth_a_look(data):
         problems += characters.scan(example)
     if has_blanks:
         problems += characters.outer_blanks(example)
-    if private.is_worth_a_look(joined, data):
+    if private.is_worth_a_look(data):
         problems += private.scan(example)
     return problems

@@ -12,7 +12,8 @@ import pathlib
 import resource
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -94,10 +95,12 @@ class Ingest:
             self._note_rows(spool, grouping.straddling(spool, keep, groups, sides), self._straddles())
         self._enter("write")
         payload = None if self._validate else pathlib.Path(self._order.payload)
-        totals = distribute(spool, keep, sides, payload, self._asked(), self._progress)
+        with ThreadPoolExecutor(1) as beside:  # which has time while the disk works
+            languages = beside.submit(language.mix, spool, int(np.count_nonzero(keep)))
+            totals = distribute(spool, keep, sides, payload, self._asked(), self._progress)
         self._enter("describe")
         self._note_rows(spool, *short.outputs(spool, keep))
-        stats = self._stats(spool, totals, len(repeated), nearly, dropped)
+        stats = self._stats(totals, languages.result(), len(repeated), nearly, dropped)
         self._judge_whole(stats)
         self._write_findings(payload or self._scratch)
         return self._done(stats)
@@ -196,7 +199,7 @@ class Ingest:
     # Telling
 
     def _stats(
-        self, spool: Spool, totals: Totals, repeated: int, nearly: int, dropped: int
+        self, totals: Totals, languages: Mapping[str, int], repeated: int, nearly: int, dropped: int
     ) -> datasets_pb2.DatasetStats:
         parser = self._reading.parser
         stats = datasets_pb2.DatasetStats(
@@ -212,7 +215,7 @@ class Ingest:
             dropped_by_step=parser.pipeline.dropped,
             changed_by_step=parser.pipeline.changed,
             row_characters=totals.histogram,
-            languages=language.mix(spool, totals.kept),
+            languages=languages,
         )
         met: Counter[str] = Counter()
         for counted in finding_counts(self._tallies()):

@@ -13,12 +13,12 @@ from services.common.frames.v1 import ingest_pb2
 from services.datasets.worker import language
 from services.datasets.worker.bound import Bench
 from services.datasets.worker.findings import Notes, Tally
+from services.datasets.worker.jsonl import JsonLines
 from services.datasets.worker.parse import Parser, Place, notes_path
-from services.datasets.worker.records import jsonl
 from services.datasets.worker.repairs import Repairs
 from services.datasets.worker.spool import Segment
 from services.datasets.worker.steps import Pipeline
-from services.datasets.worker.stretches import Stretch, open_stretch
+from services.datasets.worker.stretches import Opened
 
 
 def parse(order: ingest_pb2.StretchOrder) -> ingest_pb2.StretchReport:
@@ -32,10 +32,10 @@ def parse(order: ingest_pb2.StretchOrder) -> ingest_pb2.StretchReport:
         order.stop_at_errors,
     )
     place = Place(order.file, order.filename, order.side, order.format, dict(request.columns))
-    lines = open_stretch(path, Stretch(order.begin, order.end, order.lines_before))
+    lines = Opened(path, order.begin, order.end)
     segment, notes = Segment(scratch, order.segment), Notes(notes_path(scratch, order.segment))
     try:
-        for _ in parser.run(place, jsonl(lines, order.lines_before), segment, notes):
+        for _ in parser.run(place, [], JsonLines(lines, order.lines_before), segment, notes):
             pass
     finally:
         lines.close()

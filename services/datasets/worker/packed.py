@@ -7,6 +7,7 @@ give more than a few megabytes. An end that is none is never taken for one.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import zlib
 from collections.abc import Callable
@@ -76,6 +77,14 @@ def packing_of(head: bytes) -> Packing | None:
 
 class Damaged(Unreadable):
     """Packed bytes that do not unpack; the row is known to who reads rows."""
+
+    def reached(self, line: int) -> Damaged:
+        """The same, with the last line that could be read."""
+        if line:
+            told = f"{self.problem.message}; the last row that could be read stands on line {line}"
+            self.problem = dataclasses.replace(self.problem, message=told)
+        self.line = line
+        return self
 
 
 class Unpacked(io.RawIOBase):

@@ -21,7 +21,7 @@ import pyarrow.parquet
 
 from services.datasets.worker.columns import NotPlain, Plain, plain
 from services.datasets.worker.found import Problem, Record, Unreadable, clip
-from services.datasets.worker.records import MAX_ROW_BYTES, too_long
+from services.datasets.worker.limits import MAX_ROW_BYTES, too_long
 from services.datasets.worker.strict_json import odd_text
 
 MAX_GROUP_BYTES = 4 << 30

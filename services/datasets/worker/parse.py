@@ -6,10 +6,11 @@ noted. Nothing here is kept of rows gone by but counts.
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +19,9 @@ from services.datasets.forms import Form
 from services.datasets.worker import fast, forms, glance, rules
 from services.datasets.worker.findings import Notes
 from services.datasets.worker.found import ERROR, Problem, Record
-from services.datasets.worker.plain import Plain, body_of, hash_of, weigh
-from services.datasets.worker.records import MAX_ROW_BYTES, too_long
+from services.datasets.worker.jsonl import JsonLines
+from services.datasets.worker.limits import MAX_ROW_BYTES, too_long
+from services.datasets.worker.plain import Plain, body_of, weigh
 from services.datasets.worker.repairs import Repairs
 from services.datasets.worker.spool import Segment
 from services.datasets.worker.steps import Pipeline, StepFailed
@@ -77,41 +79,69 @@ class Parser:
         self._languages = languages
         self._stop = stop_at_errors
 
-    def run(self, place: Place, records: Iterable[Record], segment: Segment, notes: Notes) -> Iterator[None]:
+    def run(
+        self, place: Place, first: Sequence[Record], rest: Iterable[Record], segment: Segment, notes: Notes
+    ) -> Iterator[None]:
         """Spools every record. Yields now and then, for whoever tells progress."""
-        is_plain = not (self.pipeline or self.repairs.names or self._stratify_by or place.columns or place.is_ours)
-        quickly = fast.READERS.get(place.form) if is_plain else None
         row = 0
-        for row, record in enumerate(records, 1):
-            if quickly is None or record[1] is None or not self._quickly(quickly, place, record, row, segment):
+        read = fast.READERS.get(place.form) if self._is_plain(place) else None
+        if read is not None and isinstance(rest, JsonLines):
+            for row, record in enumerate(first, 1):
                 self._row(place, record, row, segment, notes)
-            if not row & 0xFF:
-                self.counts.records += 0x100
+            while (batch := rest.batch())[1]:
+                row = self._batch(read, place, rest, batch, row, segment, notes)
                 yield
-                if self._stop and notes.tally.error_count >= ENOUGH_ERRORS:
+                if self._is_enough(notes):
                     return
-        self.counts.records += row & 0xFF
+            return
+        for row, record in enumerate(itertools.chain(first, rest), 1):
+            self._row(place, record, row, segment, notes)
+            if not row & 0xFF:
+                yield
+                if self._is_enough(notes):
+                    return
 
-    def _quickly(self, read: fast.Read, place: Place, record: Record, row: int, segment: Segment) -> bool:
-        """Spools a common row about which nothing is to be said; False for every other."""
-        at, data, _, _ = record
-        found = read(data)  # type: ignore[arg-type]
-        if found is None:
-            return False
-        example, said, shape, taught = found
-        joined = "\0".join(said)
-        told = joined.encode()
-        if glance.is_worth_a_look(joined, told):
-            return False
-        example["origin"] = {"file": place.name, "line": str(at)}
-        line = canonical.line_of(example)
-        if len(line) > MAX_ROW_BYTES:
-            return False
-        size = (len(joined) - len(said) + 1, taught)
-        segment.add(line, hash_of(told, shape), at, row, size, place.file, 0, place.side, place.form)
-        return True
+    def _is_plain(self, place: Place) -> bool:
+        """Whether a row is only read and judged."""
+        is_changed = self.pipeline or self.repairs.names or self._stratify_by
+        return not (is_changed or place.columns or place.is_ours)
+
+    def _is_enough(self, notes: Notes) -> bool:
+        return self._stop and notes.tally.error_count >= ENOUGH_ERRORS
+
+    def _batch(
+        self,
+        read: fast.Read,
+        place: Place,
+        lines: JsonLines,
+        batch: tuple[int, list[bytes | None]],
+        row: int,
+        segment: Segment,
+        notes: Notes,
+    ) -> int:
+        """Spools some lines: runs of common ones together, the others one by one. The number of the last row."""
+        number, raw = batch
+        found = fast.read(read, place.name, number, raw)
+        begin = 0
+        for at, quick in enumerate(found):
+            if quick is not None:
+                continue
+            row = self._run(found[begin:at], place, number + begin, row, segment)
+            begin = at + 1
+            record = lines.record(number + at, raw[at])
+            if record is not None:
+                row += 1
+                self._row(place, record, row, segment, notes)
+        return self._run(found[begin:], place, number + begin, row, segment)
+
+    def _run(self, rows: Sequence[fast.Quick | None], place: Place, line: int, row: int, segment: Segment) -> int:
+        if rows:
+            segment.add_all(rows, line, row + 1, place.file, place.side, place.form)
+            self.counts.records += len(rows)
+        return row + len(rows)
 
     def _row(self, place: Place, record: Record, row: int, segment: Segment, notes: Notes) -> None:
+        self.counts.records += 1
         at, data, problem = record.line, record.row, record.problem
         if problem is not None:
             data = self.repairs.mend_value(record.spoiled, problem)

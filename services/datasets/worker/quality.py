@@ -79,7 +79,7 @@ def _parts(f: Figures) -> Iterator[tuple[str, float, str]]:
         ("turns", TURNS, "turns that are empty, unanswered or hold what training does not see"),
     ):
         found = sum(f.findings.get(rule, 0) for rule in rules)
-        yield name, _left(name, found / passed), f"{found} findings of {what} in {passed} rows"
+        yield name, _left(name, found / passed), f"{found} finding{'s' * (found != 1)} of {what} in {passed} rows"
 
 
 def _left(name: str, share: float) -> float:

@@ -6,9 +6,8 @@ are numbered in that order, whoever writes them.
 
 from __future__ import annotations
 
-import itertools
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from qlorad.v1 import datasets_pb2
 from services.common.artifacts import sha256_file
@@ -26,6 +25,7 @@ from services.datasets.worker.spool import Segment, Spool
 from services.datasets.worker.steps import Pipeline
 
 _PEEK = 100
+_PEEK_BYTES = 4 << 20
 _TABLES = ("csv", "tsv", "parquet", "arrow")
 
 Tell = Callable[[str, int, int], None]
@@ -91,7 +91,7 @@ class Reading:
         notes = self._open(0)
         place = Place(number, told.filename, self._side(number, told, notes), form, {}, is_ours=True)
         rows = Parent(pathlib.Path(told.path), told.split)
-        self._parse(place, rows, notes, None, len(rows))
+        self._parse(place, [], rows, notes, None, len(rows))
 
     def _file(self, number: int, told: ingest_pb2.IngestSource, source: Source) -> None:
         path = pathlib.Path(told.path)
@@ -111,7 +111,7 @@ class Reading:
             Segment(self._scratch, len(self._rows_before) - 1).close()
             self._in_stretches(place, path, size)
         else:
-            self._parse(place, itertools.chain(first, source.records), notes, source.position, size)
+            self._parse(place, first, source.records, notes, source.position, size)
 
     def _open(self, rows_before: int) -> Notes:
         notes = Notes(notes_path(self._scratch, len(self._rows_before)))
@@ -120,11 +120,17 @@ class Reading:
         return notes
 
     def _parse(
-        self, place: Place, records: Iterable[Record], notes: Notes, position: Callable[[], int] | None, total: int
+        self,
+        place: Place,
+        first: Sequence[Record],
+        rest: Iterable[Record],
+        notes: Notes,
+        position: Callable[[], int] | None,
+        total: int,
     ) -> None:
         segment = Segment(self._scratch, len(self._rows_before) - 1)
         try:
-            for _ in self.parser.run(place, records, segment, notes):
+            for _ in self.parser.run(place, first, rest, segment, notes):
                 self._tell("parse", position() if position else segment.rows, total)
         except Unreadable as e:
             notes.add(e.problem, place.file, e.line, 0)
@@ -184,7 +190,7 @@ class Reading:
 
     def _settle(self, number: int, source: Source, notes: Notes) -> tuple[Form, dict[str, str], list[Record]]:
         """Finds form and field names of rows by the first ones, says it with its evidence, and gives them back."""
-        first = list(itertools.islice(source.records, _PEEK))
+        first = _peeked(source.records)
         readable = [r.row for r in first if r.row is not None]
         columns = dict(self._request.columns)
         keys = list(readable[0]) if readable else None
@@ -208,3 +214,15 @@ class Reading:
         for problem in said:
             notes.add(problem, number, 0, 0)
         return sniffed.form, dict(sniffed.columns), first
+
+
+def _peeked(records: Iterator[Record]) -> list[Record]:
+    """The first records, as many as show what they are; large ones need not be many."""
+    first: list[Record] = []
+    size = 0
+    for record in records:
+        first.append(record)
+        size += len(str(record.row))
+        if len(first) == _PEEK or size > _PEEK_BYTES:
+            break
+    return first

@@ -10,16 +10,15 @@ from __future__ import annotations
 import codecs
 import csv
 import json
-from collections.abc import Iterator
-from typing import BinaryIO, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO
 
 from services.datasets.worker.found import INFO, Problem, Record, Unreadable, clip
-from services.datasets.worker.strict_json import StrictJson, odd_text, quick, too_deep
+from services.datasets.worker.jsonl import JsonLines, broken_json, record_of
+from services.datasets.worker.limits import MAX_ROW_BYTES, not_utf8, too_long
+from services.datasets.worker.strict_json import StrictJson, odd_text, too_deep
 
-MAX_ROW_BYTES = 8 << 20
 _CHUNK = 1 << 20
-_quickly = tuple.__new__
-"""Record(…) without its own __new__, which costs as much as parsing a short row."""
 _SPACE = " \t\r\n"
 _MAGIC = (
     (b"PK\x03\x04", "a zip archive (or a document made of one)"),
@@ -30,25 +29,6 @@ _MAGIC = (
     (b"SQLite format 3", "a SQLite database"),
     *((bytes([0x80, n]), "a Python pickle, which is never read") for n in range(2, 6)),
 )
-
-
-class ReadsLines(Protocol):
-    """A file of lines, or a stretch of one."""
-
-    def readline(self, limit: int, /) -> bytes: ...
-
-
-def too_long(unit: str = "line") -> Problem:
-    """The problem of a row above the limit."""
-    return Problem(
-        "line_too_long", f"the {unit} is longer than {MAX_ROW_BYTES} bytes", "split the row, or leave it out"
-    )
-
-
-def not_utf8(error: UnicodeDecodeError) -> Problem:
-    """The problem of bytes that are not UTF-8."""
-    byte = error.object[error.start]
-    return Problem("not_utf8", f"byte 0x{byte:02x} at {error.start} of the row is not UTF-8", "save the file as UTF-8")
 
 
 def container_of(filename: str, head: bytes) -> str:
@@ -84,13 +64,13 @@ def open_records(f: BinaryIO, filename: str) -> tuple[str, list[Problem], Iterat
     said = []
     if has_bom:
         said.append(Problem("byte_order_mark", "the file begins with a byte order mark", "it was left out", "", INFO))
-    read = {
-        "jsonl": jsonl,
+    read: Mapping[str, Callable[[Any], Iterator[Record]]] = {
+        "jsonl": JsonLines,
         "json": elements,
         "csv": lambda f: table(f, ","),
         "tsv": lambda f: table(f, "\t"),
-    }[container]
-    return container, said, read(f)
+    }
+    return container, said, read[container](f)
 
 
 def lines(f: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
@@ -105,53 +85,9 @@ def lines(f: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
             yield number, line
 
 
-def _skip_line(f: ReadsLines) -> None:
+def _skip_line(f: BinaryIO) -> None:
     while (rest := f.readline(_CHUNK)) and not rest.endswith(b"\n"):
         pass
-
-
-def jsonl(f: ReadsLines, lines_before: int = 0) -> Iterator[Record]:
-    """One JSON object a line; blank lines are passed over."""
-    strict = StrictJson()
-    number = lines_before
-    for line in iter(lambda: f.readline(MAX_ROW_BYTES + 1), b""):
-        number += 1
-        if len(line) > MAX_ROW_BYTES and not line.endswith(b"\n"):
-            _skip_line(f)
-            yield Record(number, None, too_long())
-            continue
-        row = quick(line)
-        if row is not None:
-            yield _quickly(Record, (number, row, None, None))
-        elif line.strip():
-            yield _json_line(strict, number, line)
-
-
-def _json_line(strict: StrictJson, number: int, line: bytes) -> Record:
-    try:
-        text = line.decode().strip(_SPACE)
-        value, end, problem = strict.decode(text)
-    except UnicodeDecodeError as e:
-        return Record(number, None, not_utf8(e))
-    except RecursionError:
-        return Record(number, None, too_deep())
-    except ValueError as e:
-        return Record(number, None, _broken(e, "one JSON object a line, or a JSON array of objects"))
-    if problem is None and end != len(text):
-        problem = Problem("broken_json", f"something follows the object at character {end}", "one JSON object a line")
-    return _record(number, value, problem)
-
-
-def _broken(error: ValueError, hint: str) -> Problem:
-    told = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else str(error)
-    return Problem("broken_json", f"not JSON: {told}", hint)
-
-
-def _record(number: int, value: object, problem: Problem | None) -> Record:
-    if problem is None and isinstance(value, dict):
-        return Record(number, value, None)
-    problem = problem or Problem("not_an_object", f"the row is {clip(value)}", "a JSON object with named fields")
-    return Record(number, None, problem, value)
 
 
 class _Text:
@@ -232,14 +168,16 @@ def _element(window: _Text, strict: StrictJson, number: int) -> Record:
         except ValueError as e:
             # Broken, or only cut by the window's edge?
             if window.ended or _is_inside(e, len(window.text)):
-                raise Unreadable(_broken(e, "mend the array; nothing behind this place can be read"), number) from None
+                raise Unreadable(
+                    broken_json(e, "mend the array; nothing behind this place can be read"), number
+                ) from None
         if len(window.text) - window.at > MAX_ROW_BYTES:
             raise Unreadable(too_long("element"), number)
         window.more()
     if end - window.at > MAX_ROW_BYTES:
         problem = too_long("element")
     window.at = end
-    return _record(number, value, problem)
+    return record_of(number, value, problem)
 
 
 class _TooLong(Exception):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from services.datasets.worker.found import INFO, Problem, Record, Unreadable, clip
+from services.datasets.worker.jsonl import JsonLines
 from services.datasets.worker.packed import Damaged, Packing, Unpacked, packing_of
 from services.datasets.worker.records import open_records
 
@@ -157,7 +158,9 @@ def _packed(f: BinaryIO, packing: Packing, inner: str, by_name: str, said: list[
         told = f"the file is {what} inside {packing.name}, which cannot be read as a stream"
         raise Unreadable(Problem("packed_table", told, f"unpack it; {what} is packed in itself"))
     container, more, records = open_records(unpacked, inner)
-    return Source(container + packing.suffix, said + more, _placed(records), f.tell, f.close)
+    if not isinstance(records, JsonLines):  # which know their place
+        records = _placed(records)
+    return Source(container + packing.suffix, said + more, records, f.tell, f.close)
 
 
 def _placed(records: Iterator[Record]) -> Iterator[Record]:
@@ -168,14 +171,7 @@ def _placed(records: Iterator[Record]) -> Iterator[Record]:
             line = record.line
             yield record
     except Damaged as e:
-        e.line = line
-        e.problem = _behind(e.problem, line)
-        raise
-
-
-def _behind(problem: Problem, line: int) -> Problem:
-    told = f"{problem.message}; the last row that could be read stands on line {line}"
-    return Problem(problem.rule, told if line else problem.message, problem.hint)
+        raise e.reached(line) from None
 
 
 def _table(f: BinaryIO, path: pathlib.Path, table: str, said: list[Problem], max_bytes: int) -> Source:

@@ -71,6 +71,23 @@ class Segment:
         if self._bytes > _FLUSH_BYTES:
             self._flush()
 
+    def add_all(self, rows: Sequence[Any], at: int, row: int, file: int, side: int, form: int) -> None:
+        """Appends rows of lines that follow one another: (line, content, characters, words) of each."""
+        lines, contents, characters, words = zip(*rows, strict=True)
+        entries = np.zeros(len(rows), ENTRY)
+        entries["content"] = np.frombuffer(b"".join(contents), "<u8").reshape(-1, 2)
+        entries["line"] = np.arange(at, at + len(rows))
+        entries["row"] = np.arange(row, row + len(rows))
+        entries["size"] = sizes = np.fromiter(map(len, lines), np.int64, len(rows)) + 1
+        entries["characters"], entries["words"] = characters, words
+        entries["file"], entries["side"], entries["form"] = file, side, form
+        self._lines += lines
+        self._entries.append(entries.tobytes())
+        self.rows += len(rows)
+        self._bytes += int(sizes.sum())
+        if self._bytes > _FLUSH_BYTES:
+            self._flush()
+
     def _flush(self) -> None:
         if self._lines:
             self._lines.append(b"")

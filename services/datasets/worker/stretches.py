@@ -7,7 +7,6 @@ had read the file from its beginning to its end; only the order of work differs.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import pathlib
@@ -18,7 +17,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
 
 from services.common import frames
 from services.common.frames.v1 import ingest_pb2
@@ -62,29 +60,19 @@ def cut(path: pathlib.Path, begin: int, stretch_bytes: int = STRETCH_BYTES) -> I
             yield Stretch(start, at, lines_before)
 
 
-def open_stretch(path: pathlib.Path, stretch: Stretch) -> BinaryIO | _Rest:
-    """A stretch as a file of its own. One with a giant line is not held in memory, all others are."""
-    f = path.open("rb")
-    f.seek(stretch.begin)
-    size = stretch.end - stretch.begin
-    if size > 2 * STRETCH_BYTES:
-        return _Rest(f, size)
-    with f:
-        return io.BytesIO(f.read(size))
+class Opened:
+    """A stretch as a file of its own, of which no more is held than was asked for."""
 
+    def __init__(self, path: pathlib.Path, begin: int, end: int) -> None:
+        self._file = path.open("rb", buffering=0)
+        self._file.seek(begin)
+        self._left = end - begin
 
-class _Rest:
-    """So many bytes of a file, as a file of lines."""
-
-    def __init__(self, f: BinaryIO, size: int) -> None:
-        self._file = f
-        self._left = size
-
-    def readline(self, limit: int, /) -> bytes:
-        """The next line, or its first bytes; empty behind the last."""
-        line = self._file.readline(min(limit, self._left))
-        self._left -= len(line)
-        return line
+    def read1(self, size: int, /) -> bytes:
+        """The next bytes; none behind the last."""
+        data = self._file.read(min(size, self._left))
+        self._left -= len(data)
+        return data
 
     def close(self) -> None:
         """Closes the file."""

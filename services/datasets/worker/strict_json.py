@@ -18,8 +18,18 @@ from services.datasets.worker.found import Problem, clip
 
 MAX_DEPTH = 24
 _DIGITS = b"0123456789"
-_EXACT = 1 << 53
+EXACT = 1 << 53
+LONG_BYTES = 1 << 16
+_OBJECT_BYTES = 100
+"""Of the largest value that takes one comma or bracket."""
 _LONG_NUMBER = re.compile(rb"[0-9]{16}")
+
+
+def parsed(line: bytes) -> Any:
+    """A line as orjson has it. MemoryError where a long one may need more than there is: orjson would crash."""
+    if len(line) > LONG_BYTES:
+        bytes(2 * len(line) + _OBJECT_BYTES * (line.count(b",") + line.count(b"[") + line.count(b"{")))
+    return orjson.loads(line)
 
 
 def quick(line: bytes) -> Any:
@@ -31,7 +41,7 @@ def quick(line: bytes) -> Any:
     what is no text, many brackets might be deep.
     """
     try:
-        value = orjson.loads(line)
+        value = parsed(line)
     except orjson.JSONDecodeError:
         return None
     if type(value) is not dict or (b"\\" in line and b"\\u" in line):
@@ -41,7 +51,7 @@ def quick(line: bytes) -> Any:
         kind = type(inner)
         if kind is str:
             continue
-        if kind is float and not -_EXACT < inner < _EXACT:
+        if kind is float and not -EXACT < inner < EXACT:
             return None
         if kind is dict or kind is list:
             if line.count(b"{") + line.count(b"[") > MAX_DEPTH and depth(value) > MAX_DEPTH:
@@ -50,7 +60,7 @@ def quick(line: bytes) -> Any:
                 return None
             keys = _keys(value)
             break
-    if line.count(b":") != keys and (line.count(b'":') != keys or _has_blank_colon(line)):
+    if line.count(b":") != keys and (line.count(b'":') != keys or has_blank_colon(line)):
         return None
     return value
 
@@ -61,7 +71,7 @@ def _keys(value: Any) -> int:
     return sum(_keys(v) for v in value if type(v) is dict or type(v) is list)
 
 
-def _has_blank_colon(line: bytes) -> bool:
+def has_blank_colon(line: bytes) -> bool:
     """Whether a quote and a colon may stand apart, so that counting both together misses a key."""
     return b'" ' in line or b'"\t' in line or b'"\r' in line or b'"\n' in line
 
