@@ -11,7 +11,7 @@ import contextlib
 import pathlib
 import signal
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 
 from google.protobuf.message import Message
@@ -21,6 +21,12 @@ from services.common import process
 from services.common.errors import Fault, Violation, worker_lost
 from services.common.frames.v1 import ingest_pb2
 from services.datasets.metrics import Metrics
+
+
+_FRUGAL: Mapping[str, str] = {
+    "OPENBLAS_NUM_THREADS": "1",  # each of its threads takes address space
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 20),  # arrays go back to the system as soon as they are not needed
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +47,7 @@ class Workers:
             talk = await process.start_talk(
                 f"services.datasets.worker.{work}",
                 self.logs / f"datasets-{work}.log",
-                environ={"OPENBLAS_NUM_THREADS": "1"},  # each of its threads takes address space
+                environ=_FRUGAL,
                 limits=process.Limits(self.memory_bytes, self.cpu_seconds),
             )
             with contextlib.suppress(ConnectionError):

@@ -66,11 +66,20 @@ def _model() -> Any:
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     try:
-        model = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-        model.set_languages([language for language in set(model.labels) if len(language) == 2])
-    except MemoryError:
+        whole = LanguageIdentifier.from_model_file(MODEL_FILE)
+        wanted = [i for i, name in enumerate(whole.nb_classes) if len(name) == 2]
+        # A model of its own: set_languages keeps the whole one beside, 28 MB.
+        return LanguageIdentifier(
+            whole.nb_ptc[:, wanted],
+            whole.nb_pc[wanted],
+            [whole.nb_classes[i] for i in wanted],
+            whole.tk_nextmove,
+            whole.tk_output,
+            norm_probs=True,
+            tk_row=whole.tk_row,
+        )
+    except (MemoryError, OSError):  # it is unpacked into a temporary file
         return None  # an estimate is no reason to refuse a dataset
-    return model
 
 
 def mix(spool: Spool, kept: int) -> dict[str, int]:
