@@ -81,6 +81,14 @@ def test_steps_of_files_and_words_are_applied_in_order(cli: Cli, made: dict[str,
     assert "rise to 1.5e-5 M." in cli.inside("dataset", "preview", "papers", "--rows", "9")
 
 
+def test_a_preview_in_json_has_its_places_as_numbers(cli: Cli, made: dict[str, object]) -> None:
+    (whole,) = cli.json("dataset", "preview", "papers", "--rows", "1")["examples"]
+    (line,) = cli.lines("dataset", "preview", "papers", "--rows", "1")
+    place = whole["origin"]
+    assert whole == line and place["file"] == "papers.jsonl" and isinstance(place["line"], int)
+    assert f"(papers.jsonl:{place['line']})" in cli.inside("dataset", "preview", "papers", "--rows", "1")
+
+
 def test_steps_are_listed(cli: Cli) -> None:
     listed = cli.json("dataset", "steps")["steps"]
     assert {"citations", "min_words"} <= {s["name"] for s in listed}
@@ -272,11 +280,16 @@ def test_hubs_and_folders_are_imported(
         some = cli.json("dataset", "import", "hub:lab/Notes", "--name", "some", "--split", "test", "--validation", "0")
         assert some["stats"]["rows"] == {"train": 1}
         assert cli.json("dataset", "import", "hub:lab/nothing", code=3)["error"]["reason"] == "NOT_FOUND"
+        seen = cli.json("dataset", "validate", "hub:lab/Notes")["report"]
+        assert seen["passes"] and seen["stats"]["rows"] == {"train": 5}
     folder = tmp_path / "My Rows"
     folder.mkdir()
     (folder / "a.jsonl").write_bytes(data)
     assert cli.json("dataset", "import", str(folder), "--file", "*.jsonl")["name"] == "datasets/my-rows"
     assert str(folder) in cli.inside("dataset", "show", "my-rows", "--lineage")
+    assert cli.json("dataset", "validate", str(folder))["report"]["passes"]
+    mixed = cli.json("dataset", "validate", str(folder), "my-rows", code=2)["error"]
+    assert "alone" in mixed["message"]
     assert cli.json("dataset", "import", str(tmp_path / "none"), code=3)["error"]["code"] == "NOT_FOUND"
 
 

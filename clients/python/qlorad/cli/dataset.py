@@ -71,6 +71,9 @@ def preview(
 
     with connected() as client:
         examples = [json.loads(line) for line in client.datasets.export(name, split=split, max_rows=rows)]
+    for example in examples:
+        if "line" in example.get("origin", {}):  # a text in ProtoJSON, as all 64-bit numbers
+            example["origin"]["line"] = int(example["origin"]["line"])
     if output is Format.json:
         out.emit_json({"examples": examples})
         return

@@ -33,7 +33,12 @@ def add_to(app: typer.Typer) -> None:
 
 
 def validate(
-    sources: Annotated[list[str], typer.Argument(help="Files, or datasets by alias or sha256:….", metavar="SOURCE…")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Files; or datasets by alias or sha256:…; or one hub:OWNER/NAME or folder.", metavar="SOURCE…"
+        ),
+    ],
     severity: Annotated[str, typer.Option(help="Only info, warning or error, and worse.")] = "",
     most: Annotated[int, typer.Option(min=0, help="So many findings in the table; JSON has all.")] = 50,
     fix: Annotated[bool, typer.Option("--fix", help="Make a dataset with every repair, under --name.")] = False,
@@ -59,17 +64,16 @@ def validate(
         raise errors.invalid("--name", name, "an alias for the repaired dataset")
     if name and not fix:
         raise errors.invalid("--name", name, "no name without --fix: validate makes nothing")
-    files = [pathlib.Path(s) for s in sources if pathlib.Path(s).exists()]
-    others = [s for s in sources if not pathlib.Path(s).exists()]
-    if files and others:
-        raise errors.invalid("SOURCE", others[0], "files that exist, or datasets alone")
+    files, others = given.told_apart(sources)
     asked = given.plan(
         format, column, validation, test, seed, "", False, on_row_error, False, near_duplicates, similarity,
         ["all"] if fix else repair, steps,
     )  # fmt: skip
+    if others and given.is_place(others[0]):
+        asked = given.sourced(asked, others[0], "", [], [])
     with connected() as client:
-        if not files:
-            asked = {**asked, "parents": [given.there(client, s) for s in sources]}
+        if others and not given.is_place(others[0]):
+            asked = {**asked, "parents": [given.there(client, s) for s in others]}
         with progress.shown("validate") as tell:
             told = client.datasets.validate(files, min_severity=severity, progress=tell, **asked)
             found, report = _heard(output, told)

@@ -150,6 +150,27 @@ def _check(format: str, on_row_error: str, near: str, validation: float, test: f
         raise errors.InvalidArgument(told, reason="INVALID_REQUEST", violations=wrong)
 
 
+def is_place(source: str) -> bool:
+    """Whether a word means a hub's dataset or a folder, as `import` takes them."""
+    return source.startswith("hub:") or pathlib.Path(source).is_dir()
+
+
+def told_apart(sources: Sequence[str]) -> tuple[list[pathlib.Path], list[str]]:
+    """Files, and what else was named: datasets, or one place. They do not mix."""
+    from qlorad import errors
+
+    files = [pathlib.Path(s) for s in sources if pathlib.Path(s).is_file()]
+    others = [s for s in sources if not pathlib.Path(s).is_file()]
+    places = [s for s in others if is_place(s)]
+    if files and others:
+        raise errors.invalid(
+            "SOURCE", others[0], "files that exist; or datasets alone; or one hub:OWNER/NAME or folder"
+        )
+    if places and len(sources) > 1:
+        raise errors.invalid("SOURCE", places[0], "one hub:OWNER/NAME or folder alone")
+    return files, others
+
+
 def sourced(asked: Plan, source: str, config: str, splits: Sequence[str], files: Sequence[str]) -> Plan:
     """The plan with rows of "hub:OWNER/NAME[@REV]" or of a folder."""
     from qlorad import errors, plans
