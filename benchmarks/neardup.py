@@ -7,8 +7,8 @@ and sealing are not part of it. The peer is datasketch as its users call it (128
 permutations, MinHash.update_batch, one MinHashLSH, a query for each row, groups by
 union), over the same texts already in memory, with the same words as members, and
 believes what the index proposes. Each runs in a process of its own; imports do not
-count. Both are then held against what was planted: copies at a true similarity of
-0.8 or more, and copies just below it.
+count; memory is the growth of the peak meanwhile. Both are then held against what
+was planted: copies at a true similarity of 0.8 or more, and copies just below it.
 
 Writes benchmarks/results/neardup.json and a line in HISTORY.md. There is no bar.
 """
@@ -28,32 +28,37 @@ from typing import Any
 from benchmarks import report
 
 ROWS, ROUNDS, SEED, SIMILARITY = 100_000, 3, 20261121, 0.8
-_OURS = """
-import json, pathlib, resource, sys, tempfile, time
-import numpy as np, orjson, rensa
-from services.datasets.worker import near
+_SPOOL = """
+import pathlib, sys
+import orjson
 from services.datasets.worker.plain import weigh
-from services.datasets.worker.spool import Segment, Spool
-rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-with tempfile.TemporaryDirectory(dir=sys.argv[2]) as name:
-    folder = pathlib.Path(name)
-    segment = Segment(folder, 0)
-    with open(sys.argv[1], "rb") as f:
-        for n, line in enumerate(f, 1):
-            content, characters, words = weigh(orjson.loads(line))
-            segment.add(line[:-1], content, n, n, (characters, words), 0, 0, 0, 4)
-    segment.close()
-    spool, before = Spool(folder, [0]), rss()
-    begun = time.perf_counter()
-    found = near.groups(spool, np.ones(spool.rows, bool), float(sys.argv[3]), folder, lambda *_: None)
-    took = time.perf_counter() - begun
-print(json.dumps({"seconds": took, "rss_mb": rss() - before, "groups": found.tolist()}))
+from services.datasets.worker.spool import Segment
+segment = Segment(pathlib.Path(sys.argv[2]), 0)
+with open(sys.argv[1], "rb") as f:
+    for n, line in enumerate(f, 1):
+        content, characters, words = weigh(orjson.loads(line))
+        segment.add(line[:-1], content, n, n, (characters, words), 0, 0, 0, 4)
+segment.close()
+print("{}")
 """
-_PEER = """
-import json, resource, sys, time
+_OURS = r"""
+import json, pathlib, re, sys, time
+import numpy as np, rensa
+from services.datasets.worker import near
+from services.datasets.worker.spool import Spool
+rss = lambda: int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) * 1024 / 1e6
+folder = pathlib.Path(sys.argv[2])
+spool, before = Spool(folder, [0]), rss()
+begun = time.perf_counter()
+found = near.groups(spool, np.ones(spool.rows, bool), float(sys.argv[3]), folder, lambda *_: None)
+took, after = time.perf_counter() - begun, rss()
+print(json.dumps({"seconds": took, "rss_mb": after - before, "groups": found.tolist()}))
+"""
+_PEER = r"""
+import json, re, sys, time
 from collections import Counter
 from datasketch import MinHash, MinHashLSH
-rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+rss = lambda: int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) * 1024 / 1e6
 with open(sys.argv[1], "rb") as f:
     texts = [json.loads(line)["completion"]["completion"] for line in f]
 before = rss()
@@ -77,8 +82,8 @@ for n, text in enumerate(texts):
         roots[two] = one
     lsh.insert(n, signature, check_duplication=False)
 groups = [root(n) for n in range(len(texts))]
-took = time.perf_counter() - begun
-print(json.dumps({"seconds": took, "rss_mb": rss() - before, "groups": groups}))
+took, after = time.perf_counter() - begun, rss()
+print(json.dumps({"seconds": took, "rss_mb": after - before, "groups": groups}))
 """
 
 
@@ -141,6 +146,7 @@ def main() -> None:
         file = pathlib.Path(folder) / "rows.jsonl"
         copies = make(file, given.rows)
         size = file.stat().st_size
+        one(_SPOOL, file, folder)
         for _ in range(given.rounds):
             for name, program in (("ours", _OURS), ("peer", _PEER)):
                 told = one(program, file, folder)
