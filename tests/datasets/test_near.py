@@ -60,7 +60,7 @@ short_texts = st.lists(st.lists(st.sampled_from("abcdefg"), min_size=0, max_size
 
 
 @given(short_texts, st.sampled_from([0.5, 0.7, 0.9, 1.0]), st.randoms(use_true_random=False))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_groups_do_not_depend_on_order_and_are_joined_by_the_true_similarity(
     rows: list[list[str]], least: float, order: random.Random
 ) -> None:
