@@ -172,6 +172,25 @@ def test_tables_are_converted_by_their_columns(cli: Cli, tmp_path: pathlib.Path)
     assert [m["content"] for m in row["messages"]] == ["Was ist 1 und 1?", "Zwei."] and row["Thema"] == "Zahlen"
 
 
+def test_on_a_terminal_trained_text_is_green_and_cut_text_struck(cli: Cli, made: dict[str, object]) -> None:
+    words = (
+        "dataset",
+        "ledger",
+        "papers",
+        "--model",
+        "starter-test",
+        "--max-length",
+        "24",
+        "--over-length",
+        "truncate",
+    )
+    shown = cli.on_terminal(*words)
+    assert "\x1b[1;32m" in shown and "\x1b[9;31m" in shown and "[[" not in shown
+    assert "TRUNCATED" in shown and "SPLIT-UP" in shown, "titles are not broken at 100 columns"
+    plain = cli.inside(*words)
+    assert "[[" in plain and "{{" in plain and "\x1b" not in plain
+
+
 def test_rows_without_tokens_are_told_and_not_drawn(cli: Cli, tmp_path: pathlib.Path) -> None:
     cli.json("dataset", "upload", str(written(tmp_path / "pairs.jsonl", [BODIES[2]])), "--validation", "0")
     shown = cli.inside("dataset", "stats", "pairs", "--model", "starter-test")
