@@ -22,7 +22,6 @@ from services.common.errors import Fault, Violation, worker_lost
 from services.common.frames.v1 import ingest_pb2
 from services.datasets.metrics import Metrics
 
-
 _FRUGAL: Mapping[str, str] = {
     "OPENBLAS_NUM_THREADS": "1",  # each of its threads takes address space
     "MALLOC_MMAP_THRESHOLD_": str(1 << 20),  # arrays go back to the system as soon as they are not needed

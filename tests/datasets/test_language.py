@@ -62,19 +62,19 @@ def test_a_mix_sums_up_to_the_rows_and_knows_no_order() -> None:
     draw = random.Random(3)
     rows = [text(f"{said} {i}") for i in range(90) for _, said in (SPOKEN[i % 3], SPOKEN[9 + i % 2])]
     with spooled(rows) as (spool, _):
-        mix = language.mix(spool, 180)
+        mix = language.mix(language.sample(spool), 180)
     draw.shuffle(rows)
     with spooled(rows) as (spool, _):
-        assert language.mix(spool, 180) == mix == {"en": 30, "de": 30, "fr": 30, "ta": 45, "zh": 45}
+        assert language.mix(language.sample(spool), 180) == mix == {"en": 30, "de": 30, "fr": 30, "ta": 45, "zh": 45}
     with spooled([]) as (spool, _):
-        assert language.mix(spool, 0) == {}
+        assert language.mix(language.sample(spool), 0) == {}
 
 
 def test_a_mix_of_many_rows_is_of_a_sample_and_still_sums_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(language, "SAMPLE", 50)
     rows = [text(f"{SPOKEN[9 + (i % 4 > 0)][1]} {i}") for i in range(400)]
     with spooled(rows) as (spool, _):
-        mix = language.mix(spool, 400)
+        mix = language.mix(language.sample(spool), 400)
     assert set(mix) == {"ta", "zh"} and sum(mix.values()) == 400 and 40 <= mix["ta"] <= 180
 
 

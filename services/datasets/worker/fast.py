@@ -41,7 +41,7 @@ _loads, _dumps = orjson.loads, orjson.dumps
 
 def read(form: Read, name: str, number: int, lines: Sequence[bytes | None]) -> list[Quick | None]:
     """For each line of a file, numbered from `number`, its row; None where the plain way is to look."""
-    found = [None if line is None else _parsed(form, line) for line in lines]
+    found = _parsed_all(form, lines)
     joined = ["" if row is None else "\0".join(row[1]) for row in found]
     said = [text.encode() for text in joined]
     taught = _words(["" if row is None else row[3] for row in found])
@@ -74,20 +74,39 @@ def _words(texts: Sequence[str]) -> list[int]:
     return found
 
 
+def _parsed_all(form: Read, lines: Sequence[bytes | None]) -> list[_Parsed | None]:
+    """Lines as rows of the form, without those that need a closer look at how they are written."""
+    found = [None if line is None else _parsed(form, line) for line in lines]
+    if None not in found:
+        # Each key has a colon: where there are as many as keys in all, no row has one too many.
+        whole = b"\n".join(lines)  # type: ignore[arg-type]
+        if whole.count(b":") == sum(row[4] for row in found if row) and not _has_escape(whole):
+            return found
+    return [
+        row if row and line and _is_plainly_written(line, row[4]) else None
+        for row, line in zip(found, lines, strict=True)
+    ]
+
+
 def _parsed(form: Read, line: bytes) -> _Parsed | None:
     try:
         row = parsed(line) if len(line) > LONG_BYTES else _loads(line)
     except orjson.JSONDecodeError:
         return None
-    # Behind an escape may be half a character, or a key that looks like another.
-    if type(row) is not dict or (b"\\" in line and b"\\u" in line):
-        return None
-    found = form(row)
-    # A key twice shows in the count of colons, as strict_json says.
-    if found is not None and (colons := line.count(b":")) != found[4]:
-        if colons < found[4] or line.count(b'":') != found[4] or has_blank_colon(line):
-            return None
-    return found
+    return form(row) if type(row) is dict else None
+
+
+def _is_plainly_written(line: bytes, keys: int) -> bool:
+    """Whether no key stands twice, which shows in the count of colons as strict_json says, and nothing is escaped."""
+    colons = line.count(b":")
+    if colons != keys and (colons < keys or line.count(b'":') != keys or has_blank_colon(line)):
+        return False
+    return not _has_escape(line)
+
+
+def _has_escape(data: bytes) -> bool:
+    """Whether there is one, behind which may be half a character, or a key that looks like another."""
+    return b"\\" in data and b"\\u" in data
 
 
 def instruction(row: dict[str, Any]) -> _Parsed | None:

@@ -29,7 +29,11 @@ _SURE = 0.3
 
 def of(example: Plain) -> str:
     """The language of a row (ISO 639-1); "und" where it cannot be told."""
-    text = said(example)
+    return of_text(said(example))
+
+
+def of_text(text: str) -> str:
+    """The same of a text."""
     told = scripts.tell(text, _words())
     if told != UNDECIDED:
         return told
@@ -82,15 +86,14 @@ def _model() -> Any:
         return None  # an estimate is no reason to refuse a dataset
 
 
-def mix(spool: Spool, kept: int) -> dict[str, int]:
-    """Rows by language, told of a sample where there are many; they sum up to the rows that are kept.
+def sample(spool: Spool) -> list[str]:
+    """What some rows say, or all where there are few. Which rows are asked depends on their contents alone."""
+    return [said(orjson.loads(line)) for line in _sample(spool)] if spool.rows else []
 
-    Which rows are asked depends on their contents alone.
-    """
-    if not kept or not spool.rows:
-        return {}
-    met = Counter(of(orjson.loads(line)) for line in _sample(spool))
-    return scaled(met, kept)
+
+def mix(sample: Iterable[str], kept: int) -> dict[str, int]:
+    """Rows by language, told of a sample; they sum up to the rows that are kept."""
+    return scaled(Counter(map(of_text, sample)), kept)
 
 
 def _sample(spool: Spool) -> Iterable[bytes]:
@@ -113,6 +116,8 @@ def _sample(spool: Spool) -> Iterable[bytes]:
 def scaled(met: Mapping[str, int], total: int) -> dict[str, int]:
     """Counts in the same proportion with another sum, by largest remainders; names break ties."""
     of_all = sum(met.values())
+    if not of_all:
+        return {}
     shares = {name: divmod(n * total, of_all) for name, n in met.items()}
     left = total - sum(whole for whole, _ in shares.values())
     first = sorted(shares, key=lambda name: (-shares[name][1], name))[:left]

@@ -63,7 +63,7 @@ def distribute(
     asked: Mapping[str, bool],
     tell: Callable[[str, int, int], None],
 ) -> Totals:
-    """Writes every kept row to its side, in order; only counts where there is no payload."""
+    """Writes every kept row to its side, in order; only counts where there is no payload. Spends the lines."""
     totals = Totals()
     kept_sides = np.bincount(sides[keep], minlength=len(SIDES))
     wanted = {name: int(n) for name, n in zip(SIDES, kept_sides, strict=True) if n or asked.get(name)}
@@ -78,7 +78,7 @@ def distribute(
                 syncing.append(beside.submit(fsync_path, path))
 
             writers = {SIDES.index(n): stack.enter_context(ShardWriter(payload, n, whole=start)) for n in wanted}
-        for block in spool.blocks():
+        for block in spool.spent() if writers else spool.blocks():
             here = slice(block.first, block.first + len(block.entries))
             totals.add(block.entries[keep[here]])
             if writers:

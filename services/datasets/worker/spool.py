@@ -181,6 +181,17 @@ class Spool:
                         first += len(entries)
                         offset += int(entries["size"].sum())
 
+    def spent(self) -> Iterator[Block]:
+        """As blocks; lines of a segment are deleted when the next one begins, so that disk and memory serve twice."""
+        gone: pathlib.Path | None = None
+        for block in self.blocks():
+            if gone is not None and gone != block.path:
+                gone.unlink()
+            gone = block.path
+            yield block
+        if gone is not None:
+            gone.unlink()
+
     def lines(self) -> Iterator[bytes]:
         """Every line in order, without its newline."""
         for number in range(len(self._rows_before)):
