@@ -36,6 +36,19 @@ def test_the_argument_goes_over_the_environment_over_the_run_file_over_the_defau
     assert way(tmp_path, environ).target("datasets").source == "default"
 
 
+def test_a_named_home_without_a_daemon_calls_nobody_else(tmp_path: pathlib.Path) -> None:
+    def of(home: pathlib.Path | None, environ: dict[str, str]) -> Connection:
+        return _connection.connection(home, {}, "", "", "", None, None, environ)
+
+    for named in (of(tmp_path, {}), of(None, {"QLORAD_HOME": str(tmp_path)})):
+        with pytest.raises(errors.Unavailable, match="no qlorad-trainer runs in the home"):
+            named.metadata(named.target("trainer"))
+        tell(tmp_path, "registry", "127.0.0.1:7")
+        assert named.metadata(named.target("registry")) == ()
+    unnamed = of(None, {"HOME": str(tmp_path)})
+    assert unnamed.metadata(unnamed.target("inference")) == ()
+
+
 def test_the_default_ports_are_those_of_the_house() -> None:
     assert PORTS == {"datasets": 50051, "registry": 50052, "trainer": 50053, "inference": 50054}
 
@@ -68,6 +81,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: pathlib.Path) -> None:
 
 def test_the_token_goes_to_loopback_or_over_tls_and_is_never_shown(tmp_path: pathlib.Path) -> None:
     secret = "qlt_canary"
+    tell(tmp_path, "trainer", "127.0.0.1:7")
     here = way(tmp_path, token=secret)
     assert here.metadata(here.target("trainer")) == (("authorization", f"Bearer {secret}"),)
     assert secret not in repr(here) and secret not in str(here)

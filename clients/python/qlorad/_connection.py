@@ -66,6 +66,8 @@ class Connection:
     key: str = ""
     tls: bool | None = None
     token: str = field(default="", repr=False)
+    is_named: bool = False
+    """Whether somebody named the home, and so means the daemons of that home and no others."""
 
     def target(self, service: str) -> Target:
         """Argument, else environment, else the daemon's run file, else the default port.
@@ -89,7 +91,15 @@ class Connection:
         return grpc.ssl_channel_credentials(_pem("ca", self.ca), _pem("key", self.key), _pem("cert", self.cert))
 
     def metadata(self, target: Target) -> tuple[tuple[str, str], ...]:
-        """What goes with every call. Refuses to send a token in clear text to another machine."""
+        """What goes with every call.
+
+        Refuses to send a token in clear text to another machine, and to call
+        whoever has the default port where the daemon of a named home is meant.
+        """
+        if self.is_named and target.source == "default":
+            raise errors.Unavailable(
+                f"no qlorad-{target.service} runs in the home {self.home}: type `qlorad up`, or name an address"
+            )
         if not self.token:
             return ()
         if not target.tls and not is_loopback(target.address):
@@ -123,6 +133,7 @@ def connection(
         key=key,
         tls=tls,
         token=environ.get("QLORAD_TOKEN", "") if token is None else token,
+        is_named=bool(home or environ.get("QLORAD_HOME")),
     )
 
 

@@ -114,7 +114,9 @@ def _record(strict: StrictJson, number: int, line: bytes) -> Record:
 
 def broken_json(error: ValueError, hint: str) -> Problem:
     """The problem of a text that is not JSON."""
-    told = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else str(error)
+    told = str(error)
+    if isinstance(error, json.JSONDecodeError):
+        told = f"{error.msg.removesuffix(' at')} at character {error.pos}"
     return Problem("broken_json", f"not JSON: {told}", hint)
 
 
