@@ -68,8 +68,10 @@ test-slow: $(STAMP) $(RANKS) ## storms in short form and the DeepSpeed matrix; F
 test-storm: $(STAMP) $(RANKS) ## storms in long form; FILTER=trainer narrows
 	$(BIN)/python -m pytest -m storm --timeout 14400 tests/$(FILTER)
 
-bench: $(STAMP) ## what is quick to measure; writes benchmarks/results
-	$(BIN)/python -m benchmarks.control
+bench: $(STAMP) ## what is quick to measure, against peers it installs; writes benchmarks/results
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@missed=; for name in control datasets ledger neardup; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name || missed="$$missed $$name"; done; \
+	  test -z "$$missed" || { echo "bars not met by:$$missed"; exit 1; }
 
 demo: $(STAMP) ## the whole way, from documents to a tuned answer; SIZE=test is the quick one
 	$(BIN)/python examples/demo.py --size $(SIZE)

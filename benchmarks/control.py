@@ -7,18 +7,14 @@ ratios against peers, elsewhere.
 
 from __future__ import annotations
 
-import datetime
-import json
 import os
 import pathlib
-import platform
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib import metadata
 from typing import Any
 
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
@@ -28,12 +24,13 @@ import grpc
 import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from benchmarks import report
+
 SERVICES = ("datasets", "registry", "trainer", "inference")
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "deepspeed", "numpy")
 ROUNDS = 7
-BARS = {"control.start_ms": (1000.0, 300.0), "control.rss_mb": (100.0, 60.0)}
-"""Bar and goal."""
+BARS = {"control.start_ms": (1000.0, False), "control.rss_mb": (100.0, False)}
+GOALS = {"control.start_ms": 300.0, "control.rss_mb": 60.0}
 
 
 def _serving(port: int, until: float) -> None:
@@ -59,7 +56,9 @@ def start(service: str, home: pathlib.Path) -> tuple[float, float, list[str]]:
     command = [sys.executable, "-m", f"services.{service}", "--home", str(home), "--listen", f"127.0.0.1:{port}"]
     begun = time.monotonic()
     with (home / "log").open("ab") as log:
-        process = subprocess.Popen([*command, "--metrics-listen", "127.0.0.1:0"], stdout=log, stderr=log, cwd=ROOT)
+        process = subprocess.Popen(
+            [*command, "--metrics-listen", "127.0.0.1:0"], stdout=log, stderr=log, cwd=report.ROOT
+        )
     try:
         _serving(port, begun + 60)
         milliseconds = (time.monotonic() - begun) * 1000
@@ -83,7 +82,9 @@ def _free_port() -> int:
 def modules(service: str) -> list[str]:
     """Heavy modules that a daemon has loaded once everything of it is imported."""
     code = f"import services.{service}.__main__, services.{service}.app, sys; print(*sys.modules)"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=report.ROOT
+    ).stdout
     return [h for h in HEAVY if h in told.split()]
 
 
@@ -91,25 +92,8 @@ def help_ms() -> float:
     """`qlorad --help`, as a person waits for it."""
     begun = time.monotonic()
     program = pathlib.Path(sys.executable).parent / "qlorad"
-    subprocess.run([str(program), "--help"], capture_output=True, check=True, cwd=ROOT)
+    subprocess.run([str(program), "--help"], capture_output=True, check=True, cwd=report.ROOT)
     return (time.monotonic() - begun) * 1000
-
-
-def conditions() -> dict[str, Any]:
-    """What a reader needs to repeat it."""
-    packages = ("grpcio", "protobuf", "prometheus-client", "typer")
-    return {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT
-        ).stdout.strip(),
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "load": round(os.getloadavg()[0], 2),
-        "versions": {p: metadata.version(p) for p in packages},
-        "rounds": ROUNDS,
-        "seeds": [],
-    }
 
 
 def main() -> None:
@@ -135,37 +119,20 @@ def main() -> None:
         "control.help_ms": round(statistics.median(helps), 1),
         "daemons": {s: {k: round(v, 1) for k, v in m.items()} for s, m in middle.items()},
         "heavy_modules": {s: sorted(set(h)) for s, h in heavy.items()},
-        "bars": {k: {"bar": bar, "goal": goal} for k, (bar, goal) in BARS.items()},
-        "conditions": conditions(),
+        "bars": {k: {"bar": bar, "goal": GOALS[k]} for k, (bar, _) in BARS.items()},
+        "conditions": report.conditions(("grpcio", "protobuf", "prometheus-client", "typer"), rounds=ROUNDS, seeds=[]),
     }
-    out = ROOT / "benchmarks" / "results" / "control.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(results, indent=1) + "\n")
-    _tell(results)
-    failed = [k for k, (bar, _) in BARS.items() if results[k] > bar]
-    failed += [f"{s} loads {', '.join(h)}" for s, h in results["heavy_modules"].items() if h]
-    if failed:
-        raise SystemExit("not met: " + "; ".join(failed))
-
-
-def _tell(results: dict[str, Any]) -> None:
-    told = results["conditions"]
     for service, m in results["daemons"].items():
         print(f"{service:10} exec to SERVING {m['start_ms']:7.1f} ms   at rest {m['rss_mb']:5.1f} MB")
-    print(f"{'qlorad':10} --help          {results['control.help_ms']:7.1f} ms")
-    line = (
-        f"| {told['time']} | {told['commit']} | control | start {results['control.start_ms']} ms, "
-        f"rss {results['control.rss_mb']} MB, help {results['control.help_ms']} ms | "
-        f"{told['machine']}, load {told['load']}, Python {told['python']} |\n"
+    figures = (
+        f"start {results['control.start_ms']} ms, rss {results['control.rss_mb']} MB, "
+        f"help {results['control.help_ms']} ms"
     )
-    history = ROOT / "benchmarks" / "HISTORY.md"
-    if not history.exists():
-        history.write_text(
-            "# What was measured\n\nAbsolute times hold only on their machine; see benchmarks/README.md.\n\n"
-            "| when | commit | what | figures | where |\n|---|---|---|---|---|\n"
-        )
-    with history.open("a") as f:
-        f.write(line)
+    report.write("control", results, figures)
+    report.judge(results, BARS)
+    failed = [f"{s} loads {', '.join(h)}" for s, h in results["heavy_modules"].items() if h]
+    if failed:
+        raise SystemExit("not met: " + "; ".join(failed))
 
 
 if __name__ == "__main__":

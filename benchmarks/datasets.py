@@ -23,7 +23,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -31,7 +30,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 import psutil
 
 import qlorad
-from benchmarks import report
+from benchmarks import daemons, report
 
 ROWS, ROUNDS, SEED = 1_000_000, 3, 20261121
 TWINS = 0.01
@@ -99,30 +98,9 @@ class Watch:
         self._thread.join()
 
 
-@contextlib.contextmanager
-def daemon(home: pathlib.Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A running qlorad-datasets."""
-    told = home / "state" / "run" / "datasets.json"
-    flags = ["--home", str(home), "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"]
-    with (home / "log").open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "services.datasets", *flags], stdout=log, stderr=log, cwd=report.ROOT
-        )
-    try:
-        until = time.monotonic() + 60
-        while not told.exists():
-            if process.poll() is not None or time.monotonic() > until:
-                raise SystemExit((home / "log").read_text())
-            time.sleep(0.01)
-        yield process
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
 def ours(file: pathlib.Path, folder: str) -> tuple[float, float, float, int]:
     """Seconds in all, seconds of the upload, peak in MB, rows sealed."""
-    with tempfile.TemporaryDirectory(dir=folder) as home, daemon(pathlib.Path(home)) as process:
+    with tempfile.TemporaryDirectory(dir=folder) as home, daemons.running("datasets", pathlib.Path(home)) as process:
         with qlorad.connect(home=home) as client, Watch(process.pid) as watch:
             begun = time.perf_counter()
             upload = client.datasets.upload(file)

@@ -14,11 +14,9 @@ Writes benchmarks/results/ledger.json and a line in benchmarks/HISTORY.md. Ends 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import pathlib
-import platform
 import random
 import statistics
 import subprocess
@@ -26,7 +24,6 @@ import sys
 import sysconfig
 import tempfile
 import time
-from importlib import metadata
 from typing import Any
 
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
@@ -34,15 +31,16 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc
 
+from benchmarks import daemons, report
 from qlorad.v1 import artifacts_pb2, datasets_pb2, datasets_pb2_grpc, registry_pb2, registry_pb2_grpc
 from services.common import shards
 from services.common.prompt.example import line_of
 from services.common.shelf import Shelf
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 ROWS, ROUNDS, SEED, LONGEST = 100_000, 5, 20260203, 500
-BARS = {"datasets.ledger_tokens_s": (1.0, 1.0)}
-"""Bar and goal: ours divided by apply_chat_template."""
+BARS = {"datasets.ledger_tokens_s": (1.0, True)}
+"""Ours divided by apply_chat_template."""
+PACKAGES = ("tokenizers", "transformers", "jinja2", "orjson", "numpy", "grpcio")
 
 
 def rows(count: int) -> list[dict[str, Any]]:
@@ -68,36 +66,12 @@ def rows(count: int) -> list[dict[str, Any]]:
     return made
 
 
-def daemon(service: str, home: pathlib.Path) -> subprocess.Popen[bytes]:
-    """A running daemon; its address stands in its run file."""
-    told = home / "state" / "run" / f"{service}.json"
-    told.unlink(missing_ok=True)
-    command = [sys.executable, "-m", f"services.{service}", "--home", str(home), "--listen", "127.0.0.1:0"]
-    with (home / "log").open("ab") as log:
-        process = subprocess.Popen([*command, "--metrics-listen", "127.0.0.1:0"], stdout=log, stderr=log, cwd=ROOT)
-    until = time.monotonic() + 60
-    while not told.exists():
-        if process.poll() is not None or time.monotonic() > until:
-            raise SystemExit(f"qlorad-{service} did not start: {(home / 'log').read_text()[-2000:]}")
-        time.sleep(0.02)
-    return process
-
-
-def address(service: str, home: pathlib.Path) -> str:
-    return str(json.loads((home / "state" / "run" / f"{service}.json").read_text())["address"])
-
-
 def starter(home: pathlib.Path) -> None:
     """models/starter-test in the home."""
-    process = daemon("registry", home)
-    try:
-        with grpc.insecure_channel(address("registry", home)) as channel:
-            stub = registry_pb2_grpc.ModelServiceStub(channel)
-            size = registry_pb2.STARTER_SIZE_TEST
-            list(stub.MakeStarterModel(registry_pb2.MakeStarterModelRequest(request_id="s", size=size)))
-    finally:
-        process.terminate()
-        process.wait(60)
+    with daemons.running("registry", home), grpc.insecure_channel(daemons.address("registry", home)) as channel:
+        stub = registry_pb2_grpc.ModelServiceStub(channel)
+        size = registry_pb2.STARTER_SIZE_TEST
+        list(stub.MakeStarterModel(registry_pb2.MakeStarterModelRequest(request_id="s", size=size)))
 
 
 def seal(home: pathlib.Path, made: list[dict[str, Any]]) -> None:
@@ -150,24 +124,6 @@ def peer(model: pathlib.Path, chats: pathlib.Path, kind: str) -> tuple[float, in
     return float(told[-2]), int(told[-1])
 
 
-def conditions(count: int, rounds: int) -> dict[str, Any]:
-    """What a reader needs to repeat it."""
-    packages = ("tokenizers", "transformers", "jinja2", "orjson", "numpy", "grpcio")
-    return {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT
-        ).stdout.strip(),
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "load": round(os.getloadavg()[0], 2),
-        "versions": {p: metadata.version(p) for p in packages},
-        "rows": count,
-        "rounds": rounds,
-        "seeds": [SEED],
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=ROWS)
@@ -188,24 +144,18 @@ def main() -> None:
                 f.write(json.dumps(turns, ensure_ascii=False) + "\n")
         del made
         model = Shelf(home / "store").open("models", "starter-test").payload
-        process = daemon("datasets", home)
-        try:
-            with grpc.insecure_channel(address("datasets", home)) as channel:
-                stub = datasets_pb2_grpc.DatasetServiceStub(channel)
-                for number in range(given.rounds + 1):  # the first round warms the disk cache and does not count
-                    taken, tokens, trained = ours(stub, LONGEST - number)
-                    others = {kind: peer(model, chats, kind) for kind in ("chat", "masked", "plain")}
-                    if any(found != tokens for _, found in others.values()):
-                        raise SystemExit(f"not the same tokens: ours {tokens}, peers {others}")
-                    if number:
-                        seconds["ours"].append(taken)
-                        for kind, (peers, _) in others.items():
-                            seconds[kind].append(peers)
-                    print(number, f"ours {taken:.2f} s", {k: f"{s:.2f} s" for k, (s, _) in others.items()}, flush=True)
-        finally:
-            process.terminate()
-            process.wait(60)
-    told = conditions(given.rows, given.rounds)
+        with daemons.running("datasets", home), grpc.insecure_channel(daemons.address("datasets", home)) as channel:
+            stub = datasets_pb2_grpc.DatasetServiceStub(channel)
+            for number in range(given.rounds + 1):  # the first round warms the disk cache and does not count
+                taken, tokens, trained = ours(stub, LONGEST - number)
+                others = {kind: peer(model, chats, kind) for kind in ("chat", "masked", "plain")}
+                if any(found != tokens for _, found in others.values()):
+                    raise SystemExit(f"not the same tokens: ours {tokens}, peers {others}")
+                if number:
+                    seconds["ours"].append(taken)
+                    for kind, (peers, _) in others.items():
+                        seconds[kind].append(peers)
+                print(number, f"ours {taken:.2f} s", {k: f"{s:.2f} s" for k, (s, _) in others.items()}, flush=True)
     middle = {k: statistics.median(v) for k, v in seconds.items()}
     results = {
         "datasets.ledger_tokens_s": round(middle["chat"] / middle["ours"], 3),
@@ -215,21 +165,15 @@ def main() -> None:
         "trained_tokens": trained,
         "tokens_per_second": {k: round(tokens / v) for k, v in middle.items()},
         "seconds": {k: [round(s, 3) for s in v] for k, v in seconds.items()},
-        "bars": {k: {"bar": bar, "goal": goal} for k, (bar, goal) in BARS.items()},
-        "conditions": told,
+        "bars": {k: {"bar": bar} for k, (bar, _) in BARS.items()},
+        "conditions": report.conditions(PACKAGES, rows=given.rows, rounds=given.rounds, seeds=[SEED]),
     }
-    out = ROOT / "benchmarks" / "results" / "ledger.json"
-    out.write_text(json.dumps(results, indent=1) + "\n")
-    line = (
-        f"| {told['time']} | {told['commit']} | ledger | {results['datasets.ledger_tokens_s']} of apply_chat_template, "
-        f"{results['against_masked']} of it with masks, {results['against_plain']} of tokenizer(texts), "
-        f"{given.rows} rows | {told['machine']}, load {told['load']}, Python {told['python']} |\n"
+    figures = (
+        f"{results['datasets.ledger_tokens_s']} of apply_chat_template, {results['against_masked']} of it with masks, "
+        f"{results['against_plain']} of tokenizer(texts), {given.rows} rows"
     )
-    with (ROOT / "benchmarks" / "HISTORY.md").open("a") as f:
-        f.write(line)
-    print(json.dumps({k: v for k, v in results.items() if k != "conditions"}, indent=1))
-    if results["datasets.ledger_tokens_s"] < BARS["datasets.ledger_tokens_s"][0]:
-        raise SystemExit("not met: datasets.ledger_tokens_s")
+    report.write("ledger", results, figures)
+    report.judge(results, BARS)
 
 
 if __name__ == "__main__":

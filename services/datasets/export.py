@@ -17,7 +17,8 @@ from qlorad.v1 import datasets_pb2
 from services.common.errors import rejected
 from services.common.shards import ShardReader
 from services.datasets.forms import CANONICAL, NAMES, Form
-from services.datasets.writing import CannotCarry, Losses, Plain, write
+from services.datasets.losses import CannotCarry, Losses
+from services.datasets.writing import Plain, write
 
 _PIECE_BYTES = 256 << 10
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -33,6 +32,7 @@ from services.datasets.forms import (
     Form,
     is_messages,
 )
+from services.datasets.losses import PARTS, CannotCarry, Losses
 
 Plain = dict[str, Any]
 Row = dict[str, Any]
@@ -40,40 +40,6 @@ Row = dict[str, Any]
 _SPOKEN = {"ROLE_SYSTEM": "system", "ROLE_USER": "user", "ROLE_ASSISTANT": "assistant", "ROLE_TOOL": "tool"}
 _FROM = {"ROLE_SYSTEM": "system", "ROLE_USER": "human", "ROLE_ASSISTANT": "gpt", "ROLE_TOOL": "observation"}
 _CALL = "function_call"
-PARTS = "parts"
-"""How a text is cut into parts: told where it is lost, but no reason to refuse, since the text is whole."""
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """Something of an example that a row does not have."""
-
-    field: str
-    """What, as the summary counts it: "tools"."""
-    place: str
-    """Where: "messages[2].tool_calls"."""
-    why: str
-
-
-class CannotCarry(Exception):
-    """An example that a form has no row for, whatever one would drop."""
-
-    def __init__(self, field: str, why: str) -> None:
-        super().__init__(f"{field}: {why}")
-        self.field = field
-        self.why = why
-
-
-class Losses(list[Loss]):
-    """What was lost so far."""
-
-    def note(self, field: str, why: str, place: str = "") -> None:
-        self.append(Loss(field, place or field, why))
-
-    @property
-    def first_grave(self) -> Loss | None:
-        """The first loss that is one of content."""
-        return next((loss for loss in self if loss.field != PARTS), None)
 
 
 def write(example: Plain, form: Form) -> tuple[Row, Losses]:

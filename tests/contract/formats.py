@@ -10,7 +10,8 @@ import pathlib
 from typing import Any
 
 from services.datasets.forms import FORMS, NAMES
-from services.datasets.writing import CannotCarry, Plain, write
+from services.datasets.losses import CannotCarry
+from services.datasets.writing import Plain, write
 from tests.house import ROOT
 
 PAGE = ROOT / "docs" / "formats.md"

@@ -22,7 +22,8 @@ from services.datasets.forms import (
     SHAREGPT,
     TEXT,
 )
-from services.datasets.writing import CannotCarry, write
+from services.datasets.losses import CannotCarry
+from services.datasets.writing import write
 from tests.client.cli import Cli
 from tests.contract.formats import EXAMPLES
 from tests.datasets.kit import Door, jsonl, refusal

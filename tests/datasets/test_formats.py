@@ -19,10 +19,11 @@ from services.datasets.forms import (
     SHAREGPT,
     TEXT,
 )
+from services.datasets.losses import CannotCarry, Losses
 from services.datasets.worker import forms, rules
 from services.datasets.worker.found import ERROR
 from services.datasets.worker.plain import Plain, conversations, text_of
-from services.datasets.writing import CannotCarry, Losses, write
+from services.datasets.writing import write
 from tests.contract.formats import EXAMPLES, PAGE, page, table
 from tests.datasets.examples import MISLEADING, ROWS
 

@@ -10,10 +10,11 @@ from hypothesis import given
 
 from services.common.prompt import example as canonical
 from services.datasets.forms import CHAT, COMPLETION, FORMS, INSTRUCTION, TEXT
+from services.datasets.losses import CannotCarry
 from services.datasets.worker import forms, rules
 from services.datasets.worker.found import ERROR
 from services.datasets.worker.plain import Plain
-from services.datasets.writing import CannotCarry, write
+from services.datasets.writing import write
 from tests.datasets.examples import any_row
 
 
