@@ -210,6 +210,7 @@ def test_ctrl_c_detaches_and_a_cancelled_job_is_exit_code_6(cli: Cli) -> None:
     assert cli.json("job", "show", "long")["result"]["checkpoint_digest"].startswith("sha256:")
 
 
+@pytest.mark.slow  # faults/test_trainer.py kills it too, before the same client
 def test_a_watch_outlives_kill_9_of_the_trainer_daemon(cli: Cli) -> None:
     cli.run("job", "start", *JOB, "--set", "schedule.max_steps=60", "--job-id", "cut", "--no-watch")
     process = cli.start("job", "watch", "cut", "-o", "jsonl")

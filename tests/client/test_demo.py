@@ -35,7 +35,7 @@ def until(process: subprocess.Popen[str], word: str) -> str:
     raise AssertionError(f"{word!r} never came:\n{seen}")
 
 
-@pytest.mark.parametrize("moment", ["$ qlorad model starter", "tok/s"])
+@pytest.mark.parametrize("moment", ["$ qlorad model starter", pytest.param("tok/s", marks=pytest.mark.slow)])
 def test_ctrl_c_leaves_nothing_running(tmp_path: pathlib.Path, starter_home: pathlib.Path, moment: str) -> None:
     home = tmp_path / "home"
     clone_store(starter_home, home)

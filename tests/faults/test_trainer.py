@@ -18,7 +18,7 @@ from services.common.shelf import Shelf
 from tests.house import House, clone_store, eventually, house
 from tests.trainer.kit import create, get, seal_dataset, small, stub_of, worker_of
 
-STEPS, EVERY = 240, 4
+STEPS, EVERY = 120, 4
 
 
 @pytest.fixture

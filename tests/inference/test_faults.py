@@ -134,6 +134,7 @@ def test_a_full_queue_refuses_at_once_and_keeps_what_it_took(small: tuple[House,
     assert ends[1].queue_seconds > 0.05
 
 
+@pytest.mark.slow
 def test_an_idle_engine_sleeps_and_wakes_with_what_it_had(small: tuple[House, kit.Stub]) -> None:
     house, stub = small
     stub.SwitchAdapter(inference_pb2.SwitchAdapterRequest(adapter="adapters/ada"))
