@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
@@ -19,7 +20,7 @@ from services.datasets.worker.limits import MAX_ROW_BYTES, not_utf8, too_long
 from services.datasets.worker.strict_json import StrictJson, odd_text, too_deep
 
 _CHUNK = 1 << 20
-_SPACE = " \t\r\n"
+_NOT_SPACE = re.compile(r"[^ \t\r\n]")
 _MAGIC = (
     (b"PK\x03\x04", "a zip archive (or a document made of one)"),
     (b"\x1f\x8b", "gzip"),
@@ -113,10 +114,11 @@ class _Text:
     def next(self) -> str:
         """The next character that is not a blank, not taken; "" at the end."""
         while True:
-            while self.at < len(self.text) and self.text[self.at] in _SPACE:
-                self.at += 1
-            if self.at < len(self.text):
-                return self.text[self.at]
+            found = _NOT_SPACE.search(self.text, self.at)
+            if found is not None:
+                self.at = found.start()
+                return found[0]
+            self.at = len(self.text)
             if not self.more():
                 return ""
 
