@@ -14,6 +14,8 @@ import warnings
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from services.common.worker.libraries import spare_the_compiler
+
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -32,6 +34,7 @@ def load_base(
     dtype = DTYPES[compute]
     quantization = None
     if method == "nf4":
+        spare_the_compiler()
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",

@@ -61,6 +61,9 @@ def run(order: training_pb2.Order, teller: Teller) -> int:
     """Trains, and tells how it ended."""
     warnings.filterwarnings("ignore")  # of libraries; what matters is told as facts
     try:
+        from services.common.worker.libraries import spare_the_compiler
+
+        spare_the_compiler()
         from services.trainer.worker import recipe
 
         recipe.train(order, teller)
