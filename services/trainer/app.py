@@ -61,10 +61,7 @@ class Config:
 
 def read_templates(folder: pathlib.Path) -> dict[str, trainer_pb2.JobTemplate]:
     """The shipped templates, by name."""
-    found = {}
-    for path in sorted(folder.glob("*.yaml")):
-        found[path.stem] = spec.read_template(path.stem, yaml.safe_load(path.read_text()))
-    return found
+    return spec.read_templates({p.stem: yaml.safe_load(p.read_text()) for p in sorted(folder.glob("*.yaml"))})
 
 
 def build(config: Config) -> server.App:

@@ -60,8 +60,29 @@ class Resolved:
     violations: tuple[Violation, ...]
 
 
+def read_templates(trees: Mapping[str, object]) -> dict[str, trainer_pb2.JobTemplate]:
+    """Templates by name, each with the values of the one that it extends; ValueError says what is wrong."""
+    own = {name: read_template(name, tree) for name, tree in trees.items()}
+    return {name: _extended(template, own, (name,)) for name, template in own.items()}
+
+
+def _extended(
+    template: trainer_pb2.JobTemplate, own: Mapping[str, trainer_pb2.JobTemplate], way: tuple[str, ...]
+) -> trainer_pb2.JobTemplate:
+    if not template.extends:
+        return template
+    if template.extends not in own:
+        raise ValueError(f"template {template.name}: extends {template.extends!r}, of which there is none")
+    if template.extends in way:
+        raise ValueError(f"template {template.name}: extends itself: {' -> '.join((*way, template.extends))}")
+    whole = trainer_pb2.JobTemplate()
+    whole.CopyFrom(template)
+    whole.spec.CopyFrom(merged(_extended(own[template.extends], own, (*way, template.extends)), template.spec))
+    return whole
+
+
 def read_template(name: str, tree: object) -> trainer_pb2.JobTemplate:
-    """A template from the plain values of its file; ValueError says what is wrong."""
+    """A template from the plain values of its file alone; ValueError says what is wrong."""
     if not isinstance(tree, Mapping):
         raise ValueError(f"template {name}: must be a mapping with description and spec")
     template = trainer_pb2.JobTemplate(name=name)
@@ -227,6 +248,7 @@ _BOUNDS = (
     _Bound("optimizer.weight_decay", _within(0, 1), "from 0 to 1"),
     _Bound("optimizer.beta1", _within(0, 1, below=True), "from 0 to below 1"),
     _Bound("optimizer.beta2", _within(0, 1, below=True), "from 0 to below 1"),
+    _Bound("optimizer.momentum", _within(0, 1, below=True), "from 0 to below 1"),
     _Bound("optimizer.max_grad_norm", _within(0, 1e9), "0 (not cut) or above"),
     _Bound("schedule.max_steps", _within(0, 10_000_000), "0 to 10000000"),
     _Bound("evaluation.every_steps", _within(0, 10_000_000), "0 to 10000000"),
@@ -275,6 +297,9 @@ def _together(
     if not data.max_length_tokens <= data.micro_batch_tokens <= 1 << 24:
         accepted = f"{data.max_length_tokens} (max_length_tokens) to {1 << 24}"
         yield Violation("spec.train.data.micro_batch_tokens", show(data.micro_batch_tokens), accepted)
+    if train.optimizer.momentum and train.optimizer.kind == trainer_pb2.OPTIMIZER_KIND_ADAMW:
+        accepted = "0 where kind is OPTIMIZER_KIND_ADAMW (beta1 is its momentum)"
+        yield Violation("spec.train.optimizer.momentum", show(train.optimizer.momentum), accepted)
     yield from _targets(train, model)
     yield from _schedule(train)
     yield from _ranks(train, host)

@@ -51,7 +51,14 @@ def made_rows(count: int, seed: int) -> Rows:
     return Rows(rows)
 
 
-def peft_model(home: pathlib.Path, method: str, compute: str, live_b: bool = True) -> types.SimpleNamespace:
+def peft_model(
+    home: pathlib.Path,
+    method: str,
+    compute: str,
+    live_b: bool = True,
+    checkpointed: bool = False,
+    kind: int = trainer_pb2.OPTIMIZER_KIND_ADAMW,
+) -> types.SimpleNamespace:
     import torch
 
     from services.common.worker.load import load_base
@@ -65,6 +72,7 @@ def peft_model(home: pathlib.Path, method: str, compute: str, live_b: bool = Tru
     spec.lora.target_modules.names.extend(["q_proj", "v_proj", "down_proj"])
     spec.optimizer.learning_rate, spec.optimizer.beta1, spec.optimizer.beta2 = 1e-2, 0.9, 0.999
     spec.data.packing, spec.data.micro_batch_tokens = True, 128
+    spec.optimizer.kind, spec.memory.gradient_checkpointing = kind, checkpointed
     base = load_base(payload, method, True, compute, "cpu")
     torch.manual_seed(1)
     model = recipe.with_lora(base, spec)
@@ -101,6 +109,45 @@ def test_p26_packed_padded_and_accumulated_give_one_gradient(starter_home: pathl
     assert farthest(it, alone, one) < 1e-4
     assert farthest(it, alone, under) < 1e-4
     assert farthest(it, alone, halves) < 1e-4
+
+
+@pytest.mark.parametrize(("method", "compute"), [("none", "fp32"), ("nf4", "bf16")])
+def test_checkpointing_keeps_less_and_gives_the_same_gradient(
+    starter_home: pathlib.Path, method: str, compute: str
+) -> None:
+    rows = made_rows(5, seed=8)
+    trained = sum(int(rows.mask(n)[1:].sum()) for n in range(5))
+    found, kept = [], []
+    for checkpointed in (False, True):
+        it = peft_model(starter_home, method, compute, checkpointed=checkpointed)
+        frozen = {p.data_ptr() for p in it.model.parameters()}
+        held: dict[int, int] = {}
+
+        def keep(t, frozen: set[int] = frozen, held: dict[int, int] = held):
+            if t.data_ptr() not in frozen:
+                held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        it.engine.forget()
+        with it.torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            loss = it.recipe.loss_sum(it.model, it.recipe.packed(rows, range(5), "cpu"))
+        kept.append(sum(held.values()))
+        it.engine.backward(loss, trained)
+        found.append({n: p.grad.clone() for n, p in it.engine.parameters.items()})
+    assert all(it.torch.equal(found[0][n], found[1][n]) for n in found[0]), "to the bit"
+    assert kept[1] < kept[0], kept
+
+
+def test_plain_descent_moves_against_the_gradient(starter_home: pathlib.Path) -> None:
+    it = peft_model(starter_home, "none", "fp32", kind=trainer_pb2.OPTIMIZER_KIND_SGD)
+    rows = made_rows(4, seed=9)
+    trained = sum(int(rows.mask(n)[1:].sum()) for n in range(4))
+    before = {n: p.detach().clone() for n, p in it.engine.parameters.items()}
+    gradient = gradients(it, [it.recipe.packed(rows, range(4), "cpu")], trained)
+    it.engine.step(0.5)
+    for name, p in it.engine.parameters.items():
+        it.torch.testing.assert_close(p.detach(), before[name] - 0.5 * gradient[name])
+    assert not it.engine.optimizer.state or all(not s for s in it.engine.optimizer.state.values())
 
 
 def test_a_leak_between_packed_rows_would_be_seen(starter_home: pathlib.Path) -> None:

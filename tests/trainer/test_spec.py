@@ -39,6 +39,31 @@ def test_a_template_with_an_unknown_field_is_refused() -> None:
         spec.read_template("bad", {"spec": {"train": {"lora": {"ranke": 1}}}})
 
 
+def test_a_template_begins_with_the_values_of_another() -> None:
+    trees: dict[str, object] = {
+        "a": {"spec": {"train": {"lora": {"rank": 4, "alpha": 8.0}, "seed": 1}}},
+        "b": {"extends": "a", "description": "b", "spec": {"train": {"lora": {"rank": 6}}}},
+        "c": {"extends": "b", "spec": {"train": {"lora": {"alpha": 0.0}, "seed": 0}}},
+    }
+    made = spec.read_templates(trees)
+    assert (made["b"].extends, made["b"].description, made["b"].spec.train.lora.rank) == ("a", "b", 6)
+    train = made["c"].spec.train
+    assert (train.lora.rank, train.lora.alpha, train.seed) == (6, 0.0, 0), "what is set counts, also where it is 0"
+    assert train.HasField("seed")
+    with pytest.raises(ValueError, match="template d: extends 'nobody'"):
+        spec.read_templates({**trees, "d": {"extends": "nobody"}})
+    with pytest.raises(ValueError, match="extends itself: e -> f -> e"):
+        spec.read_templates({"e": {"extends": "f"}, "f": {"extends": "e"}})
+
+
+def test_momentum_is_of_descent_alone() -> None:
+    override = wanted()
+    override.train.optimizer.momentum = 0.9
+    assert set(faults("standard", override)) == {"optimizer.momentum"}
+    override.train.optimizer.kind = trainer_pb2.OPTIMIZER_KIND_SGD
+    assert faults("standard", override) == {}
+
+
 def test_what_is_set_replaces_what_is_not_stays() -> None:
     override = wanted()
     override.train.lora.rank = 3

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import torch
 
+from qlorad.v1 import trainer_pb2
 from services.trainer import launch
 
 
-def adamw(parameters, spec) -> torch.optim.AdamW:
-    """AdamW with fp32 state."""
+def optimizer_of(parameters, spec) -> torch.optim.Optimizer:
+    """The optimiser of the spec, with fp32 state."""
     o = spec.optimizer
+    if o.kind == trainer_pb2.OPTIMIZER_KIND_SGD:
+        return torch.optim.SGD(
+            parameters, lr=o.learning_rate, momentum=o.momentum, weight_decay=o.weight_decay, foreach=False
+        )
     return torch.optim.AdamW(
         parameters, lr=o.learning_rate, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay, foreach=False
     )
@@ -27,7 +32,7 @@ class Solo:
     def __init__(self, model, spec) -> None:
         self.model = model
         self.parameters = {n: p for n, p in sorted(model.named_parameters()) if p.requires_grad}
-        self.optimizer = adamw(list(self.parameters.values()), spec)
+        self.optimizer = optimizer_of(list(self.parameters.values()), spec)
         self._cut = spec.optimizer.max_grad_norm or float("inf")
 
     def mine(self, micro_batches):
@@ -75,7 +80,10 @@ class Ranked:
         self._accumulation = spec.data.accumulation
         trained = [p for p in model.parameters() if p.requires_grad]
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=adamw(trained, spec), model_parameters=trained, config=launch.deepspeed_of(spec)
+            model=model,
+            optimizer=optimizer_of(trained, spec),
+            model_parameters=trained,
+            config=launch.deepspeed_of(spec),
         )
         assert type(self.optimizer).__name__ == "DeepSpeedZeroOptimizer", type(self.optimizer)
         self.model = self.engine.module

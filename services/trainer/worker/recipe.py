@@ -182,6 +182,8 @@ def with_lora(base, spec: trainer_pb2.TrainSpec):
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == (".lora_A." in name or ".lora_B." in name), name
         assert not parameter.requires_grad or parameter.dtype == torch.float32, name
+    if spec.memory.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 

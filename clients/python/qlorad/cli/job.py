@@ -125,7 +125,11 @@ def delete(name: Name, output: Output = Format.table) -> None:
 @app.command("templates")
 def templates(output: Output = Format.table) -> None:
     """Lists the named templates."""
-    columns: list[out.Column] = [("TEMPLATE", lambda t: t.name), ("FOR", lambda t: t.description)]
+    columns: list[out.Column] = [
+        ("TEMPLATE", lambda t: t.name),
+        ("EXTENDS", lambda t: t.extends),
+        ("FOR", lambda t: t.description),
+    ]
     with connected() as client:
         out.many(output, "templates", client.jobs.templates(), columns)
 

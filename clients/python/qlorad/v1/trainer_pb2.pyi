@@ -179,6 +179,8 @@ class _OptimizerKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Optimiz
     """Not set."""
     OPTIMIZER_KIND_ADAMW: _OptimizerKind.ValueType  # 1
     """AdamW with fp32 state."""
+    OPTIMIZER_KIND_SGD: _OptimizerKind.ValueType  # 2
+    """Plain gradient descent, with momentum where it is above 0."""
 
 class OptimizerKind(_OptimizerKind, metaclass=_OptimizerKindEnumTypeWrapper):
     """Which optimiser."""
@@ -187,6 +189,8 @@ OPTIMIZER_KIND_UNSPECIFIED: OptimizerKind.ValueType  # 0
 """Not set."""
 OPTIMIZER_KIND_ADAMW: OptimizerKind.ValueType  # 1
 """AdamW with fp32 state."""
+OPTIMIZER_KIND_SGD: OptimizerKind.ValueType  # 2
+"""Plain gradient descent, with momentum where it is above 0."""
 Global___OptimizerKind: _TypeAlias = OptimizerKind  # noqa: Y015
 
 class _ScheduleKind:
@@ -419,6 +423,7 @@ class Optimizer(_message.Message):
     BETA1_FIELD_NUMBER: _builtins.int
     BETA2_FIELD_NUMBER: _builtins.int
     MAX_GRAD_NORM_FIELD_NUMBER: _builtins.int
+    MOMENTUM_FIELD_NUMBER: _builtins.int
     kind: Global___OptimizerKind.ValueType
     """Which."""
     learning_rate: _builtins.float
@@ -431,6 +436,8 @@ class Optimizer(_message.Message):
     """From 0 to below 1."""
     max_grad_norm: _builtins.float
     """The gradient's norm is cut to this; 0 = not cut."""
+    momentum: _builtins.float
+    """Of SGD, from 0 to below 1; 0 for the others."""
     def __init__(
         self,
         *,
@@ -440,10 +447,11 @@ class Optimizer(_message.Message):
         beta1: _builtins.float | None = ...,
         beta2: _builtins.float | None = ...,
         max_grad_norm: _builtins.float | None = ...,
+        momentum: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_learning_rate", b"_learning_rate", "_max_grad_norm", b"_max_grad_norm", "_weight_decay", b"_weight_decay", "beta1", b"beta1", "beta2", b"beta2", "learning_rate", b"learning_rate", "max_grad_norm", b"max_grad_norm", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_learning_rate", b"_learning_rate", "_max_grad_norm", b"_max_grad_norm", "_momentum", b"_momentum", "_weight_decay", b"_weight_decay", "beta1", b"beta1", "beta2", b"beta2", "learning_rate", b"learning_rate", "max_grad_norm", b"max_grad_norm", "momentum", b"momentum", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_learning_rate", b"_learning_rate", "_max_grad_norm", b"_max_grad_norm", "_weight_decay", b"_weight_decay", "beta1", b"beta1", "beta2", b"beta2", "kind", b"kind", "learning_rate", b"learning_rate", "max_grad_norm", b"max_grad_norm", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_learning_rate", b"_learning_rate", "_max_grad_norm", b"_max_grad_norm", "_momentum", b"_momentum", "_weight_decay", b"_weight_decay", "beta1", b"beta1", "beta2", b"beta2", "kind", b"kind", "learning_rate", b"learning_rate", "max_grad_norm", b"max_grad_norm", "momentum", b"momentum", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__beta1: _TypeAlias = _typing.Literal["beta1"]  # noqa: Y015
     _WhichOneofArgType__beta1: _TypeAlias = _typing.Literal["_beta1", b"_beta1"]  # noqa: Y015
@@ -453,6 +461,8 @@ class Optimizer(_message.Message):
     _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
     _WhichOneofReturnType__max_grad_norm: _TypeAlias = _typing.Literal["max_grad_norm"]  # noqa: Y015
     _WhichOneofArgType__max_grad_norm: _TypeAlias = _typing.Literal["_max_grad_norm", b"_max_grad_norm"]  # noqa: Y015
+    _WhichOneofReturnType__momentum: _TypeAlias = _typing.Literal["momentum"]  # noqa: Y015
+    _WhichOneofArgType__momentum: _TypeAlias = _typing.Literal["_momentum", b"_momentum"]  # noqa: Y015
     _WhichOneofReturnType__weight_decay: _TypeAlias = _typing.Literal["weight_decay"]  # noqa: Y015
     _WhichOneofArgType__weight_decay: _TypeAlias = _typing.Literal["_weight_decay", b"_weight_decay"]  # noqa: Y015
     @_typing.overload
@@ -463,6 +473,8 @@ class Optimizer(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_grad_norm) -> _WhichOneofReturnType__max_grad_norm | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__momentum) -> _WhichOneofReturnType__momentum | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_decay) -> _WhichOneofReturnType__weight_decay | None: ...
 
@@ -646,6 +658,32 @@ class Limits(_message.Message):
 Global___Limits: _TypeAlias = Limits  # noqa: Y015
 
 @_typing.final
+class Memory(_message.Message):
+    """What is done to need less memory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GRADIENT_CHECKPOINTING_FIELD_NUMBER: _builtins.int
+    gradient_checkpointing: _builtins.bool
+    """Activations of a layer are computed again in the backward pass instead of
+    being kept: less memory, about a third more time, the same gradient.
+    """
+    def __init__(
+        self,
+        *,
+        gradient_checkpointing: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_gradient_checkpointing", b"_gradient_checkpointing", "gradient_checkpointing", b"gradient_checkpointing"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gradient_checkpointing", b"_gradient_checkpointing", "gradient_checkpointing", b"gradient_checkpointing"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__gradient_checkpointing: _TypeAlias = _typing.Literal["gradient_checkpointing"]  # noqa: Y015
+    _WhichOneofArgType__gradient_checkpointing: _TypeAlias = _typing.Literal["_gradient_checkpointing", b"_gradient_checkpointing"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gradient_checkpointing) -> _WhichOneofReturnType__gradient_checkpointing | None: ...
+
+Global___Memory: _TypeAlias = Memory  # noqa: Y015
+
+@_typing.final
 class TrainSpec(_message.Message):
     """A QLoRA or LoRA training run."""
 
@@ -665,6 +703,7 @@ class TrainSpec(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
     THREADS_FIELD_NUMBER: _builtins.int
+    MEMORY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """"models/{alias or digest}"; resolved to the digest when the job is made."""
     dataset: _builtins.str
@@ -711,6 +750,10 @@ class TrainSpec(_message.Message):
     def limits(self) -> Global___Limits:
         """Bounds."""
 
+    @_builtins.property
+    def memory(self) -> Global___Memory:
+        """Memory."""
+
     def __init__(
         self,
         *,
@@ -728,10 +771,11 @@ class TrainSpec(_message.Message):
         seed: _builtins.int | None = ...,
         adapter: _builtins.str = ...,
         threads: _builtins.int | None = ...,
+        memory: Global___Memory | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_threads", b"_threads", "checkpoints", b"checkpoints", "data", b"data", "evaluation", b"evaluation", "limits", b"limits", "lora", b"lora", "optimizer", b"optimizer", "parallelism", b"parallelism", "quantization", b"quantization", "schedule", b"schedule", "seed", b"seed", "threads", b"threads"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_threads", b"_threads", "checkpoints", b"checkpoints", "data", b"data", "evaluation", b"evaluation", "limits", b"limits", "lora", b"lora", "memory", b"memory", "optimizer", b"optimizer", "parallelism", b"parallelism", "quantization", b"quantization", "schedule", b"schedule", "seed", b"seed", "threads", b"threads"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_threads", b"_threads", "adapter", b"adapter", "checkpoints", b"checkpoints", "data", b"data", "dataset", b"dataset", "evaluation", b"evaluation", "limits", b"limits", "lora", b"lora", "model", b"model", "optimizer", b"optimizer", "parallelism", b"parallelism", "quantization", b"quantization", "schedule", b"schedule", "seed", b"seed", "threads", b"threads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_threads", b"_threads", "adapter", b"adapter", "checkpoints", b"checkpoints", "data", b"data", "dataset", b"dataset", "evaluation", b"evaluation", "limits", b"limits", "lora", b"lora", "memory", b"memory", "model", b"model", "optimizer", b"optimizer", "parallelism", b"parallelism", "quantization", b"quantization", "schedule", b"schedule", "seed", b"seed", "threads", b"threads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
@@ -1886,13 +1930,16 @@ class JobTemplate(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
+    EXTENDS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     description: _builtins.str
     """What it is for."""
+    extends: _builtins.str
+    """The template whose values it starts from; empty = none."""
     @_builtins.property
     def spec(self) -> Global___JobSpec:
-        """All its values."""
+        """All its values, those of the template that it extends among them."""
 
     def __init__(
         self,
@@ -1900,10 +1947,11 @@ class JobTemplate(_message.Message):
         name: _builtins.str = ...,
         description: _builtins.str = ...,
         spec: Global___JobSpec | None = ...,
+        extends: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "name", b"name", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "extends", b"extends", "name", b"name", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
