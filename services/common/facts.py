@@ -55,6 +55,8 @@ class AdapterFacts:
     """Golden renderings, from common/prompt/golden."""
     prompt_format: str = "PROMPT_FORMAT_UNSPECIFIED"
     """Name of the enum value; adapters of before had none but the model's own template."""
+    rslora: bool = False
+    """Whether the update is scaled by alpha / sqrt(rank)."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

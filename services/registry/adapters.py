@@ -111,4 +111,5 @@ def describe(
         create_time=manifest.create_time,
         jobs=sorted(f"jobs/{maker}" for maker in provenance if names.JOB.fullmatch(maker)),
         aliases=pointing,
+        rslora=facts.rslora,
     )

@@ -28,6 +28,8 @@ PROMPTS = ("def add(a, b):\n", "import os\n\n\nclass Store:\n", "x")
 NEW_TOKENS = 40
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SOUND = {"ada": (4, 8, ["q_proj", "v_proj"]), "bob": (16, 16, ALL), "cy": (8, 32, ["down_proj", "o_proj"])}
+STABILISED = ("cy",)
+"""Scaled by alpha / sqrt(rank)."""
 
 
 def fresh(payload: pathlib.Path):
@@ -38,7 +40,9 @@ def make(payload: pathlib.Path, folder: pathlib.Path, name: str, seed: int, zero
     """A random adapter in a folder; with `zero` one whose B is zero."""
     rank, alpha, targets = SOUND[name]
     torch.manual_seed(seed)
-    model = get_peft_model(fresh(payload), LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
+    model = get_peft_model(
+        fresh(payload), LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, use_rslora=name in STABILISED)
+    )
     count = 0
     for key, parameter in model.named_parameters():
         if "lora_" in key:

@@ -93,6 +93,16 @@ def test_equal_adapters_have_one_digest_however_they_were_written(doors: Doors, 
     assert get(doors, "adapters/twin").digest == moved.digest
 
 
+def test_a_rank_stabilised_adapter_stays_one(doors: Doors, taken: registry_pb2.Adapter) -> None:
+    files = adapter_files(doors.home)
+    told = {**json.loads(files[CONFIG]), "use_rslora": True}
+    made = doors.take({**files, CONFIG: json.dumps(told).encode()}, "stabilised")
+    assert made.rslora and not taken.rslora and made.digest != taken.digest
+    told["use_rslora"] = "yes"
+    refused = refusal(lambda: doors.take({**files, CONFIG: json.dumps(told).encode()}, "said-yes"))
+    assert refused[1] == "REJECTED" and "use_rslora" in refused[2]
+
+
 def test_the_stream_must_be_in_order(doors: Doors) -> None:
     files = adapter_files(doors.home)
     header = registry_pb2.ImportAdapterHeader(request_id="o", adapter_id="o", base_model="models/starter-test")

@@ -58,6 +58,7 @@ def peft_model(
     live_b: bool = True,
     checkpointed: bool = False,
     kind: int = trainer_pb2.OPTIMIZER_KIND_ADAMW,
+    rslora: bool = False,
 ) -> types.SimpleNamespace:
     import torch
 
@@ -68,7 +69,7 @@ def peft_model(
     torch.set_num_threads(1)
     payload = Shelf(home / "store").open("models", MODEL.removeprefix("models/")).payload
     spec = trainer_pb2.TrainSpec()
-    spec.lora.rank, spec.lora.alpha = RANK, 8
+    spec.lora.rank, spec.lora.alpha, spec.lora.rslora = RANK, 8, rslora
     spec.lora.target_modules.names.extend(["q_proj", "v_proj", "down_proj"])
     spec.optimizer.learning_rate, spec.optimizer.beta1, spec.optimizer.beta2 = 1e-2, 0.9, 0.999
     spec.data.packing, spec.data.micro_batch_tokens = True, 128
@@ -136,6 +137,20 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradient(
         found.append({n: p.grad.clone() for n, p in it.engine.parameters.items()})
     assert all(it.torch.equal(found[0][n], found[1][n]) for n in found[0]), "to the bit"
     assert kept[1] < kept[0], kept
+
+
+def test_a_rank_stabilised_update_is_larger_by_the_root_of_the_rank(starter_home: pathlib.Path) -> None:
+    rows = made_rows(3, seed=5)
+    plain = peft_model(starter_home, "none", "fp32")
+    other = peft_model(starter_home, "none", "fp32", rslora=True)
+    assert math.isclose(scale(other) / scale(plain), math.sqrt(RANK))
+    batch = plain.recipe.packed(rows, range(3), "cpu")
+    assert float(plain.recipe.loss_sum(plain.model, batch)) != float(other.recipe.loss_sum(other.model, batch))
+
+
+def scale(it: types.SimpleNamespace) -> float:
+    (found,) = {m.scaling["default"] for m in it.model.modules() if hasattr(m, "lora_A")}
+    return float(found)
 
 
 def test_plain_descent_moves_against_the_gradient(starter_home: pathlib.Path) -> None:

@@ -8,6 +8,7 @@ a set's order and the model's path); tensors must fit the base key by key.
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 import re
 
@@ -23,14 +24,14 @@ _PREFIX = "base_model.model."
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
 # What would change the meaning of the tensors; anything but these values is refused.
 _PLAIN = {
-    "use_dora": False, "use_rslora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {},
+    "use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {},
     "alpha_pattern": {}, "fan_in_fan_out": False, "lora_bias": False, "layers_to_transform": None,
     "layer_replication": None, "trainable_token_indices": None, "target_parameters": None, "use_qalora": False,
     "exclude_modules": None, "alora_invocation_tokens": None,
 }  # fmt: skip
 
 
-def canonical_config(rank: int, alpha: float, dropout: float, target_modules: list[str]) -> bytes:
+def canonical_config(rank: int, alpha: float, dropout: float, target_modules: list[str], rslora: bool) -> bytes:
     """adapter_config.json of a plain LoRA adapter, the same bytes for the same adapter."""
     config = {
         "peft_type": "LORA",
@@ -42,7 +43,7 @@ def canonical_config(rank: int, alpha: float, dropout: float, target_modules: li
         "lora_dropout": dropout,
         "target_modules": sorted(target_modules),
         "bias": "none",
-        "use_rslora": False,
+        "use_rslora": rslora,
         "use_dora": False,
         "fan_in_fan_out": False,
         "modules_to_save": None,
@@ -64,19 +65,24 @@ def lora_tensors(model) -> dict[str, torch.Tensor]:
 def save_adapter(model, folder: pathlib.Path) -> None:
     """Writes a peft model's adapter into a folder, canonically."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = model.peft_config["default"]
-    save_tensors(
-        folder, lora_tensors(model), config.r, config.lora_alpha, config.lora_dropout, list(config.target_modules)
-    )
+    c = model.peft_config["default"]
+    targets = list(c.target_modules)
+    save_tensors(folder, lora_tensors(model), c.r, c.lora_alpha, c.lora_dropout, targets, c.use_rslora)
 
 
 def save_tensors(
-    folder: pathlib.Path, tensors: dict[str, torch.Tensor], rank: int, alpha: float, dropout: float, targets: list[str]
+    folder: pathlib.Path,
+    tensors: dict[str, torch.Tensor],
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: list[str],
+    rslora: bool,
 ) -> None:
     """Writes an adapter from its parts; `targets` are reduced to the short names that occur in the tensors."""
     short = sorted({match["module"].rsplit(".", 1)[1] for match in map(_KEY.fullmatch, tensors) if match})
     save_file(dict(sorted(tensors.items())), folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_bytes(canonical_config(rank, alpha, dropout, short or sorted(targets)))
+    (folder / CONFIG).write_bytes(canonical_config(rank, alpha, dropout, short or sorted(targets), rslora))
 
 
 def read_config(folder: pathlib.Path) -> dict:
@@ -99,7 +105,15 @@ def read_config(folder: pathlib.Path) -> dict:
         raise rejected(CONFIG, f"r is {rank!r}; accepted: 1 to 512")
     if not isinstance(alpha, (int, float)) or not alpha > 0:
         raise rejected(CONFIG, f"lora_alpha is {alpha!r}; accepted: a number above 0")
+    if not isinstance(config.get("use_rslora"), bool | None):
+        raise rejected(CONFIG, f"use_rslora is {config['use_rslora']!r}; accepted: true or false")
     return config
+
+
+def scaling(config: dict) -> float:
+    """What a checked adapter's update is multiplied by."""
+    rank = int(config["r"])
+    return float(config["lora_alpha"]) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def check_adapter(folder: pathlib.Path, base: dict[str, TensorInfo]) -> dict:

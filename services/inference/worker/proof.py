@@ -59,8 +59,7 @@ def prepare(
     wrong = files.first_fault(tensors)
     if wrong:
         raise rejected(name, f"check 'effect': {wrong}" if "effect" in wrong else f"check 'values': {wrong}")
-    scaling = float(config["lora_alpha"]) / int(config["r"])
-    return Prepared(manifest.digest, name, tensors, int(config["r"]), scaling, renderer)
+    return Prepared(manifest.digest, name, tensors, int(config["r"]), files.scaling(config), renderer)
 
 
 def _named(check: str, name: str, work):

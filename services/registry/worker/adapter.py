@@ -41,11 +41,13 @@ def take(order: shelf_pb2.AdapterWork) -> AdapterFacts:
     dropout = config.get("lora_dropout", 0.0)
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise rejected(adapter.CONFIG, f"lora_dropout is {dropout!r}; accepted: 0 up to 1")
-    adapter.save_tensors(folder, tensors, rank, alpha, float(dropout), targets)
+    rslora = bool(config.get("use_rslora"))
+    adapter.save_tensors(folder, tensors, rank, alpha, float(dropout), targets, rslora)
     return AdapterFacts(
         rank=rank,
         alpha=alpha,
         target_modules=tuple(targets),
         parameters=sum(t.numel() for t in tensors.values()),
         golden=golden.make(Renderer.open(base, str(told["template_date"]))),
+        rslora=rslora,
     )

@@ -175,6 +175,7 @@ def with_lora(base, spec: trainer_pb2.TrainSpec):
         lora_alpha=spec.lora.alpha,
         lora_dropout=spec.lora.dropout,
         target_modules=sorted(spec.lora.target_modules.names),
+        use_rslora=spec.lora.rslora,
         bias="none",
         task_type="CAUSAL_LM",
     )
@@ -361,16 +362,18 @@ def finish(
     if fault:
         raise rejected("the trained adapter", fault)
     targets = list(spec.lora.target_modules.names)
-    adapter.save_tensors(folder, plain, spec.lora.rank, spec.lora.alpha, spec.lora.dropout, targets)
+    shape = spec.lora
+    adapter.save_tensors(folder, plain, shape.rank, shape.alpha, shape.dropout, targets, shape.rslora)
     adapter.check_adapter(folder, read_model_headers(base_artifact.payload))
     renderer = Renderer.open(base_artifact.payload, known.template_date, spec.data.prompt_format)
     about = facts.AdapterFacts(
-        rank=spec.lora.rank,
-        alpha=spec.lora.alpha,
+        rank=shape.rank,
+        alpha=shape.alpha,
         target_modules=tuple(sorted(targets)),
         parameters=sum(w.numel() for w in plain.values()),
         golden=golden.make(renderer),
         prompt_format=formats.name_of(spec.data.prompt_format),
+        rslora=shape.rslora,
     )
     lineage = artifacts_pb2.Lineage(
         base_digest=base_artifact.digest,

@@ -217,7 +217,7 @@ def _show(wanted: Format, job: trainer_pb2.Job) -> None:
         ("template", job.template),
         ("model", train.model),
         ("dataset", train.dataset),
-        ("lora", f"rank {train.lora.rank}, alpha {train.lora.alpha:g}, {','.join(train.lora.target_modules.names)}"),
+        ("lora", _lora(train.lora)),
         ("step", f"{metrics.step}/{job.total_steps}" if job.total_steps else ""),
         ("loss", f"{metrics.loss_smoothed:.4f}" if metrics.step else ""),
         ("hold-out loss", before_after),
@@ -240,3 +240,8 @@ def _queue(place: trainer_pb2.QueuePlace) -> str:
     from qlorad.cli import watching
 
     return watching.queue(place)
+
+
+def _lora(lora: trainer_pb2.Lora) -> str:
+    stabilised = ", rank-stabilised" if lora.rslora else ""
+    return f"rank {lora.rank}, alpha {lora.alpha:g}{stabilised}, {','.join(lora.target_modules.names)}"
