@@ -108,6 +108,11 @@ def test_padding_and_lora_without_quantisation_train_too(trainer: House) -> None
         quantization__compute_type=trainer_pb2.COMPUTE_TYPE_FP32,
         schedule__max_steps=0,
         schedule__epochs=1.5,
+        lora__rslora=True,
+        memory__gradient_checkpointing=True,
+        optimizer__kind=trainer_pb2.OPTIMIZER_KIND_SGD,
+        optimizer__momentum=0.5,
+        checkpoints__every_steps=2,
     )
     events = list(watch(stub, create(stub, spec, "padded").name))
     last = [e.step for e in events if e.HasField("step")][-1]

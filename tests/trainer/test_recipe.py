@@ -59,6 +59,7 @@ def peft_model(
     checkpointed: bool = False,
     kind: int = trainer_pb2.OPTIMIZER_KIND_ADAMW,
     rslora: bool = False,
+    momentum: float = 0.0,
 ) -> types.SimpleNamespace:
     import torch
 
@@ -73,6 +74,7 @@ def peft_model(
     spec.lora.target_modules.names.extend(["q_proj", "v_proj", "down_proj"])
     spec.optimizer.learning_rate, spec.optimizer.beta1, spec.optimizer.beta2 = 1e-2, 0.9, 0.999
     spec.data.packing, spec.data.micro_batch_tokens = True, 128
+    spec.optimizer.momentum = momentum if kind == trainer_pb2.OPTIMIZER_KIND_SGD else 0.0
     spec.optimizer.kind, spec.memory.gradient_checkpointing = kind, checkpointed
     base = load_base(payload, method, True, compute, "cpu")
     torch.manual_seed(1)
@@ -163,6 +165,30 @@ def test_plain_descent_moves_against_the_gradient(starter_home: pathlib.Path) ->
     for name, p in it.engine.parameters.items():
         it.torch.testing.assert_close(p.detach(), before[name] - 0.5 * gradient[name])
     assert not it.engine.optimizer.state or all(not s for s in it.engine.optimizer.state.values())
+
+
+@pytest.mark.parametrize("kind", [trainer_pb2.OPTIMIZER_KIND_ADAMW, trainer_pb2.OPTIMIZER_KIND_SGD])
+def test_an_optimiser_goes_on_from_a_checkpoint_as_if_it_had_not_been_cut(
+    starter_home: pathlib.Path, tmp_path: pathlib.Path, kind: int
+) -> None:
+    from services.trainer.worker import checkpoint
+
+    rows = made_rows(4, seed=11)
+    trained = sum(int(rows.mask(n)[1:].sum()) for n in range(4))
+    it, other = (peft_model(starter_home, "none", "fp32", kind=kind, momentum=0.9) for _ in range(2))
+
+    def step(one: types.SimpleNamespace) -> None:
+        gradients(one, [one.recipe.packed(rows, range(4), "cpu")], trained)
+        one.engine.step(0.1)
+
+    step(it)
+    checkpoint.write(
+        tmp_path, checkpoint.Progress("j", step=1), it.engine.parameters, it.engine.optimizer, checkpoint.get_rng("cpu")
+    )
+    assert checkpoint.read(tmp_path, "j", other.engine.parameters, other.engine.optimizer).step == 1
+    step(it), step(other)
+    for name, p in it.engine.parameters.items():
+        assert it.torch.equal(p, other.engine.parameters[name])
 
 
 def test_a_leak_between_packed_rows_would_be_seen(starter_home: pathlib.Path) -> None:

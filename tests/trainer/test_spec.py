@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from qlorad.v1 import trainer_pb2
 from services.trainer import spec
 from services.trainer.app import TEMPLATES, read_templates
+from tests.house import ROOT
 
 LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MODEL = spec.ModelKnown("sha256:" + "a" * 64, 256, LLAMA)
@@ -32,6 +35,11 @@ def test_every_shipped_template_is_sound(name: str) -> None:
     assert tuple(sorted(read_templates(TEMPLATES))) == SHIPPED
     assert read_templates(TEMPLATES)[name].description
     assert faults(name, wanted()) == {}
+
+
+def test_the_page_has_every_template() -> None:
+    page = (ROOT / "docs" / "training.md").read_text()
+    assert tuple(sorted(re.findall(r"^\| `([a-z0-9-]+)` \|", page, re.MULTILINE))) == SHIPPED
 
 
 def test_a_template_with_an_unknown_field_is_refused() -> None:
