@@ -64,7 +64,7 @@ def peft_model(
     import torch
 
     from services.common.worker.load import load_base
-    from services.trainer.worker import recipe
+    from services.trainer.worker import losses, recipe
     from services.trainer.worker.engines import Solo
 
     torch.set_num_threads(1)
@@ -85,13 +85,23 @@ def peft_model(
                 if ".lora_B." in name:
                     parameter.normal_(0, 0.05)
     model.train()
-    return types.SimpleNamespace(recipe=recipe, torch=torch, model=model, spec=spec, engine=Solo(model, spec))
+    loss, why = losses.of(model)
+    assert why == "" and type(loss) is losses.Chunked
+    return types.SimpleNamespace(
+        recipe=recipe,
+        torch=torch,
+        model=model,
+        spec=spec,
+        engine=Solo(model, spec),
+        loss=loss,
+        plain=losses.Plain(model),
+    )
 
 
 def gradients(it: types.SimpleNamespace, batches: list[dict], trained: int) -> dict:
     it.engine.forget()
     for batch in batches:
-        it.engine.backward(it.recipe.loss_sum(it.model, batch), trained)
+        it.engine.backward(it.loss(batch), trained)
     return {n: p.grad.clone() for n, p in it.engine.parameters.items()}
 
 
@@ -133,7 +143,7 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradient(
 
         it.engine.forget()
         with it.torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            loss = it.recipe.loss_sum(it.model, it.recipe.packed(rows, range(5), "cpu"))
+            loss = it.loss(it.recipe.packed(rows, range(5), "cpu"))
         kept.append(sum(held.values()))
         it.engine.backward(loss, trained)
         found.append({n: p.grad.clone() for n, p in it.engine.parameters.items()})
@@ -147,7 +157,7 @@ def test_a_rank_stabilised_update_is_larger_by_the_root_of_the_rank(starter_home
     other = peft_model(starter_home, "none", "fp32", rslora=True)
     assert math.isclose(scale(other) / scale(plain), math.sqrt(RANK))
     batch = plain.recipe.packed(rows, range(3), "cpu")
-    assert float(plain.recipe.loss_sum(plain.model, batch)) != float(other.recipe.loss_sum(other.model, batch))
+    assert float(plain.loss(batch)) != float(other.loss(batch))
 
 
 def scale(it: types.SimpleNamespace) -> float:
@@ -189,6 +199,45 @@ def test_an_optimiser_goes_on_from_a_checkpoint_as_if_it_had_not_been_cut(
     step(it), step(other)
     for name, p in it.engine.parameters.items():
         assert it.torch.equal(p, other.engine.parameters[name])
+
+
+@pytest.mark.parametrize(("method", "compute", "near"), [("none", "fp32", 1e-5), ("nf4", "bf16", 2e-2)])
+def test_the_loss_by_chunks_is_the_loss_of_all_logits(
+    starter_home: pathlib.Path, monkeypatch: pytest.MonkeyPatch, method: str, compute: str, near: float
+) -> None:
+    from services.trainer.worker import losses
+
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * 2048 * 7)  # seven tokens
+    it = peft_model(starter_home, method, compute)
+    rows = made_rows(6, seed=12)
+    trained = sum(int(rows.mask(n)[1:].sum()) for n in range(6))
+    for lay in (it.recipe.packed, it.recipe.padded):
+        batch = lay(rows, range(6), "cpu")
+        short = gradients(it, [batch], trained)
+        value = float(it.loss(batch))
+        it.loss, chunked = it.plain, it.loss
+        assert math.isclose(float(it.loss(batch)), value, rel_tol=near / 10)
+        assert farthest(it, gradients(it, [batch], trained), short) < near
+        it.loss = chunked
+    with it.torch.no_grad():
+        assert math.isclose(float(it.loss(batch)), value, rel_tol=1e-6), "also where nothing is learnt"
+
+
+def test_a_model_that_caps_its_logits_keeps_its_own_way(starter_home: pathlib.Path) -> None:
+    from services.trainer.worker import losses
+
+    it = peft_model(starter_home, "none", "fp32")
+    base = it.model.get_base_model()
+    forward = base.forward
+
+    def capped(*args: object, **kwargs: object) -> object:
+        told = forward(*args, **kwargs)
+        told.logits = 2 * it.torch.tanh(told.logits / 2)
+        return told
+
+    base.forward = capped
+    loss, why = losses.of(it.model)
+    assert type(loss) is losses.Plain and "more to its logits" in why
 
 
 def test_a_leak_between_packed_rows_would_be_seen(starter_home: pathlib.Path) -> None:
@@ -278,7 +327,7 @@ def test_an_evaluation_changes_no_later_gradient(starter_home: pathlib.Path, tmp
     batch = it.recipe.packed(rows, range(4), "cpu")
     random = it.torch.get_rng_state()
     first = gradients(it, [batch], 50)
-    it.recipe.evaluate(it.model, made_rows(8, seed=9), 1, it.spec, "cpu", it.engine, Teller(tmp_path))
+    it.recipe.evaluate(it.model, it.loss, made_rows(8, seed=9), 1, it.spec, "cpu", it.engine, Teller(tmp_path))
     second = gradients(it, [batch], 50)
     assert it.model.training and it.torch.equal(random, it.torch.get_rng_state())
     assert all(it.torch.equal(first[n], second[n]) for n in first)
@@ -296,7 +345,7 @@ def test_a_loss_that_is_no_number_stops_the_job_naming_the_step(
         next(iter(it.engine.parameters.values())).fill_(float("nan"))
     step = Step(7, 0, 0, 1, ((0, 1),))
     with pytest.raises(it.recipe.NotFinite) as caught:
-        it.recipe.one_step(it.engine, it.model, made_rows(2, 1), step, 9, it.spec, "cpu", Teller(tmp_path))
+        it.recipe.one_step(it.engine, it.loss, made_rows(2, 1), step, 9, it.spec, "cpu", Teller(tmp_path))
     error = error_of(caught.value)
     assert error.reason == "NOT_FINITE" and "step 7" in error.message
 

@@ -14,7 +14,6 @@ import time
 
 import psutil
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
 from qlorad.v1 import artifacts_pb2, trainer_pb2
@@ -27,7 +26,7 @@ from services.common.safetensors_header import read_model_headers
 from services.common.shelf import Shelf
 from services.common.worker import adapter
 from services.common.worker.load import load_base
-from services.trainer.worker import checkpoint
+from services.trainer.worker import checkpoint, losses
 from services.trainer.worker.batches import Plan, Step, pack, pad, rate
 from services.trainer.worker.engines import Ranked, Solo
 from services.trainer.worker.facts import Cancelled, Teller, synced
@@ -82,6 +81,9 @@ def train(order: training_pb2.Order, teller: Teller) -> None:
     )
     torch.manual_seed(spec.seed)
     model = with_lora(base, spec)
+    loss_of, why = losses.of(model)
+    if why:
+        teller.say(f"all logits are held at once: {why}")
     engine = (Ranked if spec.parallelism.ranks > 1 else Solo)(model, spec)
 
     # The plan: fixed before the first step, the same on every attempt.
@@ -119,7 +121,7 @@ def train(order: training_pb2.Order, teller: Teller) -> None:
         progress = checkpoint.read(saved.payload, order.job, engine.parameters, engine.optimizer)
         teller.say(f"goes on from step {progress.step}")
     elif len(held_out):
-        evaluate(model, held_out, 0, spec, order.device, engine, teller)
+        evaluate(model, loss_of, held_out, 0, spec, order.device, engine, teller)
 
     # The loop, and the last evaluation. Whoever asks to stop finds the newest whole step in a checkpoint.
     keeps = engine.world == 1  # a checkpoint of several ranks is not written yet: such a job starts anew
@@ -137,7 +139,7 @@ def train(order: training_pb2.Order, teller: Teller) -> None:
                 end = trainer_pb2.END_REASON_TIME_LIMIT
                 break
             model.train()
-            done = one_step(engine, model, rows, step, total, spec, order.device, teller)
+            done = one_step(engine, loss_of, rows, step, total, spec, order.device, teller)
             rng = checkpoint.get_rng(order.device)
             taken = time.monotonic() - clock
             mean = SMOOTH * mean + (1 - SMOOTH) * taken if mean else taken
@@ -146,13 +148,13 @@ def train(order: training_pb2.Order, teller: Teller) -> None:
             if step.index + 1 == step.of:
                 teller.say(check_epoch(step.epoch, progress, counts, tally.text_of(rows.rows_number())))
             if spec.evaluation.every_steps and step.number % spec.evaluation.every_steps == 0 and len(held_out):
-                evaluate(model, held_out, step.number, spec, order.device, engine, teller)
+                evaluate(model, loss_of, held_out, step.number, spec, order.device, engine, teller)
                 evaluated = step.number
             if spec.checkpoints.every_steps and step.number % spec.checkpoints.every_steps == 0 and keeps:
                 write_checkpoint(progress, engine, rng, teller)
                 saved_at = step.number
         if len(held_out) and evaluated != progress.step:
-            evaluate(model, held_out, progress.step, spec, order.device, engine, teller)
+            evaluate(model, loss_of, held_out, progress.step, spec, order.device, engine, teller)
     except Cancelled:
         engine.forget()
         if keeps and saved_at != progress.step:
@@ -188,15 +190,6 @@ def with_lora(base, spec: trainer_pb2.TrainSpec):
     return model
 
 
-def loss_sum(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Sum over trained tokens of minus the log-probability of each, given what is before it in its sample."""
-    labels = batch["labels"][:, 1:]
-    inputs = {name: t for name, t in batch.items() if name != "labels"}
-    logits = model(**inputs, use_cache=False).logits[:, :-1]
-    keep = labels != -100
-    return F.cross_entropy(logits[keep].float(), labels[keep], reduction="sum")
-
-
 # Parts of the loop.
 
 
@@ -217,7 +210,7 @@ class Done:
     """The number of the rows that went in: see tally.py."""
 
 
-def one_step(engine, model, rows, step: Step, total: int, spec, device: str, teller: Teller) -> Done:
+def one_step(engine, loss_of, rows, step: Step, total: int, spec, device: str, teller: Teller) -> Done:
     """Gradient over the step's micro-batches, then the optimiser."""
     trained = sum(int(rows.mask(r)[1:].sum()) for batch in step.micro_batches for r in batch)
     if not trained:
@@ -228,7 +221,7 @@ def one_step(engine, model, rows, step: Step, total: int, spec, device: str, tel
         if engine.world == 1:
             teller.stop_if_asked()
         batch = lay(rows, numbers, "cpu")
-        loss = loss_sum(model, {name: t.to(device) for name, t in batch.items()}) * weight
+        loss = loss_of({name: t.to(device) for name, t in batch.items()}) * weight
         engine.backward(loss, trained)
         if weight:
             number = tally.plus(number, fed(batch))
@@ -290,7 +283,7 @@ def check_epoch(epoch: int, progress: checkpoint.Progress, counts, rows_number: 
 
 
 @torch.no_grad()
-def evaluate(model, held_out, step: int, spec, device: str, engine, teller: Teller) -> None:
+def evaluate(model, loss_of, held_out, step: int, spec, device: str, engine, teller: Teller) -> None:
     """Mean loss per trained token on the validation split. Changes nothing that trains."""
     model.eval()
     count = min(len(held_out), spec.evaluation.max_rows or len(held_out))
@@ -300,7 +293,7 @@ def evaluate(model, held_out, step: int, spec, device: str, engine, teller: Tell
     for numbers in cut(range(count), lengths, spec.data.micro_batch_tokens):
         if engine.world == 1:
             teller.stop_if_asked()
-        loss += float(loss_sum(model, lay(held_out, numbers, device)))
+        loss += float(loss_of(lay(held_out, numbers, device)))
         trained += sum(int(held_out.mask(n)[1:].sum()) for n in numbers)
     model.train()
     if trained:
