@@ -34,6 +34,11 @@ class TensorInfo:
     def count(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def width(self) -> int:
+        """Bytes of a number, at least 1."""
+        return max(1, _BITS[self.dtype] // 8)
+
 
 def read_header(path: pathlib.Path) -> dict[str, TensorInfo]:
     """Every tensor of a file by name; REJECTED naming what is wrong."""

@@ -7,6 +7,7 @@ here, once; everything later goes by digest.
 from __future__ import annotations
 
 import asyncio
+import json
 import pathlib
 import secrets
 import shutil
@@ -23,12 +24,14 @@ from services.common.errors import (
     invalid,
     invalid_field,
     not_found,
+    rejected,
     show,
     wrong_state,
 )
 from services.common.frames.v1 import training_pb2
+from services.common.safetensors_header import read_model_headers
 from services.common.shelf import Shelf
-from services.trainer import jobs, spec
+from services.trainer import estimate, jobs, shape, spec
 from services.trainer.book import Book, Page
 from services.trainer.notify import Hub
 from services.trainer.runner import Runner
@@ -114,13 +117,28 @@ class Trainer:
 
     def _resolve(self, request: trainer_pb2.CreateJobRequest) -> training_pb2.JobRecord:
         """The job as it would be; INVALID_ARGUMENT with ALL that is wrong, else NOT_FOUND."""
-        wrong = spec.check_request(request)
+        name, resolved, _ = self._settle(request.template, request.spec, spec.check_request(request))
+        record = training_pb2.JobRecord()
+        job = record.job
+        job.name = "jobs/" + (request.job_id or f"job-{secrets.token_hex(5)}")
+        job.state = trainer_pb2.JOB_STATE_QUEUED
+        job.spec.CopyFrom(resolved)
+        job.template = name
+        job.priority = request.priority
+        job.labels.update(request.labels)
+        job.experiment = request.experiment
+        return record
+
+    def _settle(
+        self, template_name: str, override: trainer_pb2.JobSpec, wrong: list[Violation]
+    ) -> tuple[str, trainer_pb2.JobSpec, spec.DatasetKnown]:
+        """Template, resolved spec and dataset; `wrong` holds what else is wrong with the request."""
         missing: list[Fault] = []
-        template = self._templates.get(request.template or "standard")
+        template = self._templates.get(template_name or "standard")
         if template is None:
-            missing.append(not_found(f"templates/{request.template}", [f"templates/{n}" for n in self._templates]))
+            missing.append(not_found(f"templates/{template_name}", [f"templates/{n}" for n in self._templates]))
             template = self._templates["standard"]
-        wanted = spec.merged(template, request.spec)
+        wanted = spec.merged(template, override)
         unusable = spec.names_wanted(wanted)
         bad = {v.field for v in unusable}
         model = dataset = None
@@ -128,7 +146,7 @@ class Trainer:
             model = self._look_up(lambda: self._model(wanted.train.model), missing)
         if "spec.train.dataset" not in bad:
             dataset = self._look_up(lambda: self._dataset(wanted.train.dataset), missing)
-        resolved = spec.resolve(template, request.spec, model, dataset, self._rules.host)
+        resolved = spec.resolve(template, override, model, dataset, self._rules.host)
         wrong += [*unusable, *resolved.violations]
         if missing and (wrong or len(missing) > 1):
             fields = {"templates": "template", "models": "spec.train.model", "datasets": "spec.train.dataset"}
@@ -137,16 +155,39 @@ class Trainer:
             raise invalid(wrong)
         if missing:
             raise missing[0]
-        record = training_pb2.JobRecord()
-        job = record.job
-        job.name = "jobs/" + (request.job_id or f"job-{secrets.token_hex(5)}")
-        job.state = trainer_pb2.JOB_STATE_QUEUED
-        job.spec.CopyFrom(resolved.spec)
-        job.template = template.name
-        job.priority = request.priority
-        job.labels.update(request.labels)
-        job.experiment = request.experiment
-        return record
+        assert dataset is not None  # else it would be missing, or its name wrong
+        return template.name, resolved.spec, dataset
+
+    # estimate
+
+    async def estimate(self, request: trainer_pb2.EstimateJobRequest) -> trainer_pb2.EstimateJobResponse:
+        """What a job would take; loads nothing."""
+        return await asyncio.to_thread(self._estimate, request)
+
+    def _estimate(self, request: trainer_pb2.EstimateJobRequest) -> trainer_pb2.EstimateJobResponse:
+        wrong = list(spec.unknown(request, "request"))
+        _, resolved, dataset = self._settle(request.template, request.spec, wrong)
+        train = resolved.train
+        sealed = self._shelf.open("models", train.model.removeprefix("models/"))
+        told = facts.from_manifest(facts.ModelFacts, sealed.manifest)
+        tensors = read_model_headers(sealed.payload)
+        try:
+            made = shape.shape_of(
+                json.loads((sealed.payload / "config.json").read_text()),
+                {name: tensor.shape for name, tensor in tensors.items()},
+                told.target_modules,
+                max(tensor.width for tensor in tensors.values()),
+            )
+        except ValueError as error:
+            raise rejected(train.model, str(error)) from None
+        device = self._rules.host.device
+        run = estimate.run_of(train, device)
+        answer = estimate.to_proto(
+            estimate.estimate(made, run, sum(dataset.rows.values()), train.checkpoints.keep_last)
+        )
+        answer.device = device
+        answer.spec.CopyFrom(resolved)
+        return answer
 
     @staticmethod
     def _look_up(look: Callable[[], T], missing: list[Fault]) -> T | None:

@@ -19,6 +19,8 @@ ORDER = "order.pb"
 LOG = "log"
 LOCK = "worker.lock"
 CANCEL = "cancel"
+LOGITS_BYTES = 32 << 20
+"""Of logits in fp32 that a worker holds at a time."""
 
 
 def order_of(record: training_pb2.JobRecord, store: str, device: str, now_seconds: float) -> training_pb2.Order:

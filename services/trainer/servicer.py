@@ -18,6 +18,11 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
     async def CreateJob(self, request: trainer_pb2.CreateJobRequest, context: Any) -> trainer_pb2.CreateJobResponse:
         return await self._trainer.create(request)
 
+    async def EstimateJob(
+        self, request: trainer_pb2.EstimateJobRequest, context: Any
+    ) -> trainer_pb2.EstimateJobResponse:
+        return await self._trainer.estimate(request)
+
     async def GetJob(self, request: trainer_pb2.GetJobRequest, context: Any) -> trainer_pb2.GetJobResponse:
         return trainer_pb2.GetJobResponse(job=await self._trainer.get(request.name))
 

@@ -22,6 +22,7 @@ PURE = (
     "services/common/prompt/rows.py",
     "services/inference/adapters.py",
     "services/inference/messages.py",
+    "services/trainer/estimate.py",
     "services/trainer/jobs.py",
     "services/trainer/launch.py",
     "services/trainer/spec.py",

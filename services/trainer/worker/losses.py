@@ -13,11 +13,12 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 
+from services.trainer.launch import LOGITS_BYTES
+
 Batch: TypeAlias = dict[str, torch.Tensor]
 Loss: TypeAlias = Callable[[Batch], torch.Tensor]
 
-CHUNK_BYTES = 32 << 20
-"""Of logits in fp32 that are held at a time."""
+CHUNK_BYTES = LOGITS_BYTES
 _PROBE_TOKENS = 6
 _NEAR = 1e-3
 """Of the largest logit; another head, or a cap on logits, is farther away by far."""

@@ -70,6 +70,13 @@ class Jobs:
         )
         return (await self._wire.call(self._stub.CreateJob, request)).job
 
+    async def estimate(self, spec: pb.TrainSpec | pb.JobSpec, *, template: str = "") -> pb.EstimateJobResponse:
+        """What a job would take, by part, and what fits common budgets; makes no job."""
+        request = pb.EstimateJobRequest(
+            template=template, spec=spec if isinstance(spec, pb.JobSpec) else pb.JobSpec(train=spec)
+        )
+        return await self._wire.call(self._stub.EstimateJob, request)
+
     async def get(self, job: str) -> pb.Job:
         """One job as it is now."""
         return (await self._wire.call(self._stub.GetJob, pb.GetJobRequest(name=full_name("jobs", job)))).job

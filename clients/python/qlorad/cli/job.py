@@ -39,14 +39,8 @@ def start(
     output: Output = Format.table,
 ) -> None:
     """Starts a job and follows it. Ctrl-C detaches; the job goes on."""
-    from qlorad.cli import spec as specs
-    from qlorad.v1 import trainer_pb2 as pb
-
-    request = _from_file(file) if file else pb.CreateJobRequest()
+    request = _asked(file, set_, model, dataset)
     train = request.spec.train
-    specs.fill(train, specs.words(set_ or []))
-    train.model = f"models/{model.removeprefix('models/')}" if model else train.model
-    train.dataset = f"datasets/{dataset.removeprefix('datasets/')}" if dataset else train.dataset
     train.adapter = f"adapters/{name.removeprefix('adapters/')}" if name else train.adapter
     with connected() as client:
         if free_serving and not check and client.inference.loaded_models():
@@ -66,6 +60,46 @@ def start(
             return
         out.say(f"{job.name} is {_state(job)}")
         _follow(client, job.name, output, 0)
+
+
+@app.command("estimate")
+def estimate(
+    model: Annotated[str, typer.Option(help="The base model.")] = "",
+    dataset: Annotated[str, typer.Option(help="The dataset.")] = "",
+    template: Annotated[str, typer.Option(help="A named template; see `qlorad job templates`.")] = "",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="PATH=VALUE, as in lora.rank=8; may be repeated.")
+    ] = None,
+    file: Annotated[pathlib.Path | None, typer.Option(help="A YAML file of settings; --set goes over it.")] = None,
+    output: Output = Format.table,
+) -> None:
+    """Tells what a job would take, by part, and what fits 8, 12, 16 and 24 GB. Starts nothing."""
+    request = _asked(file, set_, model, dataset)
+    with connected() as client:
+        told = client.jobs.estimate(request.spec.train, template=template or request.template)
+    if output is not Format.table:
+        out.emit_json(out.as_dict(told))
+        return
+    rows = [[p.name, out.size(p.size_bytes), p.made_of] for p in told.memory]
+    each = f", {told.processes} processes of the above" if told.processes > 1 else ""
+    taken_back = told.memory_bytes - told.needed_bytes
+    given = f"; {out.size(taken_back)} of it the system takes back when memory is short" if taken_back else ""
+    rows.append(["in all", out.size(told.memory_bytes), f"on {told.device}{each}{given}"])
+    out.table(["MEMORY", "SIZE", "WHAT IT IS"], rows)
+    print()
+    rows = [[p.name, out.size(p.size_bytes), p.made_of] for p in told.disk]
+    out.table(["DISK, AT MOST", "SIZE", "WHAT IT IS"], [*rows, ["in all", out.size(told.disk_bytes), ""]])
+    print()
+    rows = [
+        [
+            f"{f.budget_bytes / 1e9:g} GB",
+            str(f.micro_batch_tokens or "none"),
+            f"{f.needed_bytes / 1e9:.2f} GB",
+            f.advice,
+        ]
+        for f in told.fits
+    ]
+    out.table(["BUDGET", "MICRO-BATCH", "NEEDS", "WHAT TO DO"], rows)
 
 
 @app.command("list")
@@ -175,6 +209,19 @@ def _follow(client: Client, name: str, output: Format, after: int) -> None:
             if job.error.log_tail:
                 out.say(job.error.log_tail.rstrip())
         raise typer.Exit(6)
+
+
+def _asked(file: pathlib.Path | None, set_: list[str] | None, model: str, dataset: str) -> trainer_pb2.CreateJobRequest:
+    """What the words of the command line ask for, over what the file says."""
+    from qlorad.cli import spec as specs
+    from qlorad.v1 import trainer_pb2 as pb
+
+    request = _from_file(file) if file else pb.CreateJobRequest()
+    train = request.spec.train
+    specs.fill(train, specs.words(set_ or []))
+    train.model = f"models/{model.removeprefix('models/')}" if model else train.model
+    train.dataset = f"datasets/{dataset.removeprefix('datasets/')}" if dataset else train.dataset
+    return request
 
 
 def _from_file(path: pathlib.Path) -> trainer_pb2.CreateJobRequest:

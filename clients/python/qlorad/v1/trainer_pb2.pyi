@@ -1613,6 +1613,168 @@ class CreateJobResponse(_message.Message):
 Global___CreateJobResponse: _TypeAlias = CreateJobResponse  # noqa: Y015
 
 @_typing.final
+class EstimateJobRequest(_message.Message):
+    """Asks what a job would take."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEMPLATE_FIELD_NUMBER: _builtins.int
+    SPEC_FIELD_NUMBER: _builtins.int
+    template: _builtins.str
+    """A named template; empty = "standard"."""
+    @_builtins.property
+    def spec(self) -> Global___JobSpec:
+        """What differs from the template."""
+
+    def __init__(
+        self,
+        *,
+        template: _builtins.str = ...,
+        spec: Global___JobSpec | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec", "template", b"template"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EstimateJobRequest: _TypeAlias = EstimateJobRequest  # noqa: Y015
+
+@_typing.final
+class EstimatePart(_message.Message):
+    """Some of the memory, or of the disk."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    MADE_OF_FIELD_NUMBER: _builtins.int
+    RECLAIMABLE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """As in "base weights"."""
+    size_bytes: _builtins.int
+    """How much."""
+    made_of: _builtins.str
+    """What it consists of, for people."""
+    reclaimable: _builtins.bool
+    """Whether the system takes it back when memory is short (pages of files)."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        made_of: _builtins.str = ...,
+        reclaimable: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["made_of", b"made_of", "name", b"name", "reclaimable", b"reclaimable", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EstimatePart: _TypeAlias = EstimatePart  # noqa: Y015
+
+@_typing.final
+class EstimateFit(_message.Message):
+    """What would run in a budget of memory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUDGET_BYTES_FIELD_NUMBER: _builtins.int
+    MICRO_BATCH_TOKENS_FIELD_NUMBER: _builtins.int
+    NEEDED_BYTES_FIELD_NUMBER: _builtins.int
+    ADVICE_FIELD_NUMBER: _builtins.int
+    budget_bytes: _builtins.int
+    """The budget."""
+    micro_batch_tokens: _builtins.int
+    """The largest data.micro_batch_tokens that fits; 0 = not even one row of
+    data.max_length_tokens.
+    """
+    needed_bytes: _builtins.int
+    """What is needed at that micro-batch, else at one row; without what is
+    reclaimable.
+    """
+    advice: _builtins.str
+    """What to change, for people."""
+    def __init__(
+        self,
+        *,
+        budget_bytes: _builtins.int = ...,
+        micro_batch_tokens: _builtins.int = ...,
+        needed_bytes: _builtins.int = ...,
+        advice: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advice", b"advice", "budget_bytes", b"budget_bytes", "micro_batch_tokens", b"micro_batch_tokens", "needed_bytes", b"needed_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EstimateFit: _TypeAlias = EstimateFit  # noqa: Y015
+
+@_typing.final
+class EstimateJobResponse(_message.Message):
+    """What a job would take."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMORY_FIELD_NUMBER: _builtins.int
+    PROCESSES_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    NEEDED_BYTES_FIELD_NUMBER: _builtins.int
+    DISK_FIELD_NUMBER: _builtins.int
+    DISK_BYTES_FIELD_NUMBER: _builtins.int
+    FITS_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
+    SPEC_FIELD_NUMBER: _builtins.int
+    processes: _builtins.int
+    """Processes (ranks); each takes all parts."""
+    memory_bytes: _builtins.int
+    """All parts of all processes."""
+    needed_bytes: _builtins.int
+    """Without what is reclaimable."""
+    disk_bytes: _builtins.int
+    """All parts of the disk."""
+    device: _builtins.str
+    """Where it would run, as in "cpu"."""
+    @_builtins.property
+    def memory(self) -> _containers.RepeatedCompositeFieldContainer[Global___EstimatePart]:
+        """Memory of one process at the worst moment of a step, by part."""
+
+    @_builtins.property
+    def disk(self) -> _containers.RepeatedCompositeFieldContainer[Global___EstimatePart]:
+        """What is written, at most, by part."""
+
+    @_builtins.property
+    def fits(self) -> _containers.RepeatedCompositeFieldContainer[Global___EstimateFit]:
+        """What fits 8, 12, 16 and 24 GB (of 10^9 bytes)."""
+
+    @_builtins.property
+    def spec(self) -> Global___JobSpec:
+        """The spec, resolved."""
+
+    def __init__(
+        self,
+        *,
+        memory: _abc.Iterable[Global___EstimatePart] | None = ...,
+        processes: _builtins.int = ...,
+        memory_bytes: _builtins.int = ...,
+        needed_bytes: _builtins.int = ...,
+        disk: _abc.Iterable[Global___EstimatePart] | None = ...,
+        disk_bytes: _builtins.int = ...,
+        fits: _abc.Iterable[Global___EstimateFit] | None = ...,
+        device: _builtins.str = ...,
+        spec: Global___JobSpec | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "disk", b"disk", "disk_bytes", b"disk_bytes", "fits", b"fits", "memory", b"memory", "memory_bytes", b"memory_bytes", "needed_bytes", b"needed_bytes", "processes", b"processes", "spec", b"spec"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EstimateJobResponse: _TypeAlias = EstimateJobResponse  # noqa: Y015
+
+@_typing.final
 class GetJobRequest(_message.Message):
     """Asks for a job."""
 

@@ -44,6 +44,11 @@ class TrainerServiceStub:
                 request_serializer=qlorad_dot_v1_dot_trainer__pb2.CreateJobRequest.SerializeToString,
                 response_deserializer=qlorad_dot_v1_dot_trainer__pb2.CreateJobResponse.FromString,
                 _registered_method=True)
+        self.EstimateJob = channel.unary_unary(
+                '/qlorad.v1.TrainerService/EstimateJob',
+                request_serializer=qlorad_dot_v1_dot_trainer__pb2.EstimateJobRequest.SerializeToString,
+                response_deserializer=qlorad_dot_v1_dot_trainer__pb2.EstimateJobResponse.FromString,
+                _registered_method=True)
         self.GetJob = channel.unary_unary(
                 '/qlorad.v1.TrainerService/GetJob',
                 request_serializer=qlorad_dot_v1_dot_trainer__pb2.GetJobRequest.SerializeToString,
@@ -90,6 +95,17 @@ class TrainerServiceServicer:
         Errors: INVALID_ARGUMENT (ALL violations: mend the spec); NOT_FOUND (template,
         model, dataset); RESOURCE_EXHAUSTED QUEUE_FULL (retry later);
         ALREADY_EXISTS (job_id taken, or REQUEST_ID_REUSED).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EstimateJob(self, request, context):
+        """What a job would take, by part, and what fits common budgets. Nothing is
+        loaded or queued; the spec is resolved and checked as CreateJob does.
+        Errors: INVALID_ARGUMENT (ALL violations: mend the spec); NOT_FOUND (template,
+        model, dataset); FAILED_PRECONDITION REJECTED (config.json of the model lacks
+        a size: no estimate for it).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -158,6 +174,11 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     request_deserializer=qlorad_dot_v1_dot_trainer__pb2.CreateJobRequest.FromString,
                     response_serializer=qlorad_dot_v1_dot_trainer__pb2.CreateJobResponse.SerializeToString,
             ),
+            'EstimateJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.EstimateJob,
+                    request_deserializer=qlorad_dot_v1_dot_trainer__pb2.EstimateJobRequest.FromString,
+                    response_serializer=qlorad_dot_v1_dot_trainer__pb2.EstimateJobResponse.SerializeToString,
+            ),
             'GetJob': grpc.unary_unary_rpc_method_handler(
                     servicer.GetJob,
                     request_deserializer=qlorad_dot_v1_dot_trainer__pb2.GetJobRequest.FromString,
@@ -221,6 +242,33 @@ class TrainerService:
             '/qlorad.v1.TrainerService/CreateJob',
             qlorad_dot_v1_dot_trainer__pb2.CreateJobRequest.SerializeToString,
             qlorad_dot_v1_dot_trainer__pb2.CreateJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EstimateJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/qlorad.v1.TrainerService/EstimateJob',
+            qlorad_dot_v1_dot_trainer__pb2.EstimateJobRequest.SerializeToString,
+            qlorad_dot_v1_dot_trainer__pb2.EstimateJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

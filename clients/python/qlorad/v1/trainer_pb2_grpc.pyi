@@ -45,6 +45,13 @@ class TrainerServiceStub:
     model, dataset); RESOURCE_EXHAUSTED QUEUE_FULL (retry later);
     ALREADY_EXISTS (job_id taken, or REQUEST_ID_REUSED).
     """
+    EstimateJob: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.EstimateJobRequest, _trainer_pb2.EstimateJobResponse]
+    """What a job would take, by part, and what fits common budgets. Nothing is
+    loaded or queued; the spec is resolved and checked as CreateJob does.
+    Errors: INVALID_ARGUMENT (ALL violations: mend the spec); NOT_FOUND (template,
+    model, dataset); FAILED_PRECONDITION REJECTED (config.json of the model lacks
+    a size: no estimate for it).
+    """
     GetJob: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.GetJobRequest, _trainer_pb2.GetJobResponse]
     """Reads one job.
     Errors: NOT_FOUND.
@@ -93,6 +100,13 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     Errors: INVALID_ARGUMENT (ALL violations: mend the spec); NOT_FOUND (template,
     model, dataset); RESOURCE_EXHAUSTED QUEUE_FULL (retry later);
     ALREADY_EXISTS (job_id taken, or REQUEST_ID_REUSED).
+    """
+    EstimateJob: _aio.UnaryUnaryMultiCallable[_trainer_pb2.EstimateJobRequest, _trainer_pb2.EstimateJobResponse]  # type: ignore[assignment]
+    """What a job would take, by part, and what fits common budgets. Nothing is
+    loaded or queued; the spec is resolved and checked as CreateJob does.
+    Errors: INVALID_ARGUMENT (ALL violations: mend the spec); NOT_FOUND (template,
+    model, dataset); FAILED_PRECONDITION REJECTED (config.json of the model lacks
+    a size: no estimate for it).
     """
     GetJob: _aio.UnaryUnaryMultiCallable[_trainer_pb2.GetJobRequest, _trainer_pb2.GetJobResponse]  # type: ignore[assignment]
     """Reads one job.
@@ -145,6 +159,19 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors: INVALID_ARGUMENT (ALL violations: mend the spec); NOT_FOUND (template,
         model, dataset); RESOURCE_EXHAUSTED QUEUE_FULL (retry later);
         ALREADY_EXISTS (job_id taken, or REQUEST_ID_REUSED).
+        """
+
+    @_abc_1.abstractmethod
+    def EstimateJob(
+        self,
+        request: _trainer_pb2.EstimateJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_trainer_pb2.EstimateJobResponse, _abc.Awaitable[_trainer_pb2.EstimateJobResponse]]:
+        """What a job would take, by part, and what fits common budgets. Nothing is
+        loaded or queued; the spec is resolved and checked as CreateJob does.
+        Errors: INVALID_ARGUMENT (ALL violations: mend the spec); NOT_FOUND (template,
+        model, dataset); FAILED_PRECONDITION REJECTED (config.json of the model lacks
+        a size: no estimate for it).
         """
 
     @_abc_1.abstractmethod
