@@ -135,6 +135,7 @@ def test_a_paused_job_frees_the_device_and_ends_as_if_undisturbed(trainer: House
 
 
 @LINUX
+@pytest.mark.slow  # what is decided there is also in test_jobs.py
 def test_a_worker_killed_while_pausing_leaves_the_job_paused(trainer: House, workers: list[int]) -> None:
     spec = small(2000, evaluation__max_rows=1, limits__max_attempts=1)
     job = create(stub_of(trainer), spec, "killed", job_id="killed")
