@@ -37,6 +37,8 @@ from services.trainer.notify import Hub
 from services.trainer.runner import Runner
 
 T = TypeVar("T")
+Wish = trainer_pb2.CancelJobRequest | trainer_pb2.PauseJobRequest | trainer_pb2.ResumeJobRequest
+Answer = TypeVar("Answer", trainer_pb2.CancelJobResponse, trainer_pb2.PauseJobResponse, trainer_pb2.ResumeJobResponse)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,17 +105,20 @@ class Trainer:
         ident = record.job.name.removeprefix("jobs/")
         if page.read(ident) is not None:
             raise already_exists(record.job.name, "leave job_id empty to have one made")
+        self._room(page)
+        record.job.create_time.FromDatetime(page.now)
+        made = page.add(ident, record)
+        answer = trainer_pb2.CreateJobResponse(job=made.job).SerializeToString()
+        idempotency.note(page.db, "CreateJob", request_id, body, answer)
+        return answer, True
+
+    def _room(self, page: Page) -> None:
         if len(page.waiting()) >= self._rules.max_queue:
             raise Fault(
                 errors_pb2.REASON_QUEUE_FULL,
                 f"the queue holds {self._rules.max_queue} jobs, its most",
                 retry_seconds=10.0,
             )
-        record.job.create_time.FromDatetime(page.now)
-        made = page.add(ident, record)
-        answer = trainer_pb2.CreateJobResponse(job=made.job).SerializeToString()
-        idempotency.note(page.db, "CreateJob", request_id, body, answer)
-        return answer, True
 
     def _resolve(self, request: trainer_pb2.CreateJobRequest) -> training_pb2.JobRecord:
         """The job as it would be; INVALID_ARGUMENT with ALL that is wrong, else NOT_FOUND."""
@@ -255,44 +260,55 @@ class Trainer:
         ):
             yield update
 
-    # cancel, delete
+    # cancel, pause, resume, delete
 
     async def cancel(self, request: trainer_pb2.CancelJobRequest) -> trainer_pb2.CancelJobResponse:
         """Notes the wish to stop; on disk when it returns."""
+        return await self._wished("CancelJob", request, trainer_pb2.CancelJobResponse, jobs.wish_to_cancel)
+
+    async def pause(self, request: trainer_pb2.PauseJobRequest) -> trainer_pb2.PauseJobResponse:
+        """Notes the wish to hold a job back; on disk when it returns."""
+        return await self._wished("PauseJob", request, trainer_pb2.PauseJobResponse, jobs.wish_to_pause)
+
+    async def resume(self, request: trainer_pb2.ResumeJobRequest) -> trainer_pb2.ResumeJobResponse:
+        """Puts a paused job back in the queue; on disk when it returns."""
+        return await self._wished("ResumeJob", request, trainer_pb2.ResumeJobResponse, jobs.wish_to_resume)
+
+    async def _wished(
+        self,
+        method: str,
+        request: Wish,
+        kind: type[Answer],
+        decide: Callable[[training_pb2.JobRecord], trainer_pb2.Event | None],
+    ) -> Answer:
+        """Writes a wish and its answer in one transaction, then tells the worker and the queue."""
         ident = self._named(request.request_id, request.name)
         body = idempotency.body_of(request)
 
         def write(page: Page) -> tuple[bytes, training_pb2.JobRecord | None]:
-            noted = idempotency.recall(page.db, "CancelJob", request.request_id, body)
+            noted = idempotency.recall(page.db, method, request.request_id, body)
             if noted is not None:
                 return noted, None
             record = page.read(ident)
             if record is None:
                 raise not_found(request.name, [f"jobs/{i}" for i in page.ids()])
-            record = self._cancelled(page, ident, record)
-            answer = trainer_pb2.CancelJobResponse(job=record.job).SerializeToString()
-            idempotency.note(page.db, "CancelJob", request.request_id, body, answer)
+            event = decide(record)
+            if event is not None:
+                if event.state_changed.to == trainer_pb2.JOB_STATE_QUEUED:
+                    self._room(page)
+                    page.wait_until(ident, 0.0)  # whoever resumes it wants it now, whatever was lost before
+                record = page.append(ident, [event])
+            answer = kind(job=record.job).SerializeToString()
+            idempotency.note(page.db, method, request.request_id, body, answer)
             return answer, record
 
         answer, record = await self._book.turn(write)
-        if record is not None and record.job.state == trainer_pb2.JOB_STATE_CANCELLING:
-            await self._runner.tell_cancel(ident, record.job.attempt)
+        if record is not None and record.job.state in jobs.STOPPING:
+            await self._runner.tell_stop(ident, record.job.attempt)
         if record is not None and record.job.is_terminal:
             await self._runner.let_go(ident)
         self._runner.wake()
-        return trainer_pb2.CancelJobResponse.FromString(answer)
-
-    @staticmethod
-    def _cancelled(page: Page, ident: str, record: training_pb2.JobRecord) -> training_pb2.JobRecord:
-        state = record.job.state
-        if state in (trainer_pb2.JOB_STATE_CANCELLED, trainer_pb2.JOB_STATE_CANCELLING):
-            return record
-        for to in (trainer_pb2.JOB_STATE_CANCELLED, trainer_pb2.JOB_STATE_CANCELLING):
-            if to in jobs.LAW[state]:
-                return page.append(ident, [jobs.moved(record, to, "a caller asked for it")])
-        raise wrong_state(
-            record.job.name, jobs.word(state), (jobs.word(s) for s in sorted(set(jobs.LAW) - jobs.TERMINAL))
-        )
+        return kind.FromString(answer)
 
     async def delete(self, request: trainer_pb2.DeleteJobRequest) -> trainer_pb2.DeleteJobResponse:
         """Forgets an ended job."""

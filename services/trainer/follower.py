@@ -146,7 +146,7 @@ class Follower:
         job, folder, outcome = attempt.job, self._places.attempt(attempt.job, attempt.number), attempt.outcome
         record = await self._book.turn(lambda page: _there(page, job))
         kind = outcome.WhichOneof("fact") if outcome is not None else None
-        if record.job.is_terminal or record.job.state == trainer_pb2.JOB_STATE_QUEUED:
+        if record.job.state in jobs.AT_REST:
             pass  # was concluded before
         elif outcome is not None and kind == "finished":
             await self._finalize(job, folder, outcome.finished)
@@ -154,14 +154,15 @@ class Follower:
             error = outcome.failed
             error.log_tail = telemetry.redact(process.tail(folder / launch.LOG))
             await self._book.turn(lambda page: _end(page, job, trainer_pb2.JOB_STATE_FAILED, error=error))
-        elif outcome is not None and kind == "stopped" and record.job.state == trainer_pb2.JOB_STATE_CANCELLING:
-            message = f"stopped as asked; step {jobs.resume_from(record).step} is kept"
-            await self._book.turn(lambda page: _end(page, job, trainer_pb2.JOB_STATE_CANCELLED, message))
+        elif kind == "stopped" and record.job.state in jobs.STOPPING:
+            await self._book.turn(lambda page: page.append(job, jobs.after_stopped(_there(page, job))))
         else:
             await self._lost(job, attempt.number, folder, child)
-        record = await self._book.turn(lambda page: _there(page, job))
-        await self._retain(job, record)
-        await asyncio.to_thread(self._clean, job, folder, record)
+        left = await self._book.turn(lambda page: page.read(job))
+        if left is not None:
+            await self._retain(job, left)
+            left = await self._book.turn(lambda page: page.read(job))  # it may be cancelled, and deleted, meanwhile
+        await asyncio.to_thread(self._clean, job, folder, left)
 
     async def _lost(self, job: str, number: int, folder: pathlib.Path, child: subprocess.Popen[bytes] | None) -> None:
         story = "the worker " + (process.exit_story(child.poll()) if child is not None else "is gone")
@@ -206,11 +207,11 @@ class Follower:
 
         await self._book.turn(write)
 
-    def _clean(self, job: str, folder: pathlib.Path, record: training_pb2.JobRecord) -> None:
+    def _clean(self, job: str, folder: pathlib.Path, record: training_pb2.JobRecord | None) -> None:
         """Removes what has been sealed; lets go of an ended job's artifacts."""
         for name in ("checkpoints", "adapter"):
             shutil.rmtree(folder / name, ignore_errors=True)
-        if record.job.is_terminal:
+        if record is None or record.job.is_terminal:
             self._pins.release(job)
 
 

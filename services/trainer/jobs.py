@@ -11,23 +11,24 @@ from dataclasses import dataclass
 from typing import Final
 
 from qlorad.v1 import trainer_pb2
+from services.common.errors import Fault, wrong_state
 from services.common.frames.v1 import training_pb2
 
 State = trainer_pb2.JobState
 _S = trainer_pb2
 
 LAW: Final[Mapping[int, frozenset[int]]] = {
-    _S.JOB_STATE_QUEUED: frozenset({_S.JOB_STATE_PREPARING, _S.JOB_STATE_CANCELLED}),
+    _S.JOB_STATE_QUEUED: frozenset({_S.JOB_STATE_PREPARING, _S.JOB_STATE_PAUSED, _S.JOB_STATE_CANCELLED}),
     _S.JOB_STATE_PREPARING: frozenset(
-        {_S.JOB_STATE_RUNNING, _S.JOB_STATE_INTERRUPTED, _S.JOB_STATE_CANCELLING, _S.JOB_STATE_FAILED}
+        {_S.JOB_STATE_RUNNING, _S.JOB_STATE_PAUSING, _S.JOB_STATE_INTERRUPTED}
+        | {_S.JOB_STATE_CANCELLING, _S.JOB_STATE_FAILED}
     ),
     _S.JOB_STATE_RUNNING: frozenset(
         {_S.JOB_STATE_PAUSING, _S.JOB_STATE_FINALIZING, _S.JOB_STATE_INTERRUPTED}
         | {_S.JOB_STATE_CANCELLING, _S.JOB_STATE_FAILED}
     ),
     _S.JOB_STATE_PAUSING: frozenset(
-        {_S.JOB_STATE_PAUSED, _S.JOB_STATE_FINALIZING, _S.JOB_STATE_INTERRUPTED}
-        | {_S.JOB_STATE_CANCELLING, _S.JOB_STATE_FAILED}
+        {_S.JOB_STATE_PAUSED, _S.JOB_STATE_FINALIZING, _S.JOB_STATE_CANCELLING, _S.JOB_STATE_FAILED}
     ),
     _S.JOB_STATE_PAUSED: frozenset({_S.JOB_STATE_QUEUED, _S.JOB_STATE_CANCELLED}),
     _S.JOB_STATE_INTERRUPTED: frozenset(
@@ -47,6 +48,16 @@ WITH_WORKER: Final = frozenset(
     {_S.JOB_STATE_PREPARING, _S.JOB_STATE_RUNNING, _S.JOB_STATE_PAUSING, _S.JOB_STATE_CANCELLING}
     | {_S.JOB_STATE_FINALIZING}
 )
+STOPPING: Final = frozenset({_S.JOB_STATE_PAUSING, _S.JOB_STATE_CANCELLING})
+"""Their worker is to be told to stop."""
+AT_REST: Final = frozenset({_S.JOB_STATE_QUEUED, _S.JOB_STATE_PAUSED}) | TERMINAL
+"""Nothing is left to be said about their last attempt."""
+PAUSABLE: Final = frozenset({_S.JOB_STATE_QUEUED, _S.JOB_STATE_PREPARING, _S.JOB_STATE_RUNNING})
+GOING_ON: Final = frozenset(
+    {_S.JOB_STATE_QUEUED, _S.JOB_STATE_PREPARING, _S.JOB_STATE_RUNNING}
+    | {_S.JOB_STATE_FINALIZING, _S.JOB_STATE_INTERRUPTED}
+)
+"""They need no ResumeJob."""
 BACKOFF_CAP_SECONDS: Final = 60.0
 
 
@@ -84,6 +95,7 @@ def fold(record: training_pb2.JobRecord, event: trainer_pb2.Event) -> training_p
             job.result.steps = event.step.step
             job.result.tokens += event.step.tokens
         case "evaluated":
+            after.evaluated_step = event.evaluated.step
             if event.evaluated.step == 0:
                 job.result.eval_loss_before = event.evaluated.loss
             else:
@@ -104,6 +116,7 @@ def fold(record: training_pb2.JobRecord, event: trainer_pb2.Event) -> training_p
 
 def _move(after: training_pb2.JobRecord, event: trainer_pb2.Event) -> None:
     job, change = after.job, event.state_changed
+    left = job.state
     if change.to != _S.JOB_STATE_QUEUED or event.sequence != 1:
         if getattr(change, "from") != job.state or change.to not in LAW.get(job.state, frozenset()):
             raise Unlawful(f"{job.name}: {word(job.state)} cannot become {word(change.to)}")
@@ -113,6 +126,7 @@ def _move(after: training_pb2.JobRecord, event: trainer_pb2.Event) -> None:
         job.ClearField("queue")
     if change.to == _S.JOB_STATE_PREPARING and not job.HasField("start_time"):
         job.start_time.CopyFrom(event.time)
+    _rest(after, event, left)
     if change.to == _S.JOB_STATE_INTERRUPTED:
         after.lost += 1
     if job.is_terminal:
@@ -120,6 +134,19 @@ def _move(after: training_pb2.JobRecord, event: trainer_pb2.Event) -> None:
         job.end = change.end
         if change.HasField("error"):
             job.error.CopyFrom(change.error)
+
+
+def _rest(after: training_pb2.JobRecord, event: trainer_pb2.Event, left: int) -> None:
+    """What a pause costs neither attempts nor time for."""
+    to = event.state_changed.to
+    if to == _S.JOB_STATE_PAUSED:
+        after.spared += left == _S.JOB_STATE_PAUSING
+        if after.job.HasField("start_time") and not after.HasField("resting_since"):
+            after.resting_since.CopyFrom(event.time)
+    elif to == _S.JOB_STATE_PREPARING and after.HasField("resting_since"):
+        rested = event.time.ToNanoseconds() - after.resting_since.ToNanoseconds()
+        after.rested_seconds += max(0, rested) / 1e9
+        after.ClearField("resting_since")
 
 
 def _mark(after: training_pb2.JobRecord, sealed: trainer_pb2.CheckpointSealed) -> None:
@@ -163,7 +190,7 @@ def events_of(record: training_pb2.JobRecord, fact: training_pb2.Fact) -> list[t
             event.evaluated.CopyFrom(fact.evaluated)
         case "log":
             event.log.CopyFrom(fact.log)
-        case "finished" if record.job.state == _S.JOB_STATE_RUNNING:
+        case "finished" if record.job.state in (_S.JOB_STATE_RUNNING, _S.JOB_STATE_PAUSING):
             return [_at(fact, moved(record, _S.JOB_STATE_FINALIZING))]
         case _:
             return []
@@ -185,22 +212,88 @@ def after_lost(record: training_pb2.JobRecord, story: str, log_tail: str) -> lis
     job = record.job
     if job.state == _S.JOB_STATE_CANCELLING:
         return [moved(record, _S.JOB_STATE_CANCELLED, "the worker was lost; the last sealed checkpoint is kept")]
+    if job.state == _S.JOB_STATE_PAUSING:
+        return [moved(record, _S.JOB_STATE_PAUSED, f"{story}; step {resume_from(record).step} is kept")]
+    counted = job.attempt - record.spared
     first = moved(record, _S.JOB_STATE_INTERRUPTED, story)
     second = trainer_pb2.Event(attempt=job.attempt)
     setattr(second.state_changed, "from", _S.JOB_STATE_INTERRUPTED)
-    if job.attempt < job.spec.train.limits.max_attempts:
+    if counted < job.spec.train.limits.max_attempts:
         step = resume_from(record).step
         second.state_changed.to = _S.JOB_STATE_QUEUED
         second.state_changed.message = f"goes on from step {step}" if step else "starts anew"
     else:
         second.state_changed.to = _S.JOB_STATE_FAILED
-        second.state_changed.message = f"{job.attempt} attempts were lost"
+        second.state_changed.message = f"{counted} attempts were lost"
         second.state_changed.error.CopyFrom(
             trainer_pb2.JobError(
-                reason="WORKER_LOST", message=f"attempt {job.attempt} of {job.attempt}: {story}", log_tail=log_tail
+                reason="WORKER_LOST", message=f"attempt {counted} of {counted}: {story}", log_tail=log_tail
             )
         )
     return [first, second]
+
+
+def after_stopped(record: training_pb2.JobRecord) -> list[trainer_pb2.Event]:
+    """What becomes of a job whose worker stopped as it was asked; nothing if nobody had asked."""
+    message = f"stopped as asked; step {resume_from(record).step} is kept"
+    match record.job.state:
+        case _S.JOB_STATE_CANCELLING:
+            return [moved(record, _S.JOB_STATE_CANCELLED, message)]
+        case _S.JOB_STATE_PAUSING:
+            return [moved(record, _S.JOB_STATE_PAUSED, message)]
+    return []
+
+
+# What callers wish. Each gives the event of the wish, None where the job is there already, or WRONG_STATE.
+
+ASKED: Final = "a caller asked for it"
+
+
+def wish_to_cancel(record: training_pb2.JobRecord) -> trainer_pb2.Event | None:
+    """To end it and keep its work."""
+    state = record.job.state
+    if state in (_S.JOB_STATE_CANCELLED, _S.JOB_STATE_CANCELLING):
+        return None
+    for to in (_S.JOB_STATE_CANCELLED, _S.JOB_STATE_CANCELLING):
+        if to in LAW[state]:
+            return moved(record, to, ASKED)
+    raise _not_now(record, set(LAW) - TERMINAL)
+
+
+def wish_to_pause(record: training_pb2.JobRecord) -> trainer_pb2.Event | None:
+    """To hold it back and keep its work."""
+    job = record.job
+    if job.state in (_S.JOB_STATE_PAUSING, _S.JOB_STATE_PAUSED):
+        return None
+    if job.state not in PAUSABLE:
+        raise _not_now(record, PAUSABLE | {_S.JOB_STATE_PAUSING, _S.JOB_STATE_PAUSED})
+    if job.state == _S.JOB_STATE_QUEUED:
+        return moved(record, _S.JOB_STATE_PAUSED, ASKED)
+    ranks = job.spec.train.parallelism.ranks
+    if ranks > 1:
+        now = f"{word(job.state)} in {ranks} ranks, which write no checkpoints"
+        raise wrong_state(job.name, now, ("QUEUED", "or CancelJob instead"))
+    return moved(record, _S.JOB_STATE_PAUSING, ASKED)
+
+
+def wish_to_resume(record: training_pb2.JobRecord) -> trainer_pb2.Event | None:
+    """To let it go on."""
+    if record.job.state in GOING_ON:
+        return None
+    if record.job.state != _S.JOB_STATE_PAUSED:
+        raise _not_now(record, GOING_ON | {_S.JOB_STATE_PAUSED})
+    step = resume_from(record).step
+    return moved(record, _S.JOB_STATE_QUEUED, f"{ASKED}; goes on from step {step}" if step else ASKED)
+
+
+def _not_now(record: training_pb2.JobRecord, states: Iterable[int]) -> Fault:
+    return wrong_state(record.job.name, word(record.job.state), (word(s) for s in sorted(states)))
+
+
+def seconds_at_work(record: training_pb2.JobRecord, now_seconds: float) -> float:
+    """Since its first start, without what it rested by wish."""
+    begun = record.job.start_time.ToNanoseconds() / 1e9
+    return max(0.0, now_seconds - begun - record.rested_seconds)
 
 
 def resume_from(record: training_pb2.JobRecord) -> training_pb2.Mark:

@@ -18,7 +18,8 @@ FACTS = "facts"
 ORDER = "order.pb"
 LOG = "log"
 LOCK = "worker.lock"
-CANCEL = "cancel"
+STOP = "cancel"
+"""The wish to stop, be it to cancel or to pause. Its name on disk is that of its first use: workers outlive daemons."""
 LOGITS_BYTES = 32 << 20
 """Of logits in fp32 that a worker holds at a time."""
 
@@ -33,11 +34,11 @@ def order_of(record: training_pb2.JobRecord, store: str, device: str, now_second
         store=store,
         device=device,
         checkpoint_digest=jobs.resume_from(record).digest,
+        evaluated_step=record.evaluated_step,
     )
     allowed = job.spec.train.limits.max_seconds
     if allowed:
-        begun = job.start_time.ToNanoseconds() / 1e9
-        order.seconds_left = max(0.0, allowed - max(0.0, now_seconds - begun))
+        order.seconds_left = max(0.0, allowed - jobs.seconds_at_work(record, now_seconds))
     return order
 
 

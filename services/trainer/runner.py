@@ -66,8 +66,8 @@ class Runner:
             job = record.job.name.removeprefix("jobs/")
             await asyncio.to_thread(self._pins.hold_for, record)
             if record.job.state in jobs.WITH_WORKER:
-                if record.job.state == trainer_pb2.JOB_STATE_CANCELLING:
-                    await self.tell_cancel(job, record.job.attempt)
+                if record.job.state in jobs.STOPPING:
+                    await self.tell_stop(job, record.job.attempt)
                 self._follow(job, record.job.attempt, None)
         self._own(self._serve_queue(), "queue")
 
@@ -176,7 +176,7 @@ class Runner:
     def _begin(self, page: Page, job: str, number: int) -> training_pb2.JobRecord | None:
         record = page.read(job)
         if record is None or record.job.state != trainer_pb2.JOB_STATE_QUEUED:
-            return None  # cancelled meanwhile
+            return None  # cancelled or paused meanwhile
         preparing = jobs.moved(record, trainer_pb2.JOB_STATE_PREPARING)
         preparing.attempt = number
         started = trainer_pb2.Event(attempt=number)
@@ -211,13 +211,13 @@ class Runner:
         except Fault:
             return 0
 
-    async def tell_cancel(self, job: str, attempt: int) -> None:
+    async def tell_stop(self, job: str, attempt: int) -> None:
         """Lays the wish to stop where the worker looks."""
 
         def lay() -> None:
             folder = self._places.attempt(job, attempt)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / launch.CANCEL).touch()
+            (folder / launch.STOP).touch()
             fsync_path(folder)
 
         await asyncio.to_thread(lay)

@@ -38,6 +38,12 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
     async def CancelJob(self, request: trainer_pb2.CancelJobRequest, context: Any) -> trainer_pb2.CancelJobResponse:
         return await self._trainer.cancel(request)
 
+    async def PauseJob(self, request: trainer_pb2.PauseJobRequest, context: Any) -> trainer_pb2.PauseJobResponse:
+        return await self._trainer.pause(request)
+
+    async def ResumeJob(self, request: trainer_pb2.ResumeJobRequest, context: Any) -> trainer_pb2.ResumeJobResponse:
+        return await self._trainer.resume(request)
+
     async def DeleteJob(self, request: trainer_pb2.DeleteJobRequest, context: Any) -> trainer_pb2.DeleteJobResponse:
         return await self._trainer.delete(request)
 

@@ -204,6 +204,10 @@ def test_ctrl_c_detaches_and_a_cancelled_job_is_exit_code_6(cli: Cli) -> None:
     assert process.returncode == 130
     assert "detached; jobs/long goes on. To attach again: qlorad job watch long" in err
     assert not cli.json("job", "show", "long")["is_terminal"]
+    assert cli.json("job", "pause", "long")["state"] == "JOB_STATE_PAUSING"
+    eventually(lambda: cli.json("job", "show", "long")["state"] == "JOB_STATE_PAUSED", what="the pause")
+    assert [j["name"] for j in cli.json("job", "list", "--state", "paused")["jobs"]] == ["jobs/long"]
+    assert cli.json("job", "resume", "long")["state"] == "JOB_STATE_QUEUED"
     cli.json("job", "cancel", "long")
     told = cli.run("job", "watch", "long", code=6)
     assert "jobs/long ended CANCELLED" in told.stderr

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import pathlib
 import re
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlorad.v1 import trainer_pb2
+from qlorad.v1 import errors_pb2, trainer_pb2
+from services.common.errors import Fault
 from services.common.frames.v1 import training_pb2
-from services.trainer import jobs
+from services.trainer import jobs, launch
 from tests.house import ROOT
 
+Wish = Callable[[training_pb2.JobRecord], trainer_pb2.Event | None]
 STATES = st.sampled_from([s for s in trainer_pb2.JobState.values() if s])
 
 
@@ -128,6 +131,106 @@ def test_a_lost_worker_of_a_cancelling_job_leaves_it_cancelled() -> None:
     record = started(queued())
     record = write(record, jobs.moved(record, trainer_pb2.JOB_STATE_CANCELLING))
     assert write(record, *jobs.after_lost(record, "x", "")).job.state == trainer_pb2.JOB_STATE_CANCELLED
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_pause_costs_no_attempt_and_no_time(lost: bool) -> None:
+    record = queued(max_attempts=1)
+    for _ in range(3):
+        record = started(record)  # the clock of these events goes one second an event
+        record = write(record, wished(jobs.wish_to_pause, record))
+        assert record.job.state == trainer_pb2.JOB_STATE_PAUSING and jobs.wish_to_pause(record) is None
+        record = write(record, *(jobs.after_lost(record, "killed", "") if lost else jobs.after_stopped(record)))
+        assert record.job.state == trainer_pb2.JOB_STATE_PAUSED and jobs.wish_to_pause(record) is None
+        before = jobs.seconds_at_work(record, record.resting_since.seconds)
+        record = write(record, wished(jobs.wish_to_resume, record))
+        record = write(record, wished(jobs.wish_to_pause, record))  # from the queue: no attempt, the same rest
+        record = write(record, wished(jobs.wish_to_resume, record))
+    assert record.job.attempt == record.spared == 3
+    record = started(record)
+    begun = record.job.last_sequence - 1  # PREPARING; the attempt's own event follows
+    assert jobs.seconds_at_work(record, begun) == before == 3 * 3  # PREPARING, started, PAUSING; then it rests
+    assert launch.order_of(record, "/", "cpu", begun).HasField("seconds_left") is False
+    record.job.spec.train.limits.max_seconds = 100
+    assert launch.order_of(record, "/", "cpu", begun).seconds_left == 100 - before
+    record = write(record, *jobs.after_lost(record, "killed", ""))
+    assert record.job.state == trainer_pb2.JOB_STATE_FAILED and "attempt 1 of 1" in record.job.error.message
+
+
+def test_a_job_of_several_ranks_is_paused_only_in_the_queue() -> None:
+    record = queued()
+    record.job.spec.train.parallelism.ranks = 2
+    assert write(record, wished(jobs.wish_to_pause, record)).job.state == trainer_pb2.JOB_STATE_PAUSED
+    with pytest.raises(Fault, match="PREPARING in 2 ranks, which write no checkpoints; the call needs: QUEUED"):
+        jobs.wish_to_pause(started(record))
+
+
+WISHES = {"pause": jobs.wish_to_pause, "resume": jobs.wish_to_resume, "cancel": jobs.wish_to_cancel}
+DEEDS = ("start", "plan", "step", "step", "checkpoint", "stop", "lose", "finish", "pause", "resume", "resume")
+
+
+def wished(wish: Wish, record: training_pb2.JobRecord) -> trainer_pb2.Event:
+    event = wish(record)
+    assert event is not None
+    return event
+
+
+def lived(record: training_pb2.JobRecord, deed: str) -> training_pb2.JobRecord:
+    """The job after a worker, the queue or a caller did something, where that can be."""
+    state, steps = record.job.state, record.job.result.steps
+    if deed in WISHES:
+        try:
+            event = WISHES[deed](record)
+        except Fault as fault:
+            assert fault.reason == errors_pb2.REASON_WRONG_STATE and jobs.word(state) in fault.message
+            return record
+        return record if event is None else write(record, event)
+    if deed == "start":
+        return started(record) if state == trainer_pb2.JOB_STATE_QUEUED else record
+    if state not in jobs.WITH_WORKER or state == trainer_pb2.JOB_STATE_FINALIZING:
+        return record
+    sealed = trainer_pb2.Event(checkpoint_sealed=trainer_pb2.CheckpointSealed(step=steps, digest=f"sha256:{steps}"))
+    metrics = training_pb2.Fact(step=trainer_pb2.StepMetrics(step=steps + 1, loss=1.0, tokens=10))
+    match deed:
+        case "plan":
+            return write(record, *jobs.events_of(record, PLANNED))
+        case "step":
+            return write(record, *jobs.events_of(record, metrics))
+        case "checkpoint":
+            return write(record, sealed)
+        case "stop" if state in jobs.STOPPING:
+            record = write(record, sealed)
+            return write(record, *jobs.after_stopped(record))
+        case "lose":
+            return write(record, *jobs.after_lost(record, "killed", ""))
+        case "finish" if state != trainer_pb2.JOB_STATE_PREPARING:
+            return write(record, *jobs.events_of(record, training_pb2.Fact(finished=training_pb2.Finished())))
+    return record
+
+
+@given(st.lists(st.sampled_from((*DEEDS, "cancel")), max_size=60), st.integers(1, 3))
+def test_whatever_is_done_to_a_job_the_law_holds(deeds: list[str], max_attempts: int) -> None:
+    """Unlawful is raised by nothing; pauses use no attempt up; every step counts once; a pause keeps the work."""
+    record = queued(max_attempts=max_attempts)
+    lost = 0
+    for deed in deeds:
+        before = record
+        record = lived(record, deed)
+        state, was = record.job.state, before.job.state
+        lost += deed == "lose" and was in (trainer_pb2.JOB_STATE_PREPARING, trainer_pb2.JOB_STATE_RUNNING)
+        if state == trainer_pb2.JOB_STATE_FAILED:
+            assert lost == max_attempts
+        if state == trainer_pb2.JOB_STATE_PAUSED:
+            assert not record.job.HasField("queue") and not record.job.is_terminal
+        if deed == "stop" and was == trainer_pb2.JOB_STATE_PAUSING:
+            assert jobs.resume_from(record).step == before.job.result.steps
+        if deed == "start" and was == trainer_pb2.JOB_STATE_QUEUED:
+            assert record.job.result.steps == jobs.resume_from(record).step
+        assert record.job.result.tokens == 10 * record.job.result.steps
+        assert record.job.attempt - record.spared <= max_attempts
+        again = {s for s, w in (("PAUSED", "pause"), ("QUEUED", "resume"), ("CANCELLED", "cancel")) if w == deed}
+        if jobs.word(state) in again:
+            assert WISHES[deed](record) is None, "asking twice changes nothing"
 
 
 @given(st.lists(st.tuples(st.integers(-100, 100), st.integers(0, 3)), min_size=1, max_size=8))

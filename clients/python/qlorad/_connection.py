@@ -35,7 +35,7 @@ _REPEATABLE = {
     "registry": (
         "GetModel", "ListModels", "DeleteModel", "GetAdapter", "ListAdapters", "SetAdapterAlias", "DeleteAdapter",
     ),
-    "trainer": ("CreateJob", "GetJob", "ListJobs", "CancelJob", "DeleteJob", "ListTemplates"),
+    "trainer": ("CreateJob", "GetJob", "ListJobs", "CancelJob", "PauseJob", "ResumeJob", "DeleteJob", "ListTemplates"),
     "inference": ("ListLoadedModels", "ListAdapters", "SwitchAdapter"),
 }  # fmt: skip
 

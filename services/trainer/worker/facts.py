@@ -25,7 +25,7 @@ class Teller:
 
     def __init__(self, attempt: pathlib.Path, speaks: bool = True) -> None:
         self.attempt = attempt
-        self._cancel = attempt / launch.CANCEL
+        self._stop = attempt / launch.STOP
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
         self._fd = os.open(attempt / launch.FACTS, flags, 0o600) if speaks else -1
 
@@ -46,7 +46,7 @@ class Teller:
 
     def asked_to_stop(self) -> bool:
         """Whether the daemon laid down the wish to stop."""
-        return self._cancel.exists()
+        return self._stop.exists()
 
     def stop_if_asked(self) -> None:
         """Raises Cancelled if so."""

@@ -116,17 +116,23 @@ def train(order: training_pb2.Order, teller: Teller) -> None:
 
     # The start: from nothing, or from the last sealed checkpoint.
     progress = checkpoint.Progress(job=order.job)
+    evaluated = -1
     if order.checkpoint_digest:
         saved = shelf.open("checkpoints", order.checkpoint_digest, verify=True)
         progress = checkpoint.read(saved.payload, order.job, engine.parameters, engine.optimizer)
         teller.say(f"goes on from step {progress.step}")
+        evaluated, every = min(order.evaluated_step, progress.step), spec.evaluation.every_steps
+        if every and progress.step % every == 0 and evaluated < progress.step and len(held_out):
+            # The last attempt ended between this step and its evaluation.
+            evaluate(model, held_out, progress.step, spec, order.device, engine, teller)
+            evaluated = progress.step
     elif len(held_out):
         evaluate(model, loss_of, held_out, 0, spec, order.device, engine, teller)
 
     # The loop, and the last evaluation. Whoever asks to stop finds the newest whole step in a checkpoint.
     keeps = engine.world == 1  # a checkpoint of several ranks is not written yet: such a job starts anew
     end = trainer_pb2.END_REASON_STEPS
-    evaluated, saved_at = -1, progress.step if order.checkpoint_digest else -1
+    saved_at = progress.step if order.checkpoint_digest else -1
     mean, rng = 0.0, checkpoint.get_rng(order.device)
     try:
         for step in plan.steps(total, after=progress.step):

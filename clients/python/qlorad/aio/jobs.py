@@ -132,7 +132,10 @@ class Jobs:
             await self._wire.look_again()
 
     async def wait(self, job: str, *, check: bool = True, patience_seconds: float = DEFAULT_PATIENCE_SECONDS) -> pb.Job:
-        """The job once it has ended; raises JobFailed unless it SUCCEEDED (or `check` is False)."""
+        """The job once it has ended; raises JobFailed unless it SUCCEEDED (or `check` is False).
+
+        A paused job has not ended: this waits until somebody resumes or cancels it.
+        """
         now = await self.get(job)
         if not now.is_terminal:
             async for _ in self.watch(job, after_sequence=now.last_sequence, patience_seconds=patience_seconds):
@@ -147,6 +150,16 @@ class Jobs:
         """Asks a job to stop and keep its work; returns it as the wish was noted."""
         request = pb.CancelJobRequest(request_id=request_id or new_request_id(), name=full_name("jobs", job))
         return (await self._wire.call(self._stub.CancelJob, request)).job
+
+    async def pause(self, job: str, *, request_id: str = "") -> pb.Job:
+        """Holds a job back and keeps its work; returns it as the wish was noted (PAUSING, soon PAUSED)."""
+        request = pb.PauseJobRequest(request_id=request_id or new_request_id(), name=full_name("jobs", job))
+        return (await self._wire.call(self._stub.PauseJob, request)).job
+
+    async def resume(self, job: str, *, request_id: str = "") -> pb.Job:
+        """Puts a paused job back in the queue; it goes on from its newest checkpoint."""
+        request = pb.ResumeJobRequest(request_id=request_id or new_request_id(), name=full_name("jobs", job))
+        return (await self._wire.call(self._stub.ResumeJob, request)).job
 
     async def delete(self, job: str, *, request_id: str = "") -> int:
         """Removes an ended job; returns the bytes freed. Its artifacts stay."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qlorad.client import Client
     from qlorad.v1 import trainer_pb2
 
-app = typer.Typer(help="Start, follow and stop training jobs.", no_args_is_help=True)
+app = typer.Typer(help="Start, follow, pause and stop training jobs.", no_args_is_help=True)
 Name = Annotated[str, typer.Argument(help="A job: its id.")]
 
 
@@ -147,6 +147,20 @@ def cancel(name: Name, output: Output = Format.table) -> None:
     """Stops a job and keeps its work."""
     with connected() as client:
         _show(output, client.jobs.cancel(name))
+
+
+@app.command("pause")
+def pause(name: Name, output: Output = Format.table) -> None:
+    """Holds a job back and keeps its work; the device becomes free."""
+    with connected() as client:
+        _show(output, client.jobs.pause(name))
+
+
+@app.command("resume")
+def resume(name: Name, output: Output = Format.table) -> None:
+    """Puts a paused job back in the queue; it goes on where it was."""
+    with connected() as client:
+        _show(output, client.jobs.resume(name))
 
 
 @app.command("delete")

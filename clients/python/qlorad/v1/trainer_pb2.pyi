@@ -38,9 +38,11 @@ class _JobStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_JobState.Val
     JOB_STATE_RUNNING: _JobState.ValueType  # 3
     """Trains."""
     JOB_STATE_PAUSING: _JobState.ValueType  # 4
-    """Was asked to pause; writes a checkpoint."""
+    """Was asked to pause; writes a checkpoint. A worker lost meanwhile leaves the
+    job PAUSED at the newest sealed one.
+    """
     JOB_STATE_PAUSED: _JobState.ValueType  # 5
-    """Waits to be resumed; holds no device."""
+    """Waits for ResumeJob; holds no device."""
     JOB_STATE_FINALIZING: _JobState.ValueType  # 6
     """Work is done; results are verified and sealed."""
     JOB_STATE_SUCCEEDED: _JobState.ValueType  # 7
@@ -56,10 +58,10 @@ class _JobStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_JobState.Val
 
 class JobState(_JobState, metaclass=_JobStateEnumTypeWrapper):
     """Where a job is. The law of transitions:
-      QUEUED       -> PREPARING CANCELLED
-      PREPARING    -> RUNNING INTERRUPTED CANCELLING FAILED
+      QUEUED       -> PREPARING PAUSED CANCELLED
+      PREPARING    -> RUNNING PAUSING INTERRUPTED CANCELLING FAILED
       RUNNING      -> PAUSING FINALIZING INTERRUPTED CANCELLING FAILED
-      PAUSING      -> PAUSED FINALIZING INTERRUPTED CANCELLING FAILED
+      PAUSING      -> PAUSED FINALIZING CANCELLING FAILED
       PAUSED       -> QUEUED CANCELLED
       INTERRUPTED  -> QUEUED FINALIZING CANCELLING CANCELLED FAILED
       CANCELLING   -> CANCELLED SUCCEEDED FAILED
@@ -76,9 +78,11 @@ JOB_STATE_PREPARING: JobState.ValueType  # 2
 JOB_STATE_RUNNING: JobState.ValueType  # 3
 """Trains."""
 JOB_STATE_PAUSING: JobState.ValueType  # 4
-"""Was asked to pause; writes a checkpoint."""
+"""Was asked to pause; writes a checkpoint. A worker lost meanwhile leaves the
+job PAUSED at the newest sealed one.
+"""
 JOB_STATE_PAUSED: JobState.ValueType  # 5
-"""Waits to be resumed; holds no device."""
+"""Waits for ResumeJob; holds no device."""
 JOB_STATE_FINALIZING: JobState.ValueType  # 6
 """Work is done; results are verified and sealed."""
 JOB_STATE_SUCCEEDED: JobState.ValueType  # 7
@@ -641,9 +645,11 @@ class Limits(_message.Message):
     MAX_SECONDS_FIELD_NUMBER: _builtins.int
     MAX_ATTEMPTS_FIELD_NUMBER: _builtins.int
     max_seconds: _builtins.int
-    """The job ends well after so long, with what it has; 0 = none."""
+    """The job ends well after so long, with what it has; 0 = none. Counted from its
+    first start, without the time from a pause to the next start.
+    """
     max_attempts: _builtins.int
-    """Attempts before it FAILS; at least 1."""
+    """Attempts before it FAILS; at least 1. One that a pause ended does not count."""
     def __init__(
         self,
         *,
@@ -2025,6 +2031,106 @@ class CancelJobResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelJobResponse: _TypeAlias = CancelJobResponse  # noqa: Y015
+
+@_typing.final
+class PauseJobRequest(_message.Message):
+    """Holds a job back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Same id and body, same answer."""
+    name: _builtins.str
+    """"jobs/{id}"."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseJobRequest: _TypeAlias = PauseJobRequest  # noqa: Y015
+
+@_typing.final
+class PauseJobResponse(_message.Message):
+    """The job as the wish was noted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def job(self) -> Global___Job:
+        """It."""
+
+    def __init__(
+        self,
+        *,
+        job: Global___Job | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseJobResponse: _TypeAlias = PauseJobResponse  # noqa: Y015
+
+@_typing.final
+class ResumeJobRequest(_message.Message):
+    """Lets a paused job go on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Same id and body, same answer."""
+    name: _builtins.str
+    """"jobs/{id}"."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeJobRequest: _TypeAlias = ResumeJobRequest  # noqa: Y015
+
+@_typing.final
+class ResumeJobResponse(_message.Message):
+    """The job as the wish was noted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def job(self) -> Global___Job:
+        """It."""
+
+    def __init__(
+        self,
+        *,
+        job: Global___Job | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeJobResponse: _TypeAlias = ResumeJobResponse  # noqa: Y015
 
 @_typing.final
 class DeleteJobRequest(_message.Message):

@@ -69,6 +69,16 @@ class TrainerServiceStub:
                 request_serializer=qlorad_dot_v1_dot_trainer__pb2.CancelJobRequest.SerializeToString,
                 response_deserializer=qlorad_dot_v1_dot_trainer__pb2.CancelJobResponse.FromString,
                 _registered_method=True)
+        self.PauseJob = channel.unary_unary(
+                '/qlorad.v1.TrainerService/PauseJob',
+                request_serializer=qlorad_dot_v1_dot_trainer__pb2.PauseJobRequest.SerializeToString,
+                response_deserializer=qlorad_dot_v1_dot_trainer__pb2.PauseJobResponse.FromString,
+                _registered_method=True)
+        self.ResumeJob = channel.unary_unary(
+                '/qlorad.v1.TrainerService/ResumeJob',
+                request_serializer=qlorad_dot_v1_dot_trainer__pb2.ResumeJobRequest.SerializeToString,
+                response_deserializer=qlorad_dot_v1_dot_trainer__pb2.ResumeJobResponse.FromString,
+                _registered_method=True)
         self.DeleteJob = channel.unary_unary(
                 '/qlorad.v1.TrainerService/DeleteJob',
                 request_serializer=qlorad_dot_v1_dot_trainer__pb2.DeleteJobRequest.SerializeToString,
@@ -150,6 +160,33 @@ class TrainerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PauseJob(self, request, context):
+        """Holds a job back and keeps its work. One that waits is PAUSED at once. One
+        that runs is told: its worker seals the newest whole step as a checkpoint and
+        ends, and the job is PAUSED soon after; it may still succeed or fail where the
+        worker had come to its end. A paused job holds no device and no worker;
+        what it needs stays on the shelf. Answers when the wish is on disk; pausing a
+        job that is PAUSING or PAUSED answers with it.
+        Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE (it is being finished or
+        cancelled, or has ended; or it runs in several ranks, which write no
+        checkpoints: such a job is paused while QUEUED, or cancelled).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeJob(self, request, context):
+        """Puts a paused job back in the queue, at the place of its priority and age. It
+        goes on from its newest checkpoint, in the same bytes as if it had not been
+        paused. Resuming a job that goes on already answers with it.
+        Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE (PAUSING: call again when
+        it is PAUSED; or it is being cancelled, or has ended); RESOURCE_EXHAUSTED
+        QUEUE_FULL (retry later).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteJob(self, request, context):
         """Removes an ended job, its events and its attempts. Artifacts stay.
         Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE (cancel it first).
@@ -198,6 +235,16 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     servicer.CancelJob,
                     request_deserializer=qlorad_dot_v1_dot_trainer__pb2.CancelJobRequest.FromString,
                     response_serializer=qlorad_dot_v1_dot_trainer__pb2.CancelJobResponse.SerializeToString,
+            ),
+            'PauseJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseJob,
+                    request_deserializer=qlorad_dot_v1_dot_trainer__pb2.PauseJobRequest.FromString,
+                    response_serializer=qlorad_dot_v1_dot_trainer__pb2.PauseJobResponse.SerializeToString,
+            ),
+            'ResumeJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeJob,
+                    request_deserializer=qlorad_dot_v1_dot_trainer__pb2.ResumeJobRequest.FromString,
+                    response_serializer=qlorad_dot_v1_dot_trainer__pb2.ResumeJobResponse.SerializeToString,
             ),
             'DeleteJob': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteJob,
@@ -377,6 +424,60 @@ class TrainerService:
             '/qlorad.v1.TrainerService/CancelJob',
             qlorad_dot_v1_dot_trainer__pb2.CancelJobRequest.SerializeToString,
             qlorad_dot_v1_dot_trainer__pb2.CancelJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/qlorad.v1.TrainerService/PauseJob',
+            qlorad_dot_v1_dot_trainer__pb2.PauseJobRequest.SerializeToString,
+            qlorad_dot_v1_dot_trainer__pb2.PauseJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/qlorad.v1.TrainerService/ResumeJob',
+            qlorad_dot_v1_dot_trainer__pb2.ResumeJobRequest.SerializeToString,
+            qlorad_dot_v1_dot_trainer__pb2.ResumeJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -75,6 +75,25 @@ class TrainerServiceStub:
     Cancelling a cancelled job answers with it.
     Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE (it has ended otherwise).
     """
+    PauseJob: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.PauseJobRequest, _trainer_pb2.PauseJobResponse]
+    """Holds a job back and keeps its work. One that waits is PAUSED at once. One
+    that runs is told: its worker seals the newest whole step as a checkpoint and
+    ends, and the job is PAUSED soon after; it may still succeed or fail where the
+    worker had come to its end. A paused job holds no device and no worker;
+    what it needs stays on the shelf. Answers when the wish is on disk; pausing a
+    job that is PAUSING or PAUSED answers with it.
+    Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE (it is being finished or
+    cancelled, or has ended; or it runs in several ranks, which write no
+    checkpoints: such a job is paused while QUEUED, or cancelled).
+    """
+    ResumeJob: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.ResumeJobRequest, _trainer_pb2.ResumeJobResponse]
+    """Puts a paused job back in the queue, at the place of its priority and age. It
+    goes on from its newest checkpoint, in the same bytes as if it had not been
+    paused. Resuming a job that goes on already answers with it.
+    Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE (PAUSING: call again when
+    it is PAUSED; or it is being cancelled, or has ended); RESOURCE_EXHAUSTED
+    QUEUE_FULL (retry later).
+    """
     DeleteJob: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.DeleteJobRequest, _trainer_pb2.DeleteJobResponse]
     """Removes an ended job, its events and its attempts. Artifacts stay.
     Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE (cancel it first).
@@ -130,6 +149,25 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     Answers when the wish is on disk; the job ends CANCELLED soon after.
     Cancelling a cancelled job answers with it.
     Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE (it has ended otherwise).
+    """
+    PauseJob: _aio.UnaryUnaryMultiCallable[_trainer_pb2.PauseJobRequest, _trainer_pb2.PauseJobResponse]  # type: ignore[assignment]
+    """Holds a job back and keeps its work. One that waits is PAUSED at once. One
+    that runs is told: its worker seals the newest whole step as a checkpoint and
+    ends, and the job is PAUSED soon after; it may still succeed or fail where the
+    worker had come to its end. A paused job holds no device and no worker;
+    what it needs stays on the shelf. Answers when the wish is on disk; pausing a
+    job that is PAUSING or PAUSED answers with it.
+    Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE (it is being finished or
+    cancelled, or has ended; or it runs in several ranks, which write no
+    checkpoints: such a job is paused while QUEUED, or cancelled).
+    """
+    ResumeJob: _aio.UnaryUnaryMultiCallable[_trainer_pb2.ResumeJobRequest, _trainer_pb2.ResumeJobResponse]  # type: ignore[assignment]
+    """Puts a paused job back in the queue, at the place of its priority and age. It
+    goes on from its newest checkpoint, in the same bytes as if it had not been
+    paused. Resuming a job that goes on already answers with it.
+    Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE (PAUSING: call again when
+    it is PAUSED; or it is being cancelled, or has ended); RESOURCE_EXHAUSTED
+    QUEUE_FULL (retry later).
     """
     DeleteJob: _aio.UnaryUnaryMultiCallable[_trainer_pb2.DeleteJobRequest, _trainer_pb2.DeleteJobResponse]  # type: ignore[assignment]
     """Removes an ended job, its events and its attempts. Artifacts stay.
@@ -219,6 +257,37 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         Answers when the wish is on disk; the job ends CANCELLED soon after.
         Cancelling a cancelled job answers with it.
         Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE (it has ended otherwise).
+        """
+
+    @_abc_1.abstractmethod
+    def PauseJob(
+        self,
+        request: _trainer_pb2.PauseJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_trainer_pb2.PauseJobResponse, _abc.Awaitable[_trainer_pb2.PauseJobResponse]]:
+        """Holds a job back and keeps its work. One that waits is PAUSED at once. One
+        that runs is told: its worker seals the newest whole step as a checkpoint and
+        ends, and the job is PAUSED soon after; it may still succeed or fail where the
+        worker had come to its end. A paused job holds no device and no worker;
+        what it needs stays on the shelf. Answers when the wish is on disk; pausing a
+        job that is PAUSING or PAUSED answers with it.
+        Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE (it is being finished or
+        cancelled, or has ended; or it runs in several ranks, which write no
+        checkpoints: such a job is paused while QUEUED, or cancelled).
+        """
+
+    @_abc_1.abstractmethod
+    def ResumeJob(
+        self,
+        request: _trainer_pb2.ResumeJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_trainer_pb2.ResumeJobResponse, _abc.Awaitable[_trainer_pb2.ResumeJobResponse]]:
+        """Puts a paused job back in the queue, at the place of its priority and age. It
+        goes on from its newest checkpoint, in the same bytes as if it had not been
+        paused. Resuming a job that goes on already answers with it.
+        Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE (PAUSING: call again when
+        it is PAUSED; or it is being cancelled, or has ended); RESOURCE_EXHAUSTED
+        QUEUE_FULL (retry later).
         """
 
     @_abc_1.abstractmethod

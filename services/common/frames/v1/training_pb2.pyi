@@ -40,6 +40,7 @@ class Order(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     CHECKPOINT_DIGEST_FIELD_NUMBER: _builtins.int
     SECONDS_LEFT_FIELD_NUMBER: _builtins.int
+    EVALUATED_STEP_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """The job's id."""
     attempt: _builtins.int
@@ -52,6 +53,8 @@ class Order(_message.Message):
     """Digest of the checkpoint to go on from; empty = from the start."""
     seconds_left: _builtins.float
     """Seconds left of limits.max_seconds; absent = no limit."""
+    evaluated_step: _builtins.int
+    """The newest step after which the job was evaluated; 0 = none but before training."""
     @_builtins.property
     def spec(self) -> _trainer_pb2.TrainSpec:
         """The resolved spec."""
@@ -66,10 +69,11 @@ class Order(_message.Message):
         device: _builtins.str = ...,
         checkpoint_digest: _builtins.str = ...,
         seconds_left: _builtins.float | None = ...,
+        evaluated_step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_seconds_left", b"_seconds_left", "seconds_left", b"seconds_left", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seconds_left", b"_seconds_left", "attempt", b"attempt", "checkpoint_digest", b"checkpoint_digest", "device", b"device", "job", b"job", "seconds_left", b"seconds_left", "spec", b"spec", "store", b"store"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seconds_left", b"_seconds_left", "attempt", b"attempt", "checkpoint_digest", b"checkpoint_digest", "device", b"device", "evaluated_step", b"evaluated_step", "job", b"job", "seconds_left", b"seconds_left", "spec", b"spec", "store", b"store"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seconds_left: _TypeAlias = _typing.Literal["seconds_left"]  # noqa: Y015
     _WhichOneofArgType__seconds_left: _TypeAlias = _typing.Literal["_seconds_left", b"_seconds_left"]  # noqa: Y015
@@ -321,10 +325,20 @@ class JobRecord(_message.Message):
     MARKS_FIELD_NUMBER: _builtins.int
     LOST_FIELD_NUMBER: _builtins.int
     LEDGER_DIGEST_FIELD_NUMBER: _builtins.int
+    SPARED_FIELD_NUMBER: _builtins.int
+    RESTING_SINCE_FIELD_NUMBER: _builtins.int
+    RESTED_SECONDS_FIELD_NUMBER: _builtins.int
+    EVALUATED_STEP_FIELD_NUMBER: _builtins.int
     lost: _builtins.int
     """Attempts lost since the last sealed checkpoint."""
     ledger_digest: _builtins.str
     """Digest of the ledger that is read."""
+    spared: _builtins.int
+    """Attempts that a pause ended; they do not count against limits.max_attempts."""
+    rested_seconds: _builtins.float
+    """Seconds it has rested before; they do not count against limits.max_seconds."""
+    evaluated_step: _builtins.int
+    """The newest step after which it was evaluated."""
     @_builtins.property
     def job(self) -> _trainer_pb2.Job:
         """What callers see."""
@@ -333,6 +347,10 @@ class JobRecord(_message.Message):
     def marks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Mark]:
         """Sealed checkpoints, oldest first; gone ones are taken out."""
 
+    @_builtins.property
+    def resting_since(self) -> _timestamp_pb2.Timestamp:
+        """Since when a job that had begun rests by wish: from a pause to the next start."""
+
     def __init__(
         self,
         *,
@@ -340,10 +358,14 @@ class JobRecord(_message.Message):
         marks: _abc.Iterable[Global___Mark] | None = ...,
         lost: _builtins.int = ...,
         ledger_digest: _builtins.str = ...,
+        spared: _builtins.int = ...,
+        resting_since: _timestamp_pb2.Timestamp | None = ...,
+        rested_seconds: _builtins.float = ...,
+        evaluated_step: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "resting_since", b"resting_since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "ledger_digest", b"ledger_digest", "lost", b"lost", "marks", b"marks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluated_step", b"evaluated_step", "job", b"job", "ledger_digest", b"ledger_digest", "lost", b"lost", "marks", b"marks", "rested_seconds", b"rested_seconds", "resting_since", b"resting_since", "spared", b"spared"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
