@@ -124,7 +124,7 @@ def train(order: training_pb2.Order, teller: Teller) -> None:
         evaluated, every = min(order.evaluated_step, progress.step), spec.evaluation.every_steps
         if every and progress.step % every == 0 and evaluated < progress.step and len(held_out):
             # The last attempt ended between this step and its evaluation.
-            evaluate(model, held_out, progress.step, spec, order.device, engine, teller)
+            evaluate(model, loss_of, held_out, progress.step, spec, order.device, engine, teller)
             evaluated = progress.step
     elif len(held_out):
         evaluate(model, loss_of, held_out, 0, spec, order.device, engine, teller)
