@@ -238,6 +238,7 @@ def test_a_watch_outlives_kill_9_of_the_trainer_daemon(cli: Cli) -> None:
     assert [e["step"]["step"] for e in events if "step" in e] == list(range(1, 61))
 
 
+@pytest.mark.slow  # e2e/test_loop.py goes the same way
 def test_the_loop_with_stubs_alone(cli: Cli, rows: pathlib.Path) -> None:
     script = ROOT / "examples" / "loop.py"
     text = script.read_text()

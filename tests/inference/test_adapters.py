@@ -144,6 +144,7 @@ def test_what_is_resident_cannot_be_removed(served: Served) -> None:
         assert "inference/engine" in caught.value.message
 
 
+@pytest.mark.slow
 def test_a_request_id_is_answered_once(
     serving_home: pathlib.Path, house_factory: Callable[[pathlib.Path], House]
 ) -> None:
