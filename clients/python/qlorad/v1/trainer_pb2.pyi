@@ -680,7 +680,7 @@ class Memory(_message.Message):
     GRADIENT_CHECKPOINTING_FIELD_NUMBER: _builtins.int
     gradient_checkpointing: _builtins.bool
     """Activations of a layer are computed again in the backward pass instead of
-    being kept: less memory, about a third more time, the same gradient.
+    being kept: less memory, one forward pass more a step, the same gradient.
     """
     def __init__(
         self,
