@@ -107,7 +107,9 @@ def fold(record: training_pb2.JobRecord, event: trainer_pb2.Event) -> training_p
             job.result.adapter = event.adapter_sealed.alias
         case "queue":
             job.queue.CopyFrom(event.queue)
-        case "fallback" | "log":
+        case "admitted":
+            job.result.predicted_memory_bytes = event.admitted.predicted_bytes
+        case "fallback" | "log" | "trouble":
             pass
         case other:
             raise Unlawful(f"{job.name}: event {event.sequence} tells nothing that is known: {other}")
@@ -190,6 +192,10 @@ def events_of(record: training_pb2.JobRecord, fact: training_pb2.Fact) -> list[t
             event.evaluated.CopyFrom(fact.evaluated)
         case "log":
             event.log.CopyFrom(fact.log)
+        case "trouble":
+            event.trouble.CopyFrom(fact.trouble)
+        case "admitted":
+            event.admitted.CopyFrom(fact.admitted)
         case "finished" if record.job.state in (_S.JOB_STATE_RUNNING, _S.JOB_STATE_PAUSING):
             return [_at(fact, moved(record, _S.JOB_STATE_FINALIZING))]
         case _:

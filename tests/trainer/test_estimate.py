@@ -166,7 +166,7 @@ def test_a_step_holds_the_tensors_that_were_told(
     import torch
 
     from services.common.worker.load import load_base
-    from services.trainer.worker import checkpoint, losses, recipe
+    from services.trainer.worker import checkpoint, lora, losses
     from services.trainer.worker.engines import Solo
 
     shape, payload = starter_shape(starter_home)
@@ -178,7 +178,7 @@ def test_a_step_holds_the_tensors_that_were_told(
         PLAIN, nf4=method == "nf4", width=4 if compute == "fp32" else 2, rank=4, dropout=dropout > 0,
         targets=frozenset(targets.split()), tokens=192, length=96, packing=packing,
     )  # fmt: skip
-    model = recipe.with_lora(load_base(payload, method, True, compute), spec)
+    model = lora.with_lora(load_base(payload, method, True, compute), spec)
     model.train()
     engine = Solo(model, spec)
     ids = torch.randint(5, shape.vocabulary, (2, 96))
@@ -229,7 +229,7 @@ import bitsandbytes, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from qlorad.v1 import trainer_pb2
 from services.common.worker.load import load_base
-from services.trainer.worker import engines, losses, recipe
+from services.trainer.worker import engines, lora, losses, step, tensors
 
 def told(key):
     line = next(l for l in open("/proc/self/status") if l.startswith(key))
@@ -238,7 +238,7 @@ def told(key):
 def train(folder, method, compute, spec, steps):
     before = told("VmRSS")
     open("/proc/self/clear_refs", "w").write("5")
-    model = recipe.with_lora(load_base(folder, method, True, compute), spec)
+    model = lora.with_lora(load_base(folder, method, True, compute), spec)
     model.train()
     engine = engines.Solo(model, spec)
     tokens, loss_of = spec.data.micro_batch_tokens, losses.of(model)[0]

@@ -64,7 +64,7 @@ def peft_model(
     import torch
 
     from services.common.worker.load import load_base
-    from services.trainer.worker import losses, recipe
+    from services.trainer.worker import evaluation, lora, losses, step, tensors
     from services.trainer.worker.engines import Solo
 
     torch.set_num_threads(1)
@@ -78,7 +78,7 @@ def peft_model(
     spec.optimizer.kind, spec.memory.gradient_checkpointing = kind, checkpointed
     base = load_base(payload, method, True, compute, "cpu")
     torch.manual_seed(1)
-    model = recipe.with_lora(base, spec)
+    model = lora.with_lora(base, spec)
     if live_b:  # a fresh B is zero, which hides A's gradient
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -88,7 +88,9 @@ def peft_model(
     loss, why = losses.of(model)
     assert why == "" and type(loss) is losses.Chunked
     return types.SimpleNamespace(
-        recipe=recipe,
+        step=step,
+        tensors=tensors,
+        evaluation=evaluation,
         torch=torch,
         model=model,
         spec=spec,
@@ -115,10 +117,10 @@ def test_p26_packed_padded_and_accumulated_give_one_gradient(starter_home: pathl
     it = peft_model(starter_home, "none", "fp32")
     rows = made_rows(6, seed=3)
     trained = sum(int(rows.mask(n)[1:].sum()) for n in range(6))
-    one = gradients(it, [it.recipe.packed(rows, range(6), "cpu")], trained)
-    alone = gradients(it, [it.recipe.packed(rows, [n], "cpu") for n in range(6)], trained)
-    under = gradients(it, [it.recipe.padded(rows, range(6), "cpu")], trained)
-    halves = gradients(it, [it.recipe.padded(rows, part, "cpu") for part in ([0, 1], [2, 3, 4, 5])], trained)
+    one = gradients(it, [it.tensors.packed(rows, range(6), "cpu")], trained)
+    alone = gradients(it, [it.tensors.packed(rows, [n], "cpu") for n in range(6)], trained)
+    under = gradients(it, [it.tensors.padded(rows, range(6), "cpu")], trained)
+    halves = gradients(it, [it.tensors.padded(rows, part, "cpu") for part in ([0, 1], [2, 3, 4, 5])], trained)
     assert farthest(it, alone, one) < 1e-4
     assert farthest(it, alone, under) < 1e-4
     assert farthest(it, alone, halves) < 1e-4
@@ -143,7 +145,7 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradient(
 
         it.engine.forget()
         with it.torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            loss = it.loss(it.recipe.packed(rows, range(5), "cpu"))
+            loss = it.loss(it.tensors.packed(rows, range(5), "cpu"))
         kept.append(sum(held.values()))
         it.engine.backward(loss, trained)
         found.append({n: p.grad.clone() for n, p in it.engine.parameters.items()})
@@ -156,7 +158,7 @@ def test_a_rank_stabilised_update_is_larger_by_the_root_of_the_rank(starter_home
     plain = peft_model(starter_home, "none", "fp32")
     other = peft_model(starter_home, "none", "fp32", rslora=True)
     assert math.isclose(scale(other) / scale(plain), math.sqrt(RANK))
-    batch = plain.recipe.packed(rows, range(3), "cpu")
+    batch = plain.tensors.packed(rows, range(3), "cpu")
     assert float(plain.loss(batch)) != float(other.loss(batch))
 
 
@@ -170,7 +172,7 @@ def test_plain_descent_moves_against_the_gradient(starter_home: pathlib.Path) ->
     rows = made_rows(4, seed=9)
     trained = sum(int(rows.mask(n)[1:].sum()) for n in range(4))
     before = {n: p.detach().clone() for n, p in it.engine.parameters.items()}
-    gradient = gradients(it, [it.recipe.packed(rows, range(4), "cpu")], trained)
+    gradient = gradients(it, [it.tensors.packed(rows, range(4), "cpu")], trained)
     it.engine.step(0.5)
     for name, p in it.engine.parameters.items():
         it.torch.testing.assert_close(p.detach(), before[name] - 0.5 * gradient[name])
@@ -188,7 +190,7 @@ def test_an_optimiser_goes_on_from_a_checkpoint_as_if_it_had_not_been_cut(
     it, other = (peft_model(starter_home, "none", "fp32", kind=kind, momentum=0.9) for _ in range(2))
 
     def step(one: types.SimpleNamespace) -> None:
-        gradients(one, [one.recipe.packed(rows, range(4), "cpu")], trained)
+        gradients(one, [one.tensors.packed(rows, range(4), "cpu")], trained)
         one.engine.step(0.1)
 
     step(it)
@@ -211,7 +213,7 @@ def test_the_loss_by_chunks_is_the_loss_of_all_logits(
     it = peft_model(starter_home, method, compute)
     rows = made_rows(6, seed=12)
     trained = sum(int(rows.mask(n)[1:].sum()) for n in range(6))
-    for lay in (it.recipe.packed, it.recipe.padded):
+    for lay in (it.tensors.packed, it.tensors.padded):
         batch = lay(rows, range(6), "cpu")
         short = gradients(it, [batch], trained)
         value = float(it.loss(batch))
@@ -244,8 +246,8 @@ def test_a_leak_between_packed_rows_would_be_seen(starter_home: pathlib.Path) ->
     it = peft_model(starter_home, "none", "fp32")
     rows = made_rows(3, seed=4)
     trained = sum(int(rows.mask(n)[1:].sum()) for n in range(3))
-    alone = gradients(it, [it.recipe.packed(rows, [n], "cpu") for n in range(3)], trained)
-    leaky = it.recipe.packed(rows, range(3), "cpu")
+    alone = gradients(it, [it.tensors.packed(rows, [n], "cpu") for n in range(3)], trained)
+    leaky = it.tensors.packed(rows, range(3), "cpu")
     leaky["position_ids"] = it.torch.arange(leaky["input_ids"].shape[1])[None]
     assert farthest(it, alone, gradients(it, [leaky], trained)) > 0.05
 
@@ -253,48 +255,50 @@ def test_a_leak_between_packed_rows_would_be_seen(starter_home: pathlib.Path) ->
 def test_what_a_batch_holds_is_the_rows_and_nothing_else() -> None:
     """P27 in small: read back from the tensors that the model is given, packed and padded."""
     from services.common.prompt import tally
-    from services.trainer.worker import checkpoint, recipe
+    from services.trainer.worker import checkpoint, tensors
+    from services.trainer.worker import step as steps
     from services.trainer.worker.train import error_of
 
     rows, numbers = made_rows(9, seed=4), [4, 0, 7, 2]
     expected = functools.reduce(tally.plus, (tally.row_number(rows.ids(n), rows.mask(n).tobytes()) for n in numbers))
-    for lay in (recipe.packed, recipe.padded):
-        assert recipe.fed(lay(rows, numbers, "cpu")) == expected
-        assert recipe.fed(lay(rows, numbers[:2], "cpu")) != expected
+    for lay in (tensors.packed, tensors.padded):
+        assert tensors.fed(lay(rows, numbers, "cpu")) == expected
+        assert tensors.fed(lay(rows, numbers[:2], "cpu")) != expected
         for name, change in (("input_ids", 1), ("labels", 1)):
             batch = lay(rows, numbers, "cpu")
             batch[name][0, 2] += change
-            assert recipe.fed(batch) != expected, "one token was another"
+            assert tensors.fed(batch) != expected, "one token was another"
         batch = lay(rows, numbers, "cpu")
         there = (batch["labels"] != -100).nonzero()[0]
         batch["labels"][there[0], there[1]] = -100
-        assert recipe.fed(batch) != expected, "one token was not trained"
+        assert tensors.fed(batch) != expected, "one token was not trained"
 
     counts = types.SimpleNamespace(rows=4, tokens=70, trained_tokens=30)
     number = tally.text_of(expected)
     consumed = checkpoint.Progress("j", epoch_tokens=70, epoch_trained=30, epoch_rows=number)
-    assert recipe.check_epoch(0, consumed, counts, number).startswith("epoch 1 consumed what the ledger says: 4 rows")
+    assert steps.check_epoch(0, consumed, counts, number).startswith("epoch 1 consumed what the ledger says: 4 rows")
     for planted in ({"epoch_tokens": 71}, {"epoch_trained": 29}, {"epoch_rows": tally.text_of(expected ^ 1)}):
-        with pytest.raises(recipe.NotTheLedger) as caught:
-            recipe.check_epoch(0, dataclasses.replace(consumed, **planted), counts, number)
+        with pytest.raises(steps.NotTheLedger) as caught:
+            steps.check_epoch(0, dataclasses.replace(consumed, **planted), counts, number)
         error = error_of(caught.value)
         assert error.reason == "NOT_THE_LEDGER" and "epoch 1 consumed" in error.message
     before = dataclasses.replace(consumed, epoch_rows="")  # of a checkpoint that did not count yet
-    assert "not told" in recipe.check_epoch(0, before, counts, number)
+    assert "not told" in steps.check_epoch(0, before, counts, number)
 
 
 def test_the_rows_of_an_epoch_add_up_over_steps_and_begin_anew() -> None:
     from services.common.prompt import tally
-    from services.trainer.worker import checkpoint, recipe
+    from services.trainer.worker import checkpoint
+    from services.trainer.worker import step as steps
     from services.trainer.worker.batches import Step
 
     progress = checkpoint.Progress("j")
     for number, (index, rows) in enumerate([(0, 5), (1, 6), (2, 7), (0, 9)], start=1):
-        done = recipe.Done(1.0, 1.0, 1.0, 1.0, 10, 4, 4, rows)
-        progress = recipe.after_step(progress, Step(number, 0, index, 3, ()), done)
+        done = steps.Done(1.0, 1.0, 1.0, 1.0, 10, 4, 4, rows)
+        progress = steps.after_step(progress, Step(number, 0, index, 3, ()), done)
         assert progress.epoch_rows == tally.text_of([5, 11, 18, 9][number - 1])
-    unknown = recipe.after_step(
-        checkpoint.Progress("j", 1, 0.0, 10, 4), Step(2, 0, 1, 3, ()), recipe.Done(1.0, 1.0, 1.0, 1.0, 10, 4, 4, 6)
+    unknown = steps.after_step(
+        checkpoint.Progress("j", 1, 0.0, 10, 4), Step(2, 0, 1, 3, ()), steps.Done(1.0, 1.0, 1.0, 1.0, 10, 4, 4, 6)
     )
     assert unknown.epoch_rows == "" and unknown.epoch_tokens == 20
 
@@ -309,7 +313,7 @@ def test_gradient_flow_through_nf4(starter_home: pathlib.Path) -> None:
 
     before = raw()
     rows = made_rows(4, seed=5)
-    batch = it.recipe.packed(rows, range(4), "cpu")
+    batch = it.tensors.packed(rows, range(4), "cpu")
     for step in (1, 2):
         grads = gradients(it, [batch], 50)
         assert all(bool(g.any()) for n, g in grads.items() if ".lora_B." in n)
@@ -324,10 +328,10 @@ def test_an_evaluation_changes_no_later_gradient(starter_home: pathlib.Path, tmp
 
     it = peft_model(starter_home, "nf4", "bf16")
     rows = made_rows(4, seed=6)
-    batch = it.recipe.packed(rows, range(4), "cpu")
+    batch = it.tensors.packed(rows, range(4), "cpu")
     random = it.torch.get_rng_state()
     first = gradients(it, [batch], 50)
-    it.recipe.evaluate(it.model, it.loss, made_rows(8, seed=9), 1, it.spec, "cpu", it.engine, Teller(tmp_path))
+    it.evaluation.evaluate(it.model, it.loss, made_rows(8, seed=9), 1, it.spec, "cpu", it.engine, Teller(tmp_path))
     second = gradients(it, [batch], 50)
     assert it.model.training and it.torch.equal(random, it.torch.get_rng_state())
     assert all(it.torch.equal(first[n], second[n]) for n in first)
@@ -344,8 +348,8 @@ def test_a_loss_that_is_no_number_stops_the_job_naming_the_step(
     with it.torch.no_grad():
         next(iter(it.engine.parameters.values())).fill_(float("nan"))
     step = Step(7, 0, 0, 1, ((0, 1),))
-    with pytest.raises(it.recipe.NotFinite) as caught:
-        it.recipe.one_step(it.engine, it.loss, made_rows(2, 1), step, 9, it.spec, "cpu", Teller(tmp_path))
+    with pytest.raises(it.step.NotFinite) as caught:
+        it.step.one_step(it.engine, it.loss, made_rows(2, 1), step, 9, it.spec, "cpu", Teller(tmp_path))
     error = error_of(caught.value)
     assert error.reason == "NOT_FINITE" and "step 7" in error.message
 

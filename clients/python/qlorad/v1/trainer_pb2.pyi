@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -137,6 +138,8 @@ class _QuantizationMethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Qu
     """4-bit NormalFloat (QLoRA)."""
     QUANTIZATION_METHOD_NONE: _QuantizationMethod.ValueType  # 2
     """Not quantised (LoRA)."""
+    QUANTIZATION_METHOD_INT8: _QuantizationMethod.ValueType  # 3
+    """8-bit integers with outliers apart (LLM.int8)."""
 
 class QuantizationMethod(_QuantizationMethod, metaclass=_QuantizationMethodEnumTypeWrapper):
     """How the base's weights are held."""
@@ -147,6 +150,8 @@ QUANTIZATION_METHOD_NF4: QuantizationMethod.ValueType  # 1
 """4-bit NormalFloat (QLoRA)."""
 QUANTIZATION_METHOD_NONE: QuantizationMethod.ValueType  # 2
 """Not quantised (LoRA)."""
+QUANTIZATION_METHOD_INT8: QuantizationMethod.ValueType  # 3
+"""8-bit integers with outliers apart (LLM.int8)."""
 Global___QuantizationMethod: _TypeAlias = QuantizationMethod  # noqa: Y015
 
 class _ComputeType:
@@ -161,6 +166,8 @@ class _ComputeTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ComputeTy
     """bfloat16."""
     COMPUTE_TYPE_FP32: _ComputeType.ValueType  # 2
     """float32."""
+    COMPUTE_TYPE_FP16: _ComputeType.ValueType  # 3
+    """float16, with a loss scale; CUDA."""
 
 class ComputeType(_ComputeType, metaclass=_ComputeTypeEnumTypeWrapper):
     """The number type of computation."""
@@ -171,6 +178,8 @@ COMPUTE_TYPE_BF16: ComputeType.ValueType  # 1
 """bfloat16."""
 COMPUTE_TYPE_FP32: ComputeType.ValueType  # 2
 """float32."""
+COMPUTE_TYPE_FP16: ComputeType.ValueType  # 3
+"""float16, with a loss scale; CUDA."""
 Global___ComputeType: _TypeAlias = ComputeType  # noqa: Y015
 
 class _OptimizerKind:
@@ -185,6 +194,12 @@ class _OptimizerKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Optimiz
     """AdamW with fp32 state."""
     OPTIMIZER_KIND_SGD: _OptimizerKind.ValueType  # 2
     """Plain gradient descent, with momentum where it is above 0."""
+    OPTIMIZER_KIND_ADAMW_8BIT: _OptimizerKind.ValueType  # 3
+    """AdamW with 8-bit state."""
+    OPTIMIZER_KIND_PAGED_ADAMW: _OptimizerKind.ValueType  # 4
+    """AdamW with fp32 state that moves to host memory when the device is full."""
+    OPTIMIZER_KIND_PAGED_ADAMW_8BIT: _OptimizerKind.ValueType  # 5
+    """AdamW with 8-bit state that moves to host memory when the device is full."""
 
 class OptimizerKind(_OptimizerKind, metaclass=_OptimizerKindEnumTypeWrapper):
     """Which optimiser."""
@@ -195,6 +210,12 @@ OPTIMIZER_KIND_ADAMW: OptimizerKind.ValueType  # 1
 """AdamW with fp32 state."""
 OPTIMIZER_KIND_SGD: OptimizerKind.ValueType  # 2
 """Plain gradient descent, with momentum where it is above 0."""
+OPTIMIZER_KIND_ADAMW_8BIT: OptimizerKind.ValueType  # 3
+"""AdamW with 8-bit state."""
+OPTIMIZER_KIND_PAGED_ADAMW: OptimizerKind.ValueType  # 4
+"""AdamW with fp32 state that moves to host memory when the device is full."""
+OPTIMIZER_KIND_PAGED_ADAMW_8BIT: OptimizerKind.ValueType  # 5
+"""AdamW with 8-bit state that moves to host memory when the device is full."""
 Global___OptimizerKind: _TypeAlias = OptimizerKind  # noqa: Y015
 
 class _ScheduleKind:
@@ -211,6 +232,10 @@ class _ScheduleKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Schedule
     """Straight down to 0."""
     SCHEDULE_KIND_COSINE: _ScheduleKind.ValueType  # 3
     """Half a cosine down to 0."""
+    SCHEDULE_KIND_INVERSE_SQRT: _ScheduleKind.ValueType  # 4
+    """As 1 / sqrt(step), from the warm-up's end."""
+    SCHEDULE_KIND_STABLE_DECAY: _ScheduleKind.ValueType  # 5
+    """The same for a while, then straight down (warm-up, stable, decay)."""
 
 class ScheduleKind(_ScheduleKind, metaclass=_ScheduleKindEnumTypeWrapper):
     """Which course the learning rate takes."""
@@ -223,7 +248,63 @@ SCHEDULE_KIND_LINEAR: ScheduleKind.ValueType  # 2
 """Straight down to 0."""
 SCHEDULE_KIND_COSINE: ScheduleKind.ValueType  # 3
 """Half a cosine down to 0."""
+SCHEDULE_KIND_INVERSE_SQRT: ScheduleKind.ValueType  # 4
+"""As 1 / sqrt(step), from the warm-up's end."""
+SCHEDULE_KIND_STABLE_DECAY: ScheduleKind.ValueType  # 5
+"""The same for a while, then straight down (warm-up, stable, decay)."""
 Global___ScheduleKind: _TypeAlias = ScheduleKind  # noqa: Y015
+
+class _Offload:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _OffloadEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Offload.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    OFFLOAD_UNSPECIFIED: _Offload.ValueType  # 0
+    """Nothing."""
+    OFFLOAD_OPTIMIZER: _Offload.ValueType  # 1
+    """The optimiser's state."""
+    OFFLOAD_ALL: _Offload.ValueType  # 2
+    """The optimiser's state and, with ZeRO-3, the weights."""
+
+class Offload(_Offload, metaclass=_OffloadEnumTypeWrapper):
+    """What of a job of several ranks lies in host memory instead of the device's."""
+
+OFFLOAD_UNSPECIFIED: Offload.ValueType  # 0
+"""Nothing."""
+OFFLOAD_OPTIMIZER: Offload.ValueType  # 1
+"""The optimiser's state."""
+OFFLOAD_ALL: Offload.ValueType  # 2
+"""The optimiser's state and, with ZeRO-3, the weights."""
+Global___Offload: _TypeAlias = Offload  # noqa: Y015
+
+class _TroublePolicy:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TroublePolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TroublePolicy.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TROUBLE_POLICY_UNSPECIFIED: _TroublePolicy.ValueType  # 0
+    """Not set."""
+    TROUBLE_POLICY_STOP: _TroublePolicy.ValueType  # 1
+    """The job FAILS; its last good checkpoint is kept."""
+    TROUBLE_POLICY_SKIP: _TroublePolicy.ValueType  # 2
+    """The step's gradient is thrown away; the weights stay, the data goes on."""
+    TROUBLE_POLICY_CONTINUE: _TroublePolicy.ValueType  # 3
+    """It is told, and trained on."""
+
+class TroublePolicy(_TroublePolicy, metaclass=_TroublePolicyEnumTypeWrapper):
+    """What is done about trouble in a step."""
+
+TROUBLE_POLICY_UNSPECIFIED: TroublePolicy.ValueType  # 0
+"""Not set."""
+TROUBLE_POLICY_STOP: TroublePolicy.ValueType  # 1
+"""The job FAILS; its last good checkpoint is kept."""
+TROUBLE_POLICY_SKIP: TroublePolicy.ValueType  # 2
+"""The step's gradient is thrown away; the weights stay, the data goes on."""
+TROUBLE_POLICY_CONTINUE: TroublePolicy.ValueType  # 3
+"""It is told, and trained on."""
+Global___TroublePolicy: _TypeAlias = TroublePolicy  # noqa: Y015
 
 class _QueueReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -320,6 +401,7 @@ class Lora(_message.Message):
     DROPOUT_FIELD_NUMBER: _builtins.int
     TARGET_MODULES_FIELD_NUMBER: _builtins.int
     RSLORA_FIELD_NUMBER: _builtins.int
+    DORA_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     """1 to 512."""
     alpha: _builtins.float
@@ -328,6 +410,8 @@ class Lora(_message.Message):
     """From 0 to below 1."""
     rslora: _builtins.bool
     """Scale the update by alpha / sqrt(rank): large ranks learn as well as small ones."""
+    dora: _builtins.bool
+    """Learn each output's magnitude apart from its direction (DoRA)."""
     @_builtins.property
     def target_modules(self) -> Global___TargetModules:
         """Which modules."""
@@ -340,13 +424,16 @@ class Lora(_message.Message):
         dropout: _builtins.float | None = ...,
         target_modules: Global___TargetModules | None = ...,
         rslora: _builtins.bool | None = ...,
+        dora: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_dropout", b"_dropout", "_rank", b"_rank", "_rslora", b"_rslora", "alpha", b"alpha", "dropout", b"dropout", "rank", b"rank", "rslora", b"rslora", "target_modules", b"target_modules"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_dora", b"_dora", "_dropout", b"_dropout", "_rank", b"_rank", "_rslora", b"_rslora", "alpha", b"alpha", "dora", b"dora", "dropout", b"dropout", "rank", b"rank", "rslora", b"rslora", "target_modules", b"target_modules"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_dropout", b"_dropout", "_rank", b"_rank", "_rslora", b"_rslora", "alpha", b"alpha", "dropout", b"dropout", "rank", b"rank", "rslora", b"rslora", "target_modules", b"target_modules"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_dora", b"_dora", "_dropout", b"_dropout", "_rank", b"_rank", "_rslora", b"_rslora", "alpha", b"alpha", "dora", b"dora", "dropout", b"dropout", "rank", b"rank", "rslora", b"rslora", "target_modules", b"target_modules"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__alpha: _TypeAlias = _typing.Literal["alpha"]  # noqa: Y015
     _WhichOneofArgType__alpha: _TypeAlias = _typing.Literal["_alpha", b"_alpha"]  # noqa: Y015
+    _WhichOneofReturnType__dora: _TypeAlias = _typing.Literal["dora"]  # noqa: Y015
+    _WhichOneofArgType__dora: _TypeAlias = _typing.Literal["_dora", b"_dora"]  # noqa: Y015
     _WhichOneofReturnType__dropout: _TypeAlias = _typing.Literal["dropout"]  # noqa: Y015
     _WhichOneofArgType__dropout: _TypeAlias = _typing.Literal["_dropout", b"_dropout"]  # noqa: Y015
     _WhichOneofReturnType__rank: _TypeAlias = _typing.Literal["rank"]  # noqa: Y015
@@ -355,6 +442,8 @@ class Lora(_message.Message):
     _WhichOneofArgType__rslora: _TypeAlias = _typing.Literal["_rslora", b"_rslora"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__alpha) -> _WhichOneofReturnType__alpha | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dora) -> _WhichOneofReturnType__dora | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__dropout) -> _WhichOneofReturnType__dropout | None: ...
     @_typing.overload
@@ -376,6 +465,8 @@ class Data(_message.Message):
     MICRO_BATCH_TOKENS_FIELD_NUMBER: _builtins.int
     ACCUMULATION_FIELD_NUMBER: _builtins.int
     PROMPT_FORMAT_FIELD_NUMBER: _builtins.int
+    STEP_TOKENS_FIELD_NUMBER: _builtins.int
+    LENGTH_GROUPING_FIELD_NUMBER: _builtins.int
     max_length_tokens: _builtins.int
     """Longest row; from 8 to the model's context."""
     over_length: _datasets_pb2.OverLength.ValueType
@@ -384,12 +475,23 @@ class Data(_message.Message):
     """Several rows in one sequence, without leaks between them."""
     micro_batch_tokens: _builtins.int
     """Tokens of one micro-batch: rows are packed, or padded, up to this many. At
-    least max_length_tokens.
+    least max_length_tokens. 0 = the most that memory.budget_bytes allows, chosen
+    by measuring on the first attempt, then fixed.
     """
     accumulation: _builtins.int
-    """Micro-batches for one step of the optimiser; exactly equal to one large batch."""
+    """Micro-batches for one step of the optimiser; exactly equal to one large batch.
+    0 where step_tokens decides.
+    """
     prompt_format: _messages_pb2.PromptFormat.ValueType
     """How conversations become text; the adapter keeps it and is served with it."""
+    step_tokens: _builtins.int
+    """Tokens of one step of the optimiser, over all ranks; accumulation is chosen
+    so that a step has at least so many. 0 = accumulation decides.
+    """
+    length_grouping: _builtins.bool
+    """Where packing is off: rows of like length share a micro-batch, so that less is
+    filled up. Which rows meet still changes with every epoch.
+    """
     def __init__(
         self,
         *,
@@ -399,27 +501,37 @@ class Data(_message.Message):
         micro_batch_tokens: _builtins.int | None = ...,
         accumulation: _builtins.int | None = ...,
         prompt_format: _messages_pb2.PromptFormat.ValueType = ...,
+        step_tokens: _builtins.int | None = ...,
+        length_grouping: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_accumulation", b"_accumulation", "_max_length_tokens", b"_max_length_tokens", "_micro_batch_tokens", b"_micro_batch_tokens", "_packing", b"_packing", "accumulation", b"accumulation", "max_length_tokens", b"max_length_tokens", "micro_batch_tokens", b"micro_batch_tokens", "packing", b"packing"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_accumulation", b"_accumulation", "_length_grouping", b"_length_grouping", "_max_length_tokens", b"_max_length_tokens", "_micro_batch_tokens", b"_micro_batch_tokens", "_packing", b"_packing", "_step_tokens", b"_step_tokens", "accumulation", b"accumulation", "length_grouping", b"length_grouping", "max_length_tokens", b"max_length_tokens", "micro_batch_tokens", b"micro_batch_tokens", "packing", b"packing", "step_tokens", b"step_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_accumulation", b"_accumulation", "_max_length_tokens", b"_max_length_tokens", "_micro_batch_tokens", b"_micro_batch_tokens", "_packing", b"_packing", "accumulation", b"accumulation", "max_length_tokens", b"max_length_tokens", "micro_batch_tokens", b"micro_batch_tokens", "over_length", b"over_length", "packing", b"packing", "prompt_format", b"prompt_format"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_accumulation", b"_accumulation", "_length_grouping", b"_length_grouping", "_max_length_tokens", b"_max_length_tokens", "_micro_batch_tokens", b"_micro_batch_tokens", "_packing", b"_packing", "_step_tokens", b"_step_tokens", "accumulation", b"accumulation", "length_grouping", b"length_grouping", "max_length_tokens", b"max_length_tokens", "micro_batch_tokens", b"micro_batch_tokens", "over_length", b"over_length", "packing", b"packing", "prompt_format", b"prompt_format", "step_tokens", b"step_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__accumulation: _TypeAlias = _typing.Literal["accumulation"]  # noqa: Y015
     _WhichOneofArgType__accumulation: _TypeAlias = _typing.Literal["_accumulation", b"_accumulation"]  # noqa: Y015
+    _WhichOneofReturnType__length_grouping: _TypeAlias = _typing.Literal["length_grouping"]  # noqa: Y015
+    _WhichOneofArgType__length_grouping: _TypeAlias = _typing.Literal["_length_grouping", b"_length_grouping"]  # noqa: Y015
     _WhichOneofReturnType__max_length_tokens: _TypeAlias = _typing.Literal["max_length_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_length_tokens: _TypeAlias = _typing.Literal["_max_length_tokens", b"_max_length_tokens"]  # noqa: Y015
     _WhichOneofReturnType__micro_batch_tokens: _TypeAlias = _typing.Literal["micro_batch_tokens"]  # noqa: Y015
     _WhichOneofArgType__micro_batch_tokens: _TypeAlias = _typing.Literal["_micro_batch_tokens", b"_micro_batch_tokens"]  # noqa: Y015
     _WhichOneofReturnType__packing: _TypeAlias = _typing.Literal["packing"]  # noqa: Y015
     _WhichOneofArgType__packing: _TypeAlias = _typing.Literal["_packing", b"_packing"]  # noqa: Y015
+    _WhichOneofReturnType__step_tokens: _TypeAlias = _typing.Literal["step_tokens"]  # noqa: Y015
+    _WhichOneofArgType__step_tokens: _TypeAlias = _typing.Literal["_step_tokens", b"_step_tokens"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__accumulation) -> _WhichOneofReturnType__accumulation | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__length_grouping) -> _WhichOneofReturnType__length_grouping | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_length_tokens) -> _WhichOneofReturnType__max_length_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__micro_batch_tokens) -> _WhichOneofReturnType__micro_batch_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__packing) -> _WhichOneofReturnType__packing | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step_tokens) -> _WhichOneofReturnType__step_tokens | None: ...
 
 Global___Data: _TypeAlias = Data  # noqa: Y015
 
@@ -502,6 +614,9 @@ class Schedule(_message.Message):
     WARMUP_STEPS_FIELD_NUMBER: _builtins.int
     MAX_STEPS_FIELD_NUMBER: _builtins.int
     EPOCHS_FIELD_NUMBER: _builtins.int
+    WARMUP_SHARE_FIELD_NUMBER: _builtins.int
+    FLOOR_SHARE_FIELD_NUMBER: _builtins.int
+    DECAY_SHARE_FIELD_NUMBER: _builtins.int
     kind: Global___ScheduleKind.ValueType
     """The course after warm-up."""
     warmup_steps: _builtins.int
@@ -510,6 +625,16 @@ class Schedule(_message.Message):
     """Steps of the optimiser, at least 1. Absent or 0: epochs decides."""
     epochs: _builtins.float
     """Passes over the data, above 0; used where max_steps is absent or 0."""
+    warmup_share: _builtins.float
+    """Share of all steps that warms up, from 0 to below 1; used where warmup_steps
+    is absent or 0.
+    """
+    floor_share: _builtins.float
+    """The course ends at this share of the full rate and stays there, from 0 to 1."""
+    decay_share: _builtins.float
+    """Of STABLE_DECAY: the last share of the steps, in which the rate goes down;
+    above 0, at most 1.
+    """
     def __init__(
         self,
         *,
@@ -517,21 +642,36 @@ class Schedule(_message.Message):
         warmup_steps: _builtins.int | None = ...,
         max_steps: _builtins.int | None = ...,
         epochs: _builtins.float | None = ...,
+        warmup_share: _builtins.float | None = ...,
+        floor_share: _builtins.float | None = ...,
+        decay_share: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_epochs", b"_epochs", "_max_steps", b"_max_steps", "_warmup_steps", b"_warmup_steps", "epochs", b"epochs", "max_steps", b"max_steps", "warmup_steps", b"warmup_steps"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_decay_share", b"_decay_share", "_epochs", b"_epochs", "_floor_share", b"_floor_share", "_max_steps", b"_max_steps", "_warmup_share", b"_warmup_share", "_warmup_steps", b"_warmup_steps", "decay_share", b"decay_share", "epochs", b"epochs", "floor_share", b"floor_share", "max_steps", b"max_steps", "warmup_share", b"warmup_share", "warmup_steps", b"warmup_steps"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epochs", b"_epochs", "_max_steps", b"_max_steps", "_warmup_steps", b"_warmup_steps", "epochs", b"epochs", "kind", b"kind", "max_steps", b"max_steps", "warmup_steps", b"warmup_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decay_share", b"_decay_share", "_epochs", b"_epochs", "_floor_share", b"_floor_share", "_max_steps", b"_max_steps", "_warmup_share", b"_warmup_share", "_warmup_steps", b"_warmup_steps", "decay_share", b"decay_share", "epochs", b"epochs", "floor_share", b"floor_share", "kind", b"kind", "max_steps", b"max_steps", "warmup_share", b"warmup_share", "warmup_steps", b"warmup_steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__decay_share: _TypeAlias = _typing.Literal["decay_share"]  # noqa: Y015
+    _WhichOneofArgType__decay_share: _TypeAlias = _typing.Literal["_decay_share", b"_decay_share"]  # noqa: Y015
     _WhichOneofReturnType__epochs: _TypeAlias = _typing.Literal["epochs"]  # noqa: Y015
     _WhichOneofArgType__epochs: _TypeAlias = _typing.Literal["_epochs", b"_epochs"]  # noqa: Y015
+    _WhichOneofReturnType__floor_share: _TypeAlias = _typing.Literal["floor_share"]  # noqa: Y015
+    _WhichOneofArgType__floor_share: _TypeAlias = _typing.Literal["_floor_share", b"_floor_share"]  # noqa: Y015
     _WhichOneofReturnType__max_steps: _TypeAlias = _typing.Literal["max_steps"]  # noqa: Y015
     _WhichOneofArgType__max_steps: _TypeAlias = _typing.Literal["_max_steps", b"_max_steps"]  # noqa: Y015
+    _WhichOneofReturnType__warmup_share: _TypeAlias = _typing.Literal["warmup_share"]  # noqa: Y015
+    _WhichOneofArgType__warmup_share: _TypeAlias = _typing.Literal["_warmup_share", b"_warmup_share"]  # noqa: Y015
     _WhichOneofReturnType__warmup_steps: _TypeAlias = _typing.Literal["warmup_steps"]  # noqa: Y015
     _WhichOneofArgType__warmup_steps: _TypeAlias = _typing.Literal["_warmup_steps", b"_warmup_steps"]  # noqa: Y015
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__decay_share) -> _WhichOneofReturnType__decay_share | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__epochs) -> _WhichOneofReturnType__epochs | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__floor_share) -> _WhichOneofReturnType__floor_share | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_steps) -> _WhichOneofReturnType__max_steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__warmup_share) -> _WhichOneofReturnType__warmup_share | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__warmup_steps) -> _WhichOneofReturnType__warmup_steps | None: ...
 
@@ -545,28 +685,56 @@ class Evaluation(_message.Message):
 
     EVERY_STEPS_FIELD_NUMBER: _builtins.int
     MAX_ROWS_FIELD_NUMBER: _builtins.int
+    PATIENCE_FIELD_NUMBER: _builtins.int
+    MIN_IMPROVEMENT_FIELD_NUMBER: _builtins.int
+    KEEP_BEST_ADAPTER_FIELD_NUMBER: _builtins.int
     every_steps: _builtins.int
     """Every so many steps; 0 = only at start and end."""
     max_rows: _builtins.int
     """At most so many rows; 0 = all."""
+    patience: _builtins.int
+    """The job ends well after so many evaluations in a row without improvement;
+    0 = it does not end early.
+    """
+    min_improvement: _builtins.float
+    """Improvement is a hold-out loss lower by more than this than the lowest before."""
+    keep_best_adapter: _builtins.bool
+    """The adapter is that of the lowest hold-out loss, not that of the last step. At
+    each evaluation that improves a checkpoint is written.
+    """
     def __init__(
         self,
         *,
         every_steps: _builtins.int | None = ...,
         max_rows: _builtins.int | None = ...,
+        patience: _builtins.int | None = ...,
+        min_improvement: _builtins.float | None = ...,
+        keep_best_adapter: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_every_steps", b"_every_steps", "_max_rows", b"_max_rows", "every_steps", b"every_steps", "max_rows", b"max_rows"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_every_steps", b"_every_steps", "_keep_best_adapter", b"_keep_best_adapter", "_max_rows", b"_max_rows", "_min_improvement", b"_min_improvement", "_patience", b"_patience", "every_steps", b"every_steps", "keep_best_adapter", b"keep_best_adapter", "max_rows", b"max_rows", "min_improvement", b"min_improvement", "patience", b"patience"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_every_steps", b"_every_steps", "_max_rows", b"_max_rows", "every_steps", b"every_steps", "max_rows", b"max_rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_every_steps", b"_every_steps", "_keep_best_adapter", b"_keep_best_adapter", "_max_rows", b"_max_rows", "_min_improvement", b"_min_improvement", "_patience", b"_patience", "every_steps", b"every_steps", "keep_best_adapter", b"keep_best_adapter", "max_rows", b"max_rows", "min_improvement", b"min_improvement", "patience", b"patience"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__every_steps: _TypeAlias = _typing.Literal["every_steps"]  # noqa: Y015
     _WhichOneofArgType__every_steps: _TypeAlias = _typing.Literal["_every_steps", b"_every_steps"]  # noqa: Y015
+    _WhichOneofReturnType__keep_best_adapter: _TypeAlias = _typing.Literal["keep_best_adapter"]  # noqa: Y015
+    _WhichOneofArgType__keep_best_adapter: _TypeAlias = _typing.Literal["_keep_best_adapter", b"_keep_best_adapter"]  # noqa: Y015
     _WhichOneofReturnType__max_rows: _TypeAlias = _typing.Literal["max_rows"]  # noqa: Y015
     _WhichOneofArgType__max_rows: _TypeAlias = _typing.Literal["_max_rows", b"_max_rows"]  # noqa: Y015
+    _WhichOneofReturnType__min_improvement: _TypeAlias = _typing.Literal["min_improvement"]  # noqa: Y015
+    _WhichOneofArgType__min_improvement: _TypeAlias = _typing.Literal["_min_improvement", b"_min_improvement"]  # noqa: Y015
+    _WhichOneofReturnType__patience: _TypeAlias = _typing.Literal["patience"]  # noqa: Y015
+    _WhichOneofArgType__patience: _TypeAlias = _typing.Literal["_patience", b"_patience"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__every_steps) -> _WhichOneofReturnType__every_steps | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__keep_best_adapter) -> _WhichOneofReturnType__keep_best_adapter | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_rows) -> _WhichOneofReturnType__max_rows | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_improvement) -> _WhichOneofReturnType__min_improvement | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__patience) -> _WhichOneofReturnType__patience | None: ...
 
 Global___Evaluation: _TypeAlias = Evaluation  # noqa: Y015
 
@@ -578,26 +746,42 @@ class Checkpoints(_message.Message):
 
     EVERY_STEPS_FIELD_NUMBER: _builtins.int
     KEEP_LAST_FIELD_NUMBER: _builtins.int
+    KEEP_BEST_FIELD_NUMBER: _builtins.int
+    KEEP_EVERY_STEPS_FIELD_NUMBER: _builtins.int
     every_steps: _builtins.int
     """Every so many steps; 0 = only at the end."""
     keep_last: _builtins.int
     """The newest so many are kept; at least 1."""
+    keep_best: _builtins.int
+    """The so many with the lowest hold-out loss are kept too."""
+    keep_every_steps: _builtins.int
+    """Those whose step is a multiple of this are kept too; 0 = none for that reason."""
     def __init__(
         self,
         *,
         every_steps: _builtins.int | None = ...,
         keep_last: _builtins.int | None = ...,
+        keep_best: _builtins.int | None = ...,
+        keep_every_steps: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_every_steps", b"_every_steps", "_keep_last", b"_keep_last", "every_steps", b"every_steps", "keep_last", b"keep_last"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_every_steps", b"_every_steps", "_keep_best", b"_keep_best", "_keep_every_steps", b"_keep_every_steps", "_keep_last", b"_keep_last", "every_steps", b"every_steps", "keep_best", b"keep_best", "keep_every_steps", b"keep_every_steps", "keep_last", b"keep_last"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_every_steps", b"_every_steps", "_keep_last", b"_keep_last", "every_steps", b"every_steps", "keep_last", b"keep_last"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_every_steps", b"_every_steps", "_keep_best", b"_keep_best", "_keep_every_steps", b"_keep_every_steps", "_keep_last", b"_keep_last", "every_steps", b"every_steps", "keep_best", b"keep_best", "keep_every_steps", b"keep_every_steps", "keep_last", b"keep_last"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__every_steps: _TypeAlias = _typing.Literal["every_steps"]  # noqa: Y015
     _WhichOneofArgType__every_steps: _TypeAlias = _typing.Literal["_every_steps", b"_every_steps"]  # noqa: Y015
+    _WhichOneofReturnType__keep_best: _TypeAlias = _typing.Literal["keep_best"]  # noqa: Y015
+    _WhichOneofArgType__keep_best: _TypeAlias = _typing.Literal["_keep_best", b"_keep_best"]  # noqa: Y015
+    _WhichOneofReturnType__keep_every_steps: _TypeAlias = _typing.Literal["keep_every_steps"]  # noqa: Y015
+    _WhichOneofArgType__keep_every_steps: _TypeAlias = _typing.Literal["_keep_every_steps", b"_keep_every_steps"]  # noqa: Y015
     _WhichOneofReturnType__keep_last: _TypeAlias = _typing.Literal["keep_last"]  # noqa: Y015
     _WhichOneofArgType__keep_last: _TypeAlias = _typing.Literal["_keep_last", b"_keep_last"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__every_steps) -> _WhichOneofReturnType__every_steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__keep_best) -> _WhichOneofReturnType__keep_best | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__keep_every_steps) -> _WhichOneofReturnType__keep_every_steps | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__keep_last) -> _WhichOneofReturnType__keep_last | None: ...
 
@@ -611,24 +795,34 @@ class Parallelism(_message.Message):
 
     RANKS_FIELD_NUMBER: _builtins.int
     ZERO_STAGE_FIELD_NUMBER: _builtins.int
+    OFFLOAD_FIELD_NUMBER: _builtins.int
     ranks: _builtins.int
     """Processes; 1 = no DeepSpeed."""
     zero_stage: _builtins.int
-    """DeepSpeed ZeRO stage where ranks > 1; 2 today."""
+    """DeepSpeed ZeRO stage where ranks > 1: 1 divides the optimiser's state, 2 the
+    gradient too, 3 the weights too.
+    """
+    offload: Global___Offload.ValueType
+    """What is held in host memory."""
     def __init__(
         self,
         *,
         ranks: _builtins.int | None = ...,
         zero_stage: _builtins.int | None = ...,
+        offload: Global___Offload.ValueType | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ranks", b"_ranks", "_zero_stage", b"_zero_stage", "ranks", b"ranks", "zero_stage", b"zero_stage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_offload", b"_offload", "_ranks", b"_ranks", "_zero_stage", b"_zero_stage", "offload", b"offload", "ranks", b"ranks", "zero_stage", b"zero_stage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ranks", b"_ranks", "_zero_stage", b"_zero_stage", "ranks", b"ranks", "zero_stage", b"zero_stage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_offload", b"_offload", "_ranks", b"_ranks", "_zero_stage", b"_zero_stage", "offload", b"offload", "ranks", b"ranks", "zero_stage", b"zero_stage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__offload: _TypeAlias = _typing.Literal["offload"]  # noqa: Y015
+    _WhichOneofArgType__offload: _TypeAlias = _typing.Literal["_offload", b"_offload"]  # noqa: Y015
     _WhichOneofReturnType__ranks: _TypeAlias = _typing.Literal["ranks"]  # noqa: Y015
     _WhichOneofArgType__ranks: _TypeAlias = _typing.Literal["_ranks", b"_ranks"]  # noqa: Y015
     _WhichOneofReturnType__zero_stage: _TypeAlias = _typing.Literal["zero_stage"]  # noqa: Y015
     _WhichOneofArgType__zero_stage: _TypeAlias = _typing.Literal["_zero_stage", b"_zero_stage"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__offload) -> _WhichOneofReturnType__offload | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__ranks) -> _WhichOneofReturnType__ranks | None: ...
     @_typing.overload
@@ -678,24 +872,115 @@ class Memory(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     GRADIENT_CHECKPOINTING_FIELD_NUMBER: _builtins.int
+    BUDGET_BYTES_FIELD_NUMBER: _builtins.int
     gradient_checkpointing: _builtins.bool
     """Activations of a layer are computed again in the backward pass instead of
     being kept: less memory, one forward pass more a step, the same gradient.
+    """
+    budget_bytes: _builtins.int
+    """Most memory of a process of the job, of the device it runs on (on a CPU: of
+    the worker); 0 = nine tenths of what is free when it first starts. Holds where
+    data.micro_batch_tokens is 0.
     """
     def __init__(
         self,
         *,
         gradient_checkpointing: _builtins.bool | None = ...,
+        budget_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_gradient_checkpointing", b"_gradient_checkpointing", "gradient_checkpointing", b"gradient_checkpointing"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_budget_bytes", b"_budget_bytes", "_gradient_checkpointing", b"_gradient_checkpointing", "budget_bytes", b"budget_bytes", "gradient_checkpointing", b"gradient_checkpointing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gradient_checkpointing", b"_gradient_checkpointing", "gradient_checkpointing", b"gradient_checkpointing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_bytes", b"_budget_bytes", "_gradient_checkpointing", b"_gradient_checkpointing", "budget_bytes", b"budget_bytes", "gradient_checkpointing", b"gradient_checkpointing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__budget_bytes: _TypeAlias = _typing.Literal["budget_bytes"]  # noqa: Y015
+    _WhichOneofArgType__budget_bytes: _TypeAlias = _typing.Literal["_budget_bytes", b"_budget_bytes"]  # noqa: Y015
     _WhichOneofReturnType__gradient_checkpointing: _TypeAlias = _typing.Literal["gradient_checkpointing"]  # noqa: Y015
     _WhichOneofArgType__gradient_checkpointing: _TypeAlias = _typing.Literal["_gradient_checkpointing", b"_gradient_checkpointing"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__budget_bytes) -> _WhichOneofReturnType__budget_bytes | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__gradient_checkpointing) -> _WhichOneofReturnType__gradient_checkpointing | None: ...
 
 Global___Memory: _TypeAlias = Memory  # noqa: Y015
+
+@_typing.final
+class Guards(_message.Message):
+    """What counts as trouble, and what is done."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NOT_FINITE_FIELD_NUMBER: _builtins.int
+    SPIKE_FIELD_NUMBER: _builtins.int
+    SPIKE_FACTOR_FIELD_NUMBER: _builtins.int
+    ALL_MASKED_FIELD_NUMBER: _builtins.int
+    MAX_SKIPS_FIELD_NUMBER: _builtins.int
+    not_finite: Global___TroublePolicy.ValueType
+    """A loss or gradient that is no number; STOP or SKIP."""
+    spike: Global___TroublePolicy.ValueType
+    """A loss far above what it was; STOP, SKIP or CONTINUE."""
+    spike_factor: _builtins.float
+    """A loss is a spike where it is above the smoothed loss by this many times the
+    usual distance of a step's loss from it; above 1.
+    """
+    all_masked: Global___TroublePolicy.ValueType
+    """A step none of whose tokens carries loss; STOP or SKIP."""
+    max_skips: _builtins.int
+    """The job FAILS after so many skipped steps in a row; at least 1."""
+    def __init__(
+        self,
+        *,
+        not_finite: Global___TroublePolicy.ValueType = ...,
+        spike: Global___TroublePolicy.ValueType = ...,
+        spike_factor: _builtins.float | None = ...,
+        all_masked: Global___TroublePolicy.ValueType = ...,
+        max_skips: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_skips", b"_max_skips", "_spike_factor", b"_spike_factor", "max_skips", b"max_skips", "spike_factor", b"spike_factor"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_skips", b"_max_skips", "_spike_factor", b"_spike_factor", "all_masked", b"all_masked", "max_skips", b"max_skips", "not_finite", b"not_finite", "spike", b"spike", "spike_factor", b"spike_factor"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_skips: _TypeAlias = _typing.Literal["max_skips"]  # noqa: Y015
+    _WhichOneofArgType__max_skips: _TypeAlias = _typing.Literal["_max_skips", b"_max_skips"]  # noqa: Y015
+    _WhichOneofReturnType__spike_factor: _TypeAlias = _typing.Literal["spike_factor"]  # noqa: Y015
+    _WhichOneofArgType__spike_factor: _TypeAlias = _typing.Literal["_spike_factor", b"_spike_factor"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_skips) -> _WhichOneofReturnType__max_skips | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__spike_factor) -> _WhichOneofReturnType__spike_factor | None: ...
+
+Global___Guards: _TypeAlias = Guards  # noqa: Y015
+
+@_typing.final
+class Objective(_message.Message):
+    """What is learnt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """"completion" (the tokens that the data marks; the usual one), "label-smoothing",
+    "masked-lm" (BERT), or one that a plug-in brings; see ListObjectives.
+    """
+    @_builtins.property
+    def parameters(self) -> _struct_pb2.Struct:
+        """Its parameters, by the schema that ListObjectives tells; absent ones take
+        their default.
+        """
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        parameters: _struct_pb2.Struct | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["parameters", b"parameters"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "parameters", b"parameters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Objective: _TypeAlias = Objective  # noqa: Y015
 
 @_typing.final
 class TrainSpec(_message.Message):
@@ -718,6 +1003,8 @@ class TrainSpec(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     THREADS_FIELD_NUMBER: _builtins.int
     MEMORY_FIELD_NUMBER: _builtins.int
+    GUARDS_FIELD_NUMBER: _builtins.int
+    OBJECTIVE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """"models/{alias or digest}"; resolved to the digest when the job is made."""
     dataset: _builtins.str
@@ -768,6 +1055,14 @@ class TrainSpec(_message.Message):
     def memory(self) -> Global___Memory:
         """Memory."""
 
+    @_builtins.property
+    def guards(self) -> Global___Guards:
+        """Trouble."""
+
+    @_builtins.property
+    def objective(self) -> Global___Objective:
+        """What is learnt."""
+
     def __init__(
         self,
         *,
@@ -786,10 +1081,12 @@ class TrainSpec(_message.Message):
         adapter: _builtins.str = ...,
         threads: _builtins.int | None = ...,
         memory: Global___Memory | None = ...,
+        guards: Global___Guards | None = ...,
+        objective: Global___Objective | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_threads", b"_threads", "checkpoints", b"checkpoints", "data", b"data", "evaluation", b"evaluation", "limits", b"limits", "lora", b"lora", "memory", b"memory", "optimizer", b"optimizer", "parallelism", b"parallelism", "quantization", b"quantization", "schedule", b"schedule", "seed", b"seed", "threads", b"threads"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_threads", b"_threads", "checkpoints", b"checkpoints", "data", b"data", "evaluation", b"evaluation", "guards", b"guards", "limits", b"limits", "lora", b"lora", "memory", b"memory", "objective", b"objective", "optimizer", b"optimizer", "parallelism", b"parallelism", "quantization", b"quantization", "schedule", b"schedule", "seed", b"seed", "threads", b"threads"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_threads", b"_threads", "adapter", b"adapter", "checkpoints", b"checkpoints", "data", b"data", "dataset", b"dataset", "evaluation", b"evaluation", "limits", b"limits", "lora", b"lora", "memory", b"memory", "model", b"model", "optimizer", b"optimizer", "parallelism", b"parallelism", "quantization", b"quantization", "schedule", b"schedule", "seed", b"seed", "threads", b"threads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_threads", b"_threads", "adapter", b"adapter", "checkpoints", b"checkpoints", "data", b"data", "dataset", b"dataset", "evaluation", b"evaluation", "guards", b"guards", "limits", b"limits", "lora", b"lora", "memory", b"memory", "model", b"model", "objective", b"objective", "optimizer", b"optimizer", "parallelism", b"parallelism", "quantization", b"quantization", "schedule", b"schedule", "seed", b"seed", "threads", b"threads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
@@ -838,6 +1135,7 @@ class QueuePlace(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     OWNER_FIELD_NUMBER: _builtins.int
     OWNER_BYTES_FIELD_NUMBER: _builtins.int
+    ESTIMATED_START_FIELD_NUMBER: _builtins.int
     position: _builtins.int
     """From 1."""
     reason: Global___QueueReason.ValueType
@@ -846,6 +1144,10 @@ class QueuePlace(_message.Message):
     """Who holds the device."""
     owner_bytes: _builtins.int
     """What the holder says it uses."""
+    @_builtins.property
+    def estimated_start(self) -> _timestamp_pb2.Timestamp:
+        """About when it will start, where that can be judged from the jobs before it."""
+
     def __init__(
         self,
         *,
@@ -853,10 +1155,11 @@ class QueuePlace(_message.Message):
         reason: Global___QueueReason.ValueType = ...,
         owner: _builtins.str = ...,
         owner_bytes: _builtins.int = ...,
+        estimated_start: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["estimated_start", b"estimated_start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["owner", b"owner", "owner_bytes", b"owner_bytes", "position", b"position", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimated_start", b"estimated_start", "owner", b"owner", "owner_bytes", b"owner_bytes", "position", b"position", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -876,6 +1179,10 @@ class JobResult(_message.Message):
     FINAL_LOSS_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    BEST_EVAL_LOSS_FIELD_NUMBER: _builtins.int
+    BEST_STEP_FIELD_NUMBER: _builtins.int
+    PREDICTED_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    MEASURED_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     adapter_digest: _builtins.str
     """Digest of the adapter."""
     adapter: _builtins.str
@@ -892,6 +1199,14 @@ class JobResult(_message.Message):
     """Steps done."""
     tokens: _builtins.int
     """Tokens that went in, over the attempts that count."""
+    best_eval_loss: _builtins.float
+    """The lowest hold-out loss after training began."""
+    best_step: _builtins.int
+    """The step of it."""
+    predicted_memory_bytes: _builtins.int
+    """The memory that was predicted for the job before it began."""
+    measured_memory_bytes: _builtins.int
+    """The most that was measured."""
     def __init__(
         self,
         *,
@@ -903,15 +1218,23 @@ class JobResult(_message.Message):
         final_loss: _builtins.float = ...,
         steps: _builtins.int = ...,
         tokens: _builtins.int = ...,
+        best_eval_loss: _builtins.float | None = ...,
+        best_step: _builtins.int = ...,
+        predicted_memory_bytes: _builtins.int = ...,
+        measured_memory_bytes: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_eval_loss_after", b"_eval_loss_after", "_eval_loss_before", b"_eval_loss_before", "eval_loss_after", b"eval_loss_after", "eval_loss_before", b"eval_loss_before"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_best_eval_loss", b"_best_eval_loss", "_eval_loss_after", b"_eval_loss_after", "_eval_loss_before", b"_eval_loss_before", "best_eval_loss", b"best_eval_loss", "eval_loss_after", b"eval_loss_after", "eval_loss_before", b"eval_loss_before"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eval_loss_after", b"_eval_loss_after", "_eval_loss_before", b"_eval_loss_before", "adapter", b"adapter", "adapter_digest", b"adapter_digest", "checkpoint_digest", b"checkpoint_digest", "eval_loss_after", b"eval_loss_after", "eval_loss_before", b"eval_loss_before", "final_loss", b"final_loss", "steps", b"steps", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_eval_loss", b"_best_eval_loss", "_eval_loss_after", b"_eval_loss_after", "_eval_loss_before", b"_eval_loss_before", "adapter", b"adapter", "adapter_digest", b"adapter_digest", "best_eval_loss", b"best_eval_loss", "best_step", b"best_step", "checkpoint_digest", b"checkpoint_digest", "eval_loss_after", b"eval_loss_after", "eval_loss_before", b"eval_loss_before", "final_loss", b"final_loss", "measured_memory_bytes", b"measured_memory_bytes", "predicted_memory_bytes", b"predicted_memory_bytes", "steps", b"steps", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__best_eval_loss: _TypeAlias = _typing.Literal["best_eval_loss"]  # noqa: Y015
+    _WhichOneofArgType__best_eval_loss: _TypeAlias = _typing.Literal["_best_eval_loss", b"_best_eval_loss"]  # noqa: Y015
     _WhichOneofReturnType__eval_loss_after: _TypeAlias = _typing.Literal["eval_loss_after"]  # noqa: Y015
     _WhichOneofArgType__eval_loss_after: _TypeAlias = _typing.Literal["_eval_loss_after", b"_eval_loss_after"]  # noqa: Y015
     _WhichOneofReturnType__eval_loss_before: _TypeAlias = _typing.Literal["eval_loss_before"]  # noqa: Y015
     _WhichOneofArgType__eval_loss_before: _TypeAlias = _typing.Literal["_eval_loss_before", b"_eval_loss_before"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__best_eval_loss) -> _WhichOneofReturnType__best_eval_loss | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__eval_loss_after) -> _WhichOneofReturnType__eval_loss_after | None: ...
     @_typing.overload
@@ -1104,6 +1427,8 @@ class StepMetrics(_message.Message):
     DEVICE_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     ETA_SECONDS_FIELD_NUMBER: _builtins.int
     PARAMETER_NORM_FIELD_NUMBER: _builtins.int
+    LOSS_SCALE_FIELD_NUMBER: _builtins.int
+    SKIPPED_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """From 1."""
     total_steps: _builtins.int
@@ -1134,6 +1459,10 @@ class StepMetrics(_message.Message):
     """About how long to go."""
     parameter_norm: _builtins.float
     """Norm of the adapter's weights."""
+    loss_scale: _builtins.float
+    """What the loss is multiplied by before the backward pass; 1 but in fp16."""
+    skipped: _builtins.bool
+    """Whether the step's gradient was thrown away; Trouble tells why."""
     def __init__(
         self,
         *,
@@ -1152,10 +1481,12 @@ class StepMetrics(_message.Message):
         device_memory_bytes: _builtins.int = ...,
         eta_seconds: _builtins.float = ...,
         parameter_norm: _builtins.float = ...,
+        loss_scale: _builtins.float = ...,
+        skipped: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_memory_bytes", b"device_memory_bytes", "epoch", b"epoch", "eta_seconds", b"eta_seconds", "grad_norm", b"grad_norm", "host_memory_bytes", b"host_memory_bytes", "learning_rate", b"learning_rate", "loss", b"loss", "loss_smoothed", b"loss_smoothed", "parameter_norm", b"parameter_norm", "step", b"step", "step_seconds", b"step_seconds", "tokens", b"tokens", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps", "trained_tokens", b"trained_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_memory_bytes", b"device_memory_bytes", "epoch", b"epoch", "eta_seconds", b"eta_seconds", "grad_norm", b"grad_norm", "host_memory_bytes", b"host_memory_bytes", "learning_rate", b"learning_rate", "loss", b"loss", "loss_scale", b"loss_scale", "loss_smoothed", b"loss_smoothed", "parameter_norm", b"parameter_norm", "skipped", b"skipped", "step", b"step", "step_seconds", b"step_seconds", "tokens", b"tokens", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps", "trained_tokens", b"trained_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1241,6 +1572,7 @@ class Planned(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     THREADS_FIELD_NUMBER: _builtins.int
     PACKING_EFFICIENCY_FIELD_NUMBER: _builtins.int
+    CHOSEN_FIELD_NUMBER: _builtins.int
     total_steps: _builtins.int
     """Steps in all."""
     trainable_parameters: _builtins.int
@@ -1257,6 +1589,10 @@ class Planned(_message.Message):
     def ledger(self) -> _datasets_pb2.Ledger:
         """The ledger that is read."""
 
+    @_builtins.property
+    def chosen(self) -> Global___Chosen:
+        """What was chosen on the first attempt; it stands in the job's spec from then on."""
+
     def __init__(
         self,
         *,
@@ -1267,14 +1603,125 @@ class Planned(_message.Message):
         device: _builtins.str = ...,
         threads: _builtins.int = ...,
         packing_efficiency: _builtins.float = ...,
+        chosen: Global___Chosen | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chosen", b"chosen", "ledger", b"ledger"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_parameters", b"base_parameters", "device", b"device", "ledger", b"ledger", "packing_efficiency", b"packing_efficiency", "threads", b"threads", "total_steps", b"total_steps", "trainable_parameters", b"trainable_parameters"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_parameters", b"base_parameters", "chosen", b"chosen", "device", b"device", "ledger", b"ledger", "packing_efficiency", b"packing_efficiency", "threads", b"threads", "total_steps", b"total_steps", "trainable_parameters", b"trainable_parameters"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Planned: _TypeAlias = Planned  # noqa: Y015
+
+@_typing.final
+class Chosen(_message.Message):
+    """What the device and the memory decided, fixed for all attempts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
+    COMPUTE_TYPE_FIELD_NUMBER: _builtins.int
+    OPTIMIZER_FIELD_NUMBER: _builtins.int
+    MICRO_BATCH_TOKENS_FIELD_NUMBER: _builtins.int
+    ACCUMULATION_FIELD_NUMBER: _builtins.int
+    GRADIENT_CHECKPOINTING_FIELD_NUMBER: _builtins.int
+    quantization: Global___QuantizationMethod.ValueType
+    """How the base is held."""
+    compute_type: Global___ComputeType.ValueType
+    """Type of computation."""
+    optimizer: Global___OptimizerKind.ValueType
+    """Which optimiser."""
+    micro_batch_tokens: _builtins.int
+    """Tokens of one micro-batch."""
+    accumulation: _builtins.int
+    """Micro-batches of a step."""
+    gradient_checkpointing: _builtins.bool
+    """Whether activations are computed again."""
+    def __init__(
+        self,
+        *,
+        quantization: Global___QuantizationMethod.ValueType = ...,
+        compute_type: Global___ComputeType.ValueType = ...,
+        optimizer: Global___OptimizerKind.ValueType = ...,
+        micro_batch_tokens: _builtins.int = ...,
+        accumulation: _builtins.int = ...,
+        gradient_checkpointing: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accumulation", b"accumulation", "compute_type", b"compute_type", "gradient_checkpointing", b"gradient_checkpointing", "micro_batch_tokens", b"micro_batch_tokens", "optimizer", b"optimizer", "quantization", b"quantization"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Chosen: _TypeAlias = Chosen  # noqa: Y015
+
+@_typing.final
+class Admitted(_message.Message):
+    """One real forward and backward pass on the longest batch, before the first step."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREDICTED_BYTES_FIELD_NUMBER: _builtins.int
+    MEASURED_BYTES_FIELD_NUMBER: _builtins.int
+    BUDGET_BYTES_FIELD_NUMBER: _builtins.int
+    predicted_bytes: _builtins.int
+    """What the estimate said of it."""
+    measured_bytes: _builtins.int
+    """What it took."""
+    budget_bytes: _builtins.int
+    """What it may take; 0 = not bounded."""
+    def __init__(
+        self,
+        *,
+        predicted_bytes: _builtins.int = ...,
+        measured_bytes: _builtins.int = ...,
+        budget_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "measured_bytes", b"measured_bytes", "predicted_bytes", b"predicted_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Admitted: _TypeAlias = Admitted  # noqa: Y015
+
+@_typing.final
+class Trouble(_message.Message):
+    """Something was wrong with a step."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    """The step."""
+    kind: _builtins.str
+    """"NOT_FINITE", "SPIKE", "ALL_MASKED"."""
+    value: _builtins.float
+    """The loss, or the gradient's norm, that showed it."""
+    done: Global___TroublePolicy.ValueType
+    """What was done."""
+    message: _builtins.str
+    """For people."""
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        kind: _builtins.str = ...,
+        value: _builtins.float = ...,
+        done: Global___TroublePolicy.ValueType = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "kind", b"kind", "message", b"message", "step", b"step", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Trouble: _TypeAlias = Trouble  # noqa: Y015
 
 @_typing.final
 class Fallback(_message.Message):
@@ -1349,24 +1796,34 @@ class CheckpointSealed(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    EVAL_LOSS_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """At this step."""
     digest: _builtins.str
     """Its digest."""
     size_bytes: _builtins.int
     """Its size."""
+    eval_loss: _builtins.float
+    """The hold-out loss at this step, where it was evaluated."""
+    seconds: _builtins.float
+    """From the worker's wish to the seal."""
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
         digest: _builtins.str = ...,
         size_bytes: _builtins.int = ...,
+        eval_loss: _builtins.float | None = ...,
+        seconds: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss", "eval_loss", b"eval_loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "size_bytes", b"size_bytes", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss", "digest", b"digest", "eval_loss", b"eval_loss", "seconds", b"seconds", "size_bytes", b"size_bytes", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__eval_loss: _TypeAlias = _typing.Literal["eval_loss"]  # noqa: Y015
+    _WhichOneofArgType__eval_loss: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__eval_loss) -> _WhichOneofReturnType__eval_loss | None: ...
 
 Global___CheckpointSealed: _TypeAlias = CheckpointSealed  # noqa: Y015
 
@@ -1445,6 +1902,8 @@ class Event(_message.Message):
     ADAPTER_SEALED_FIELD_NUMBER: _builtins.int
     LOG_FIELD_NUMBER: _builtins.int
     QUEUE_FIELD_NUMBER: _builtins.int
+    TROUBLE_FIELD_NUMBER: _builtins.int
+    ADMITTED_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """The number."""
     attempt: _builtins.int
@@ -1493,6 +1952,14 @@ class Event(_message.Message):
     def queue(self) -> Global___QueuePlace:
         """Its place in the queue changed."""
 
+    @_builtins.property
+    def trouble(self) -> Global___Trouble:
+        """Something was wrong with a step."""
+
+    @_builtins.property
+    def admitted(self) -> Global___Admitted:
+        """The memory that a step takes was measured."""
+
     def __init__(
         self,
         *,
@@ -1509,12 +1976,14 @@ class Event(_message.Message):
         adapter_sealed: Global___AdapterSealed | None = ...,
         log: Global___LogLine | None = ...,
         queue: Global___QueuePlace | None = ...,
+        trouble: Global___Trouble | None = ...,
+        admitted: Global___Admitted | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter_sealed", b"adapter_sealed", "attempt_started", b"attempt_started", "checkpoint_sealed", b"checkpoint_sealed", "evaluated", b"evaluated", "fact", b"fact", "fallback", b"fallback", "log", b"log", "planned", b"planned", "queue", b"queue", "state_changed", b"state_changed", "step", b"step", "time", b"time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter_sealed", b"adapter_sealed", "admitted", b"admitted", "attempt_started", b"attempt_started", "checkpoint_sealed", b"checkpoint_sealed", "evaluated", b"evaluated", "fact", b"fact", "fallback", b"fallback", "log", b"log", "planned", b"planned", "queue", b"queue", "state_changed", b"state_changed", "step", b"step", "time", b"time", "trouble", b"trouble"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_sealed", b"adapter_sealed", "attempt", b"attempt", "attempt_started", b"attempt_started", "checkpoint_sealed", b"checkpoint_sealed", "evaluated", b"evaluated", "fact", b"fact", "fallback", b"fallback", "log", b"log", "planned", b"planned", "queue", b"queue", "sequence", b"sequence", "state_changed", b"state_changed", "step", b"step", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_sealed", b"adapter_sealed", "admitted", b"admitted", "attempt", b"attempt", "attempt_started", b"attempt_started", "checkpoint_sealed", b"checkpoint_sealed", "evaluated", b"evaluated", "fact", b"fact", "fallback", b"fallback", "log", b"log", "planned", b"planned", "queue", b"queue", "sequence", b"sequence", "state_changed", b"state_changed", "step", b"step", "time", b"time", "trouble", b"trouble"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_fact: _TypeAlias = _typing.Literal["state_changed", "attempt_started", "planned", "fallback", "step", "evaluated", "checkpoint_sealed", "adapter_sealed", "log", "queue"]  # noqa: Y015
+    _WhichOneofReturnType_fact: _TypeAlias = _typing.Literal["state_changed", "attempt_started", "planned", "fallback", "step", "evaluated", "checkpoint_sealed", "adapter_sealed", "log", "queue", "trouble", "admitted"]  # noqa: Y015
     _WhichOneofArgType_fact: _TypeAlias = _typing.Literal["fact", b"fact"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_fact) -> _WhichOneofReturnType_fact | None: ...
 
@@ -1733,6 +2202,9 @@ class EstimateJobResponse(_message.Message):
     FITS_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    JUDGED_FROM_FIELD_NUMBER: _builtins.int
+    CORRECTION_FIELD_NUMBER: _builtins.int
     processes: _builtins.int
     """Processes (ranks); each takes all parts."""
     memory_bytes: _builtins.int
@@ -1743,6 +2215,14 @@ class EstimateJobResponse(_message.Message):
     """All parts of the disk."""
     device: _builtins.str
     """Where it would run, as in "cpu"."""
+    seconds: _builtins.float
+    """About how long it would run, once started; absent where nothing is known."""
+    judged_from: _builtins.str
+    """What the time, and a correction of the memory, are judged from; for people."""
+    correction: _builtins.float
+    """Measured over predicted memory of jobs before, by which memory_bytes and
+    needed_bytes are corrected; 1 where none is known.
+    """
     @_builtins.property
     def memory(self) -> _containers.RepeatedCompositeFieldContainer[Global___EstimatePart]:
         """Memory of one process at the worst moment of a step, by part."""
@@ -1771,12 +2251,17 @@ class EstimateJobResponse(_message.Message):
         fits: _abc.Iterable[Global___EstimateFit] | None = ...,
         device: _builtins.str = ...,
         spec: Global___JobSpec | None = ...,
+        seconds: _builtins.float | None = ...,
+        judged_from: _builtins.str = ...,
+        correction: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_seconds", b"_seconds", "seconds", b"seconds", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "disk", b"disk", "disk_bytes", b"disk_bytes", "fits", b"fits", "memory", b"memory", "memory_bytes", b"memory_bytes", "needed_bytes", b"needed_bytes", "processes", b"processes", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seconds", b"_seconds", "correction", b"correction", "device", b"device", "disk", b"disk", "disk_bytes", b"disk_bytes", "fits", b"fits", "judged_from", b"judged_from", "memory", b"memory", "memory_bytes", b"memory_bytes", "needed_bytes", b"needed_bytes", "processes", b"processes", "seconds", b"seconds", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__seconds: _TypeAlias = _typing.Literal["seconds"]  # noqa: Y015
+    _WhichOneofArgType__seconds: _TypeAlias = _typing.Literal["_seconds", b"_seconds"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seconds) -> _WhichOneofReturnType__seconds | None: ...
 
 Global___EstimateJobResponse: _TypeAlias = EstimateJobResponse  # noqa: Y015
 

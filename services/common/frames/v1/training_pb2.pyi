@@ -112,10 +112,16 @@ class CheckpointWritten(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     FOLDER_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
+    EVAL_LOSS_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """At this step."""
     folder: _builtins.str
     """Its folder inside the attempt's."""
+    eval_loss: _builtins.float
+    """The hold-out loss at this step, where it was evaluated."""
+    seconds: _builtins.float
+    """How long writing took."""
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[_artifacts_pb2.FileEntry]:
         """Its files, so that the daemon can verify before it seals."""
@@ -126,12 +132,16 @@ class CheckpointWritten(_message.Message):
         step: _builtins.int = ...,
         folder: _builtins.str = ...,
         files: _abc.Iterable[_artifacts_pb2.FileEntry] | None = ...,
+        eval_loss: _builtins.float | None = ...,
+        seconds: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss", "eval_loss", b"eval_loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "folder", b"folder", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss", "eval_loss", b"eval_loss", "files", b"files", "folder", b"folder", "seconds", b"seconds", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__eval_loss: _TypeAlias = _typing.Literal["eval_loss"]  # noqa: Y015
+    _WhichOneofArgType__eval_loss: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__eval_loss) -> _WhichOneofReturnType__eval_loss | None: ...
 
 Global___CheckpointWritten: _TypeAlias = CheckpointWritten  # noqa: Y015
 
@@ -216,6 +226,8 @@ class Fact(_message.Message):
     STOPPED_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
     LOG_FIELD_NUMBER: _builtins.int
+    TROUBLE_FIELD_NUMBER: _builtins.int
+    ADMITTED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
         """When it happened."""
@@ -260,6 +272,14 @@ class Fact(_message.Message):
     def log(self) -> _trainer_pb2.LogLine:
         """A line for people."""
 
+    @_builtins.property
+    def trouble(self) -> _trainer_pb2.Trouble:
+        """Something was wrong with a step."""
+
+    @_builtins.property
+    def admitted(self) -> _trainer_pb2.Admitted:
+        """The memory that a step takes was measured."""
+
     def __init__(
         self,
         *,
@@ -274,12 +294,14 @@ class Fact(_message.Message):
         stopped: Global___Stopped | None = ...,
         failed: _trainer_pb2.JobError | None = ...,
         log: _trainer_pb2.LogLine | None = ...,
+        trouble: _trainer_pb2.Trouble | None = ...,
+        admitted: _trainer_pb2.Admitted | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "evaluated", b"evaluated", "fact", b"fact", "failed", b"failed", "fallback", b"fallback", "finished", b"finished", "log", b"log", "planned", b"planned", "started", b"started", "step", b"step", "stopped", b"stopped", "time", b"time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "checkpoint", b"checkpoint", "evaluated", b"evaluated", "fact", b"fact", "failed", b"failed", "fallback", b"fallback", "finished", b"finished", "log", b"log", "planned", b"planned", "started", b"started", "step", b"step", "stopped", b"stopped", "time", b"time", "trouble", b"trouble"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "evaluated", b"evaluated", "fact", b"fact", "failed", b"failed", "fallback", b"fallback", "finished", b"finished", "log", b"log", "planned", b"planned", "started", b"started", "step", b"step", "stopped", b"stopped", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "checkpoint", b"checkpoint", "evaluated", b"evaluated", "fact", b"fact", "failed", b"failed", "fallback", b"fallback", "finished", b"finished", "log", b"log", "planned", b"planned", "started", b"started", "step", b"step", "stopped", b"stopped", "time", b"time", "trouble", b"trouble"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_fact: _TypeAlias = _typing.Literal["started", "planned", "fallback", "step", "evaluated", "checkpoint", "finished", "stopped", "failed", "log"]  # noqa: Y015
+    _WhichOneofReturnType_fact: _TypeAlias = _typing.Literal["started", "planned", "fallback", "step", "evaluated", "checkpoint", "finished", "stopped", "failed", "log", "trouble", "admitted"]  # noqa: Y015
     _WhichOneofArgType_fact: _TypeAlias = _typing.Literal["fact", b"fact"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_fact) -> _WhichOneofReturnType_fact | None: ...
 
@@ -294,24 +316,30 @@ class Mark(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    EVAL_LOSS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """The checkpoint's step."""
     digest: _builtins.str
     """Its digest."""
     tokens: _builtins.int
     """Tokens so far."""
+    eval_loss: _builtins.float
+    """The hold-out loss at this step, where it was evaluated."""
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
         digest: _builtins.str = ...,
         tokens: _builtins.int = ...,
+        eval_loss: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss", "eval_loss", b"eval_loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "step", b"step", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss", "digest", b"digest", "eval_loss", b"eval_loss", "step", b"step", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__eval_loss: _TypeAlias = _typing.Literal["eval_loss"]  # noqa: Y015
+    _WhichOneofArgType__eval_loss: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__eval_loss) -> _WhichOneofReturnType__eval_loss | None: ...
 
 Global___Mark: _TypeAlias = Mark  # noqa: Y015
 

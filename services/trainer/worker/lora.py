@@ -1,0 +1,31 @@
+"""LoRA weights on a frozen base.
+
+Law of this room: nothing but LoRA weights trains, and they are fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from qlorad.v1 import trainer_pb2
+
+
+def with_lora(base, spec: trainer_pb2.TrainSpec):
+    """The base with LoRA weights in fp32 on the chosen modules."""
+    config = LoraConfig(
+        r=spec.lora.rank,
+        lora_alpha=spec.lora.alpha,
+        lora_dropout=spec.lora.dropout,
+        target_modules=sorted(spec.lora.target_modules.names),
+        use_rslora=spec.lora.rslora,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(base, config)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (".lora_A." in name or ".lora_B." in name), name
+        assert not parameter.requires_grad or parameter.dtype == torch.float32, name
+    if spec.memory.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
