@@ -1252,7 +1252,7 @@ class JobError(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     LOG_TAIL_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
-    """A stable word: "OUT_OF_MEMORY", "BAD_DATA", "NOT_FINITE", "NOT_THE_LEDGER" (an epoch did not consume what
+    """A stable word: "OUT_OF_MEMORY", "BAD_DATA", "NOT_FINITE", "SPIKE", "NOT_THE_LEDGER" (an epoch did not consume what
     the ledger says), "WORKER_LOST", "REJECTED", "DISK_FULL", "INTERNAL".
     """
     message: _builtins.str
