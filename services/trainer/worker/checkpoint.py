@@ -62,7 +62,7 @@ def write(folder: pathlib.Path, progress: Progress, parameters, optimizer, rng: 
     state = {}
     for name, p in parameters.items():
         for key, value in optimizer.state.get(p, {}).items():
-            state[f"{key}:{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+            state[f"{key}:{name}"] = torch.as_tensor(value).detach().cpu().clone()
     save_file(state, folder / "optimizer.safetensors")
     save_file(rng, folder / "rng.safetensors")
     text = json.dumps({"format": FORMAT, **asdict(progress)}, indent=1, sort_keys=True)
