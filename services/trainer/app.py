@@ -20,6 +20,7 @@ from services.trainer.book import MIGRATIONS, Book
 from services.trainer.core import Rules, Trainer
 from services.trainer.metrics import add_metrics
 from services.trainer.notify import Hub
+from services.trainer.objectives import objectives_of
 from services.trainer.places import Places
 from services.trainer.runner import Runner
 from services.trainer.servicer import TrainerServicer
@@ -84,7 +85,7 @@ def build(config: Config) -> server.App:
     runner = Runner(book, shelf, places)
     host = spec.Host(device, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     rules = Rules(host, config.max_queue, config.heartbeat_seconds, places.jobs)
-    trainer = Trainer(book, hub, runner, shelf, read_templates(TEMPLATES), rules)
+    trainer = Trainer(book, hub, runner, shelf, read_templates(TEMPLATES), objectives_of(config.server.logs), rules)
     registry = CollectorRegistry()
     add_metrics(registry, hub, runner)
     servicer = TrainerServicer(trainer)

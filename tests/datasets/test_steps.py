@@ -72,9 +72,9 @@ def said(example: Plain) -> list[str]:
 
 def pipeline(*steps: tuple[str, dict[str, Any]]) -> Pipeline:
     asked = []
-    for name, given in steps:
+    for name, values in steps:
         asked.append(datasets_pb2.Step(name=name))
-        asked[-1].parameters.update(given)
+        asked[-1].parameters.update(values)
     return Pipeline.load(asked)
 
 

@@ -19,6 +19,7 @@ from services.common.prompt import ledger, tally
 from services.common.shelf import Shelf
 from services.common.worker.load import load_base
 from services.trainer.worker import checkpoint, losses
+from services.trainer.worker.aim import aim_of
 from services.trainer.worker.batches import Plan
 from services.trainer.worker.engines import Ranked, Solo
 from services.trainer.worker.evaluation import evaluate
@@ -62,7 +63,8 @@ def train(order: training_pb2.Order, teller: Teller) -> None:
     )
     torch.manual_seed(spec.seed)
     model = with_lora(base, spec)
-    loss_of, why = losses.of(model)
+    known = facts.from_manifest(facts.ModelFacts, base_artifact.manifest)
+    loss_of, why = losses.of(model, aim_of(spec, base_artifact.payload, known.vocabulary))
     if why:
         teller.say(f"all logits are held at once: {why}")
     engine = (Ranked if spec.parallelism.ranks > 1 else Solo)(model, spec)
@@ -73,7 +75,6 @@ def train(order: training_pb2.Order, teller: Teller) -> None:
         spec.data.accumulation * engine.world, spec.schedule.max_steps, spec.schedule.epochs,
     )  # fmt: skip
     total = plan.total_steps()
-    known = facts.from_manifest(facts.ModelFacts, base_artifact.manifest)
     teller.tell(
         training_pb2.Fact(
             planned=trainer_pb2.Planned(

@@ -53,7 +53,8 @@ class Done:
 
 def one_step(engine, loss_of, rows, step: Step, total: int, spec, device: str, teller: Teller) -> Done:
     """Gradient over the step's micro-batches, then the optimiser."""
-    trained = sum(int(rows.mask(r)[1:].sum()) for batch in step.micro_batches for r in batch)
+    aim = loss_of.aim
+    trained = sum(aim.trained(rows, batch, step.epoch) for batch in step.micro_batches)
     if not trained:
         raise BadData(f"no token of step {step.number} carries loss (rows {sorted(sum(step.micro_batches, ()))[:8]})")
     lay = packed if spec.data.packing else padded
@@ -62,7 +63,8 @@ def one_step(engine, loss_of, rows, step: Step, total: int, spec, device: str, t
         if engine.world == 1:
             teller.stop_if_asked()
         batch = lay(rows, numbers, "cpu")
-        loss = loss_of({name: t.to(device) for name, t in batch.items()}) * weight
+        shown = aim.shown(batch, rows, numbers, step.epoch)
+        loss = loss_of({name: t.to(device) for name, t in shown.items()}) * weight
         engine.backward(loss, trained)
         if weight:
             number = tally.plus(number, fed(batch))
