@@ -125,6 +125,8 @@ class Follower:
         event.checkpoint_sealed.step = fact.checkpoint.step
         event.checkpoint_sealed.digest = sealed.digest
         event.checkpoint_sealed.size_bytes = sealed.size_bytes
+        if fact.checkpoint.HasField("eval_loss"):
+            event.checkpoint_sealed.eval_loss = fact.checkpoint.eval_loss
         return event
 
     async def _retain(self, job: str, record: training_pb2.JobRecord) -> None:

@@ -31,7 +31,9 @@ _WORDS = {
 }
 _OWN = {
     "BadData": "BAD_DATA",
+    "AllMasked": "BAD_DATA",
     "NotFinite": "NOT_FINITE",
+    "Spike": "SPIKE",
     "NotTheLedger": "NOT_THE_LEDGER",
     "ObjectiveFailed": "OBJECTIVE_FAILED",
 }

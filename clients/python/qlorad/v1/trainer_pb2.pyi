@@ -1252,8 +1252,8 @@ class JobError(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     LOG_TAIL_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
-    """A stable word: "OUT_OF_MEMORY", "BAD_DATA", "NOT_FINITE", "NOT_THE_LEDGER" (an epoch did not consume what
-    the ledger says), "OBJECTIVE_FAILED" (a plug-in's), "WORKER_LOST", "REJECTED", "DISK_FULL", "INTERNAL".
+    """A stable word: "OUT_OF_MEMORY", "BAD_DATA", "NOT_FINITE", "SPIKE", "NOT_THE_LEDGER" (an epoch did not consume
+    what the ledger says), "OBJECTIVE_FAILED" (a plug-in's), "WORKER_LOST", "REJECTED", "DISK_FULL", "INTERNAL".
     """
     message: _builtins.str
     """For people."""

@@ -41,6 +41,7 @@ class Order(_message.Message):
     CHECKPOINT_DIGEST_FIELD_NUMBER: _builtins.int
     SECONDS_LEFT_FIELD_NUMBER: _builtins.int
     EVALUATED_STEP_FIELD_NUMBER: _builtins.int
+    BEST_CHECKPOINT_DIGEST_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """The job's id."""
     attempt: _builtins.int
@@ -55,6 +56,10 @@ class Order(_message.Message):
     """Seconds left of limits.max_seconds; absent = no limit."""
     evaluated_step: _builtins.int
     """The newest step after which the job was evaluated; 0 = none but before training."""
+    best_checkpoint_digest: _builtins.str
+    """Digest of the checkpoint of the lowest hold-out loss, where
+    evaluation.keep_best_adapter needs it.
+    """
     @_builtins.property
     def spec(self) -> _trainer_pb2.TrainSpec:
         """The resolved spec."""
@@ -70,10 +75,11 @@ class Order(_message.Message):
         checkpoint_digest: _builtins.str = ...,
         seconds_left: _builtins.float | None = ...,
         evaluated_step: _builtins.int = ...,
+        best_checkpoint_digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_seconds_left", b"_seconds_left", "seconds_left", b"seconds_left", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seconds_left", b"_seconds_left", "attempt", b"attempt", "checkpoint_digest", b"checkpoint_digest", "device", b"device", "evaluated_step", b"evaluated_step", "job", b"job", "seconds_left", b"seconds_left", "spec", b"spec", "store", b"store"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seconds_left", b"_seconds_left", "attempt", b"attempt", "best_checkpoint_digest", b"best_checkpoint_digest", "checkpoint_digest", b"checkpoint_digest", "device", b"device", "evaluated_step", b"evaluated_step", "job", b"job", "seconds_left", b"seconds_left", "spec", b"spec", "store", b"store"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seconds_left: _TypeAlias = _typing.Literal["seconds_left"]  # noqa: Y015
     _WhichOneofArgType__seconds_left: _TypeAlias = _typing.Literal["_seconds_left", b"_seconds_left"]  # noqa: Y015
