@@ -216,10 +216,10 @@ def test_metrics_tell_of_queue_and_states(waiting: House) -> None:
 
 def test_settings_are_refused_by_name(tmp_path: pathlib.Path) -> None:
     with house(tmp_path / "home") as made, pytest.raises(AssertionError) as caught:
-        made.start("trainer", "--device", "tpu:9", "--max-queue", "0", "--watch-ring-events", "1")
+        made.start("trainer", "--devices", "tpu:9", "--max-queue", "0", "--watch-ring-events", "1")
     assert "--max-queue" in str(caught.value) and "--watch-ring-events" in str(caught.value)
     with (
         house(tmp_path / "home2") as made,
-        pytest.raises(AssertionError, match=r"--device: got 'tpu:9'; accepted: .*cpu"),
+        pytest.raises(AssertionError, match=r"--devices: got 'tpu:9'; accepted: .*cpu"),
     ):
-        made.start("trainer", "--device", "tpu:9")
+        made.start("trainer", "--devices", "tpu:9")

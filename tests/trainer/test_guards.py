@@ -97,8 +97,17 @@ class Bench:
         from services.trainer.worker.batches import Step
 
         step = Step(self.progress.step + 1, 0, self.progress.step, 100, ((0, 1), (2, 3)))
+        loss = Spoilt(self.it.loss, spoilt)
         done = self.it.step.one_step(
-            self.it.engine, Spoilt(self.it.loss, spoilt), self.rows, step, 100, self.it.spec, "cpu", self.teller, self.progress
+            self.it.engine,
+            loss,
+            self.rows,
+            step,
+            100,
+            self.it.spec,
+            "cpu",
+            self.teller,
+            self.progress,
         )
         self.progress = self.it.step.after_step(self.progress, step, done)
         return done

@@ -143,6 +143,56 @@ def watch(
         _follow(client, name, output, after)
 
 
+@app.command("log")
+def log(
+    name: Name,
+    attempt: Annotated[int, typer.Option(min=0, help="Which attempt; 0 = the newest.")] = 0,
+    follow: Annotated[bool, typer.Option(help="Go on as long as the attempt does.")] = False,
+) -> None:
+    """Prints what a job's worker wrote: its own words, without what looks like a credential."""
+    with connected() as client:
+        for text in client.jobs.log(name, attempt=attempt, follow=follow):
+            print(text, end="", flush=True)
+
+
+@app.command("checkpoints")
+def checkpoints(name: Name, output: Output = Format.table) -> None:
+    """Lists the checkpoints that a job keeps."""
+    from qlorad.v1 import trainer_pb2 as pb
+
+    columns: list[out.Column] = [
+        ("STEP", lambda c: str(c.step)),
+        ("DIGEST", lambda c: out.short(c.digest)),
+        ("SIZE", lambda c: out.size(c.size_bytes)),
+        ("HOLD-OUT LOSS", lambda c: f"{c.eval_loss:.4f}" if c.HasField("eval_loss") else ""),
+        ("KEPT AS", lambda c: ", ".join(out.word(pb.KeptAs, "KEPT_AS_", why).lower() for why in c.kept_as)),
+        ("SEALED", lambda c: out.when(c.create_time)),
+    ]
+    with connected() as client:
+        found = client.jobs.checkpoints(name)
+        out.many(output, "checkpoints", found, columns, "no checkpoint yet")
+
+
+@app.command("publish")
+def publish(
+    name: Name,
+    step: Annotated[int, typer.Option(min=0, help="The checkpoint's step; 0 = the newest.")] = 0,
+    adapter: Annotated[str, typer.Option("--name", help="The alias that the adapter gets.")] = "",
+    output: Output = Format.table,
+) -> None:
+    """Makes an adapter of a checkpoint, while the job runs or later."""
+    from qlorad import errors
+
+    with connected() as client:
+        if not step:
+            kept = client.jobs.checkpoints(name)
+            if not kept:
+                raise errors.NotFound(f"{name} keeps no checkpoint yet", reason="NOT_FOUND")
+            step = kept[-1].step
+        made = client.jobs.publish(name, step, adapter=adapter)
+    out.one(output, made, [("adapter", made.adapter), ("digest", made.digest), ("size", out.size(made.size_bytes))])
+
+
 @app.command("cancel")
 def cancel(name: Name, output: Output = Format.table) -> None:
     """Stops a job and keeps its work."""
