@@ -5,12 +5,13 @@ Law of this room: pure. Everything a worker is told is decided here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from qlorad.v1 import trainer_pb2
 from services.common.facts import ModelFacts
 from services.common.frames.v1 import training_pb2
-from services.trainer import jobs, retention
+from services.trainer import jobs, retention, slots
 
 SOLO = "services.trainer.worker.train"
 RANKS = "services.trainer.worker.ranks"
@@ -20,11 +21,15 @@ LOG = "log"
 LOCK = "worker.lock"
 STOP = "cancel"
 """The wish to stop, be it to cancel or to pause. Its name on disk is that of its first use: workers outlive daemons."""
+RESERVE = "reserve"
+"""Space kept back for a worker's last word on a full disk."""
 LOGITS_BYTES = 32 << 20
 """Of logits in fp32 that a worker holds at a time."""
 
 
-def order_of(record: training_pb2.JobRecord, store: str, device: str, now_seconds: float) -> training_pb2.Order:
+def order_of(
+    record: training_pb2.JobRecord, store: str, devices: Sequence[str], heartbeat_seconds: float, now_seconds: float
+) -> training_pb2.Order:
     """What the worker of the job's present attempt is to do."""
     job = record.job
     order = training_pb2.Order(
@@ -32,7 +37,9 @@ def order_of(record: training_pb2.JobRecord, store: str, device: str, now_second
         attempt=job.attempt,
         spec=job.spec.train,
         store=store,
-        device=device,
+        device=slots.torch_name(devices[0]),
+        devices=[slots.torch_name(d) for d in devices],
+        heartbeat_seconds=heartbeat_seconds,
         checkpoint_digest=jobs.resume_from(record).digest,
         evaluated_step=record.evaluated_step,
     )

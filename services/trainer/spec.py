@@ -20,7 +20,7 @@ from google.protobuf.message import Message
 from qlorad.v1 import datasets_pb2, messages_pb2, trainer_pb2
 from services.common import names
 from services.common.errors import Violation, show
-from services.trainer import agreement
+from services.trainer import agreement, objective
 from services.trainer.agreement import within
 
 ALL_LINEAR = "all-linear"
@@ -35,6 +35,7 @@ class ModelKnown:
     digest: str
     context_tokens: int
     target_modules: tuple[str, ...]
+    architecture: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,11 +173,13 @@ def resolve(
     model: ModelKnown | None,
     dataset: DatasetKnown | None,
     host: Host,
+    objectives: objective.Schemas | None = None,
 ) -> Resolved:
     """The spec that will run, and ALL that is wrong with it.
 
     A model or dataset of None could not be looked up: what depends on it is not
-    judged, and the caller of this function says so.
+    judged, and the caller of this function says so. Schemas of the objectives
+    are there where objective.needs_look says that they are needed.
     """
     spec = merged(template, override)
     train = spec.train
@@ -186,8 +189,11 @@ def resolve(
     if dataset is not None:
         train.dataset = f"datasets/{dataset.digest}"
     _bend(train, given, model, host)
+    architecture = model.architecture if model is not None else ""
+    objective.bend(train, given, architecture)
     wrong = [*_plain_bounds(train), *_enums(train)]
     wrong += _together(train, model, dataset, host)
+    wrong += objective.check(train, architecture, objectives)
     if train.adapter:
         rest = train.adapter.removeprefix("adapters/")
         if rest == train.adapter or not names.is_alias(rest):

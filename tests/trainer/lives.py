@@ -79,7 +79,7 @@ class Life:
 
         teller = Cutting(folder)
         try:
-            recipe.train(launch.order_of(self.record, str(self.home / "store"), "cpu", 0.0), teller)
+            recipe.train(launch.order_of(self.record, str(self.home / "store"), ["cpu"], 0.0, 0.0), teller)
         except Killed:
             pass
         except Exception as error:

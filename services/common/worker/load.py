@@ -12,7 +12,7 @@ import sys
 import warnings
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, BitsAndBytesConfig
 
 from services.common.worker.libraries import spare_the_compiler
 
@@ -50,7 +50,9 @@ def load_base(
     with warnings.catch_warnings():
         # transformers warns of generation defaults and of a missing accelerator; neither concerns us.
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(payload, local_files_only=True, trust_remote_code=False)
+        masked = (config.architectures or [""])[0].endswith("ForMaskedLM")
+        model = (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_pretrained(
             payload,
             quantization_config=quantization,
             dtype=dtype,

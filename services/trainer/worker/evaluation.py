@@ -13,6 +13,7 @@ import torch
 from qlorad.v1 import trainer_pb2
 from services.common.frames.v1 import training_pb2
 from services.trainer.worker import checkpoint
+from services.trainer.worker.aim import HELD_OUT
 from services.trainer.worker.batches import pack, pad
 from services.trainer.worker.facts import Teller
 from services.trainer.worker.tensors import packed, padded
@@ -32,8 +33,8 @@ def evaluate(model, loss_of, held_out, step: int, spec, device: str, engine, tel
     for numbers in cut(range(count), lengths, spec.data.micro_batch_tokens):
         if engine.world == 1:
             teller.stop_if_asked()
-        loss += float(loss_of(lay(held_out, numbers, device)))
-        trained += sum(int(held_out.mask(n)[1:].sum()) for n in numbers)
+        loss += float(loss_of(loss_of.aim.shown(lay(held_out, numbers, device), held_out, numbers, HELD_OUT)))
+        trained += loss_of.aim.trained(held_out, numbers, HELD_OUT)
     model.train()
     if not trained:
         return None

@@ -24,6 +24,7 @@ from services.trainer.guards import SMOOTH
 from services.trainer.launch import weight_bytes
 from services.trainer.plan import Form, chosen_of, decide, form_of, use
 from services.trainer.worker import checkpoint, device_facts, losses
+from services.trainer.worker.aim import aim_of
 from services.trainer.worker.batches import Plan, per_step_of
 from services.trainer.worker.engines import Ranked, Solo
 from services.trainer.worker.evaluation import ends_early, evaluate, judged
@@ -81,7 +82,7 @@ def train(order: training_pb2.Order, teller: Teller) -> None:
     )
     torch.manual_seed(spec.seed)
     model = with_lora(base, spec)
-    loss_of, why = losses.of(model)
+    loss_of, why = losses.of(model, aim_of(spec, base_artifact.payload, known.vocabulary))
     if why:
         teller.say(f"all logits are held at once: {why}")
 

@@ -79,7 +79,8 @@ def one_step(
     A step that is skipped leaves weights, optimiser and schedule as they were.
     """
     rules, scale = guards.rules_of(spec), guards.scale_of(spec, progress.loss_scale, progress.scale_steps).value
-    trained = sum(int(rows.mask(r)[1:].sum()) for batch in step.micro_batches for r in batch)
+    aim = loss_of.aim
+    trained = sum(aim.trained(rows, batch, step.epoch) for batch in step.micro_batches)
     lay = packed if spec.data.packing else padded
     sums, number = [0.0, 0.0, 0.0], 0
     for numbers, weight in engine.mine(step.micro_batches):
@@ -87,7 +88,8 @@ def one_step(
             teller.stop_if_asked()
         batch = lay(rows, numbers, "cpu")
         if trained:
-            loss = loss_of({name: t.to(device) for name, t in batch.items()}) * weight
+            shown = aim.shown(batch, rows, numbers, step.epoch)
+            loss = loss_of({name: t.to(device) for name, t in shown.items()}) * weight
             engine.backward(loss * scale if scale != 1.0 else loss, trained)
             sums[0] += float(loss.detach()) if weight else 0.0
         if weight:
