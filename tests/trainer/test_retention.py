@@ -42,7 +42,7 @@ def test_the_newest_and_the_needed_stay_and_nothing_that_the_rules_do_not_name(
         ranked = [s for _, s in told]
         assert set(kept) >= set(ranked[:best])
         if needs_best and ranked:
-            order = launch.order_of(record, "/", "cpu", 0.0)
+            order = launch.order_of(record, "/", ["cpu"], 0.0, 0.0)
             assert ranked[0] in kept and order.best_checkpoint_digest == f"sha256:{ranked[0]}"
         named = {m.step for m in whole[-max(1, last) :]} | set(ranked[: max(best, needs_best)])
         named |= {m.step for m in whole if every and m.step % every == 0}
