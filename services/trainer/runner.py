@@ -198,7 +198,7 @@ class Runner:
                 ["--attempt", str(folder), "--hold", ",".join(map(str, held))],
                 folder / launch.LOG,
                 held,
-                launch.environ_of(order.spec, self._places.extensions),
+                launch.environ_of(order.spec, self._places.extensions, self._places.device),
             )
         finally:
             os.close(lock)

@@ -200,7 +200,8 @@ def test_cancel_and_delete_know_their_states(waiting: House) -> None:
 
 def test_templates_are_told_in_full(waiting: House) -> None:
     told = stub_of(waiting).ListTemplates(trainer_pb2.ListTemplatesRequest(), timeout=10).templates
-    assert [t.name for t in told] == ["all-linear", "full-attention", "minimal-q", "mlp", "standard", "zero2"]
+    names = ["all-linear", "full-attention", "minimal-q", "mlp", "standard", "zero2", "zero3", "zero3-offload"]
+    assert [t.name for t in told] == names
     assert all(t.description and t.spec.train.lora.rank for t in told)
 
 

@@ -18,13 +18,12 @@ from services.common.frames.v1 import training_pb2
 from services.common.prompt import ledger, tally
 from services.common.shelf import Shelf
 from services.common.worker.load import load_base
-from services.trainer.worker import checkpoint, losses
+from services.trainer.worker import checkpoint, engines, losses
 from services.trainer.worker.batches import Plan
-from services.trainer.worker.engines import Ranked, Solo
 from services.trainer.worker.evaluation import evaluate
 from services.trainer.worker.facts import Cancelled, Teller
 from services.trainer.worker.lora import with_lora
-from services.trainer.worker.results import finish, write_checkpoint
+from services.trainer.worker.results import describe, finish, write_checkpoint
 from services.trainer.worker.step import SMOOTH, BadData, after_step, check_epoch, one_step, tell_step
 
 
@@ -65,7 +64,8 @@ def train(order: training_pb2.Order, teller: Teller) -> None:
     loss_of, why = losses.of(model)
     if why:
         teller.say(f"all logits are held at once: {why}")
-    engine = (Ranked if spec.parallelism.ranks > 1 else Solo)(model, spec)
+    engine = engines.of(model, spec, loss_of)
+    loss_of = engine.loss
 
     # The plan: fixed before the first step, the same on every attempt.
     plan = Plan(
@@ -79,7 +79,7 @@ def train(order: training_pb2.Order, teller: Teller) -> None:
             planned=trainer_pb2.Planned(
                 ledger=told,
                 total_steps=total,
-                trainable_parameters=sum(p.numel() for p in engine.parameters.values()),
+                trainable_parameters=engine.trained,
                 base_parameters=known.parameters,
                 device=order.device,
                 threads=torch.get_num_threads(),
@@ -87,20 +87,14 @@ def train(order: training_pb2.Order, teller: Teller) -> None:
             )
         )
     )
-    if engine.world > 1:
-        fallback = trainer_pb2.Fallback(
-            asked="adapter weights in fp32",
-            used="bf16 with an fp32 master",
-            why="DeepSpeed ZeRO-2 computes in one type",
-        )
-        teller.tell(training_pb2.Fact(fallback=fallback))
+    about = describe(order, base_artifact, told, known, engine.trained)
 
     # The start: from nothing, or from the last sealed checkpoint.
     progress = checkpoint.Progress(job=order.job)
     evaluated = -1
     if order.checkpoint_digest:
         saved = shelf.open("checkpoints", order.checkpoint_digest, verify=True)
-        progress = checkpoint.read(saved.payload, order.job, engine.parameters, engine.optimizer)
+        progress = checkpoint.read(saved.payload, order.job, engine)
         teller.say(f"goes on from step {progress.step}")
         evaluated, every = min(order.evaluated_step, progress.step), spec.evaluation.every_steps
         if every and progress.step % every == 0 and evaluated < progress.step and len(held_out):
@@ -111,7 +105,6 @@ def train(order: training_pb2.Order, teller: Teller) -> None:
         evaluate(model, loss_of, held_out, 0, spec, order.device, engine, teller)
 
     # The loop, and the last evaluation. Whoever asks to stop finds the newest whole step in a checkpoint.
-    keeps = engine.world == 1  # a checkpoint of several ranks is not written yet: such a job starts anew
     end = trainer_pb2.END_REASON_STEPS
     saved_at = progress.step if order.checkpoint_digest else -1
     mean, rng = 0.0, checkpoint.get_rng(order.device)
@@ -137,24 +130,24 @@ def train(order: training_pb2.Order, teller: Teller) -> None:
             if spec.evaluation.every_steps and step.number % spec.evaluation.every_steps == 0 and len(held_out):
                 evaluate(model, loss_of, held_out, step.number, spec, order.device, engine, teller)
                 evaluated = step.number
-            if spec.checkpoints.every_steps and step.number % spec.checkpoints.every_steps == 0 and keeps:
-                write_checkpoint(progress, engine, rng, teller)
+            if spec.checkpoints.every_steps and step.number % spec.checkpoints.every_steps == 0:
+                write_checkpoint(progress, engine, rng, about, teller)
                 saved_at = step.number
         if len(held_out) and evaluated != progress.step:
             evaluate(model, loss_of, held_out, progress.step, spec, order.device, engine, teller)
     except Cancelled:
         engine.forget()
-        if keeps and saved_at != progress.step:
-            write_checkpoint(progress, engine, rng, teller)
+        if saved_at != progress.step:
+            write_checkpoint(progress, engine, rng, about, teller)
         teller.tell(training_pb2.Fact(stopped=training_pb2.Stopped(step=progress.step)))
         return
 
     # The end: last checkpoint, the adapter.
-    if keeps and saved_at != progress.step:
-        write_checkpoint(progress, engine, rng, teller)
+    if saved_at != progress.step:
+        write_checkpoint(progress, engine, rng, about, teller)
     weights = engine.weights()
     if engine.rank == 0:
-        finish(order, end, weights, base_artifact, told, known, teller)
+        finish(end, weights, about, base_artifact, teller)
 
 
 def _progress(teller: Teller):

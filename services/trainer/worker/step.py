@@ -79,11 +79,8 @@ def one_step(engine, loss_of, rows, step: Step, total: int, spec, device: str, t
     norm = engine.step(learning_rate)
     if not norm - norm == 0.0:
         raise NotFinite(f"the gradient's norm of step {step.number} is {norm}")
-    with torch.no_grad():
-        squares = [float(p.float().pow(2).sum()) for p in engine.parameters.values()]
-    return Done(
-        value, norm, sum(squares) ** 0.5, learning_rate, int(tokens), trained, int(marked), tally.joined(pieces)
-    )
+    size = engine.parameter_norm()
+    return Done(value, norm, size, learning_rate, int(tokens), trained, int(marked), tally.joined(pieces))
 
 
 def after_step(before: checkpoint.Progress, step: Step, done: Done) -> checkpoint.Progress:
