@@ -62,31 +62,27 @@ def weights(form: Form) -> int:
     ],
 )
 def test_the_table(facts: DeviceFacts, asked: tuple, used: tuple, why: list[str]) -> None:  # type: ignore[type-arg]
-    found = plan.decide(Form(*asked), facts, 1, weights)
+    found = plan.decide(Form(*asked), facts, weights)
     assert found.used == Form(*used)
     assert len(found.fallbacks) == len(why), found.fallbacks
     for fallback, text in zip(found.fallbacks, why, strict=True):
         assert text in fallback.why and fallback.asked and fallback.used and fallback.asked != fallback.used
-    again = plan.decide(found.used, facts, 1, weights)
+    again = plan.decide(found.used, facts, weights)
     assert (again.used, again.fallbacks) == (found.used, ()), "what was chosen is chosen again"
 
 
 def test_fallbacks_name_what_they_are_about() -> None:
-    told = plan.decide(Form(NF4, FP16, PAGED8), CPU, 1, weights).fallbacks
+    told = plan.decide(Form(NF4, FP16, PAGED8), CPU, weights).fallbacks
     assert [(f.asked, f.used) for f in told] == [
         ("compute in FP16", "compute in BF16"),
         ("optimizer PAGED_ADAMW_8BIT", "optimizer ADAMW_8BIT"),
     ]
 
 
-def test_several_ranks_compute_in_bf16_wherever_they_are() -> None:
-    assert plan.decide(Form(NF4, BF16, ADAMW), OLD_CPU, 2, weights) == plan.Plan(Form(NF4, BF16, ADAMW), ())
-
-
 def test_a_base_that_fits_in_no_form_is_left_as_it_was_asked() -> None:
     """Whoever admits the job refuses it; nothing is bent in vain."""
     tiny = DeviceFacts("cuda", GB, True, True)
-    assert plan.decide(Form(NONE, BF16, ADAMW), tiny, 1, weights).fallbacks == ()
+    assert plan.decide(Form(NONE, BF16, ADAMW), tiny, weights).fallbacks == ()
 
 
 def test_what_was_chosen_stands_in_the_spec() -> None:
