@@ -20,6 +20,7 @@ from services.trainer.book import MIGRATIONS, Book
 from services.trainer.core import Rules, Trainer
 from services.trainer.metrics import Meters, add_metrics
 from services.trainer.notify import Hub
+from services.trainer.objectives import objectives_of
 from services.trainer.places import Places
 from services.trainer.runner import Runner
 from services.trainer.servicer import TrainerServicer
@@ -110,7 +111,7 @@ def build(config: Config) -> server.App:
     shares = sum(d.startswith("cpu") for d in places_to_run) or 1
     host = spec.Host(slots.torch_name(places_to_run[0]), max(1, cores // shares))
     rules = Rules(host, config.max_queue, config.heartbeat_seconds, places)
-    trainer = Trainer(book, hub, runner, shelf, read_templates(TEMPLATES), rules)
+    trainer = Trainer(book, hub, runner, shelf, read_templates(TEMPLATES), objectives_of(config.server.logs), rules)
     add_metrics(registry, hub, runner)
     servicer = TrainerServicer(trainer)
 

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from qlorad.v1 import errors_pb2, trainer_pb2
 from services.common import facts, idempotency, names, shards
+from services.common.brought import Listing
 from services.common.errors import (
     Fault,
     Violation,
@@ -31,10 +32,11 @@ from services.common.errors import (
 from services.common.frames.v1 import training_pb2
 from services.common.safetensors_header import read_model_headers
 from services.common.shelf import Shelf
-from services.trainer import estimate, jobs, launch, published, shape, slots, spec
+from services.trainer import estimate, jobs, launch, objective, published, shape, slots, spec
 from services.trainer.book import Book, Page
 from services.trainer.logs import lines
 from services.trainer.notify import Hub, going, gone
+from services.trainer.objectives import schemas
 from services.trainer.places import Places
 from services.trainer.runner import Runner
 
@@ -63,6 +65,7 @@ class Trainer:
         runner: Runner,
         shelf: Shelf,
         templates: Mapping[str, trainer_pb2.JobTemplate],
+        objectives: Listing[trainer_pb2.ObjectiveKind],
         rules: Rules,
     ) -> None:
         self._book = book
@@ -70,7 +73,20 @@ class Trainer:
         self._runner = runner
         self._shelf = shelf
         self._templates = templates
+        self._objectives = objectives
         self._rules = rules
+
+    async def objectives(self) -> list[trainer_pb2.ObjectiveKind]:
+        """What a job may learn, by name."""
+        return await self._objectives.list()
+
+    async def _schemas(self, template_name: str, override: trainer_pb2.JobSpec) -> objective.Schemas | None:
+        """What may be said to the objectives; None where nothing is."""
+        template = self._templates.get(template_name or "standard")
+        wanted = spec.merged(template, override) if template is not None else override
+        if not objective.needs_look(wanted.train.objective):
+            return None
+        return schemas(await self._objectives.list())
 
     def templates(self) -> list[trainer_pb2.JobTemplate]:
         """The named templates, by name."""
@@ -86,7 +102,7 @@ class Trainer:
             noted = await self._recall("CreateJob", request.request_id, body)
             if noted is not None:
                 return trainer_pb2.CreateJobResponse.FromString(noted)
-        record = await asyncio.to_thread(self._resolve, request)
+        record = await asyncio.to_thread(self._resolve, request, await self._schemas(request.template, request.spec))
         if request.validate_only:
             return trainer_pb2.CreateJobResponse(job=record.job)
         key = f"create {secrets.token_hex(8)}"
@@ -122,9 +138,11 @@ class Trainer:
                 retry_seconds=10.0,
             )
 
-    def _resolve(self, request: trainer_pb2.CreateJobRequest) -> training_pb2.JobRecord:
+    def _resolve(
+        self, request: trainer_pb2.CreateJobRequest, schemas: objective.Schemas | None
+    ) -> training_pb2.JobRecord:
         """The job as it would be; INVALID_ARGUMENT with ALL that is wrong, else NOT_FOUND."""
-        name, resolved, _ = self._settle(request.template, request.spec, spec.check_request(request))
+        name, resolved, _ = self._settle(request.template, request.spec, spec.check_request(request), schemas)
         record = training_pb2.JobRecord()
         job = record.job
         job.name = "jobs/" + (request.job_id or f"job-{secrets.token_hex(5)}")
@@ -137,7 +155,11 @@ class Trainer:
         return record
 
     def _settle(
-        self, template_name: str, override: trainer_pb2.JobSpec, wrong: list[Violation]
+        self,
+        template_name: str,
+        override: trainer_pb2.JobSpec,
+        wrong: list[Violation],
+        schemas: objective.Schemas | None,
     ) -> tuple[str, trainer_pb2.JobSpec, spec.DatasetKnown]:
         """Template, resolved spec and dataset; `wrong` holds what else is wrong with the request."""
         missing: list[Fault] = []
@@ -153,7 +175,7 @@ class Trainer:
             model = self._look_up(lambda: self._model(wanted.train.model), missing)
         if "spec.train.dataset" not in bad:
             dataset = self._look_up(lambda: self._dataset(wanted.train.dataset), missing)
-        resolved = spec.resolve(template, override, model, dataset, self._rules.host)
+        resolved = spec.resolve(template, override, model, dataset, self._rules.host, schemas)
         wrong += [*unusable, *resolved.violations]
         devices = self._rules.places.devices
         if slots.needed(wanted.train, devices) > len(devices) and "spec.train.parallelism.ranks" not in {
@@ -175,11 +197,13 @@ class Trainer:
 
     async def estimate(self, request: trainer_pb2.EstimateJobRequest) -> trainer_pb2.EstimateJobResponse:
         """What a job would take; loads nothing."""
-        return await asyncio.to_thread(self._estimate, request)
+        return await asyncio.to_thread(self._estimate, request, await self._schemas(request.template, request.spec))
 
-    def _estimate(self, request: trainer_pb2.EstimateJobRequest) -> trainer_pb2.EstimateJobResponse:
+    def _estimate(
+        self, request: trainer_pb2.EstimateJobRequest, schemas: objective.Schemas | None
+    ) -> trainer_pb2.EstimateJobResponse:
         wrong = list(spec.unknown(request, "request"))
-        _, resolved, dataset = self._settle(request.template, request.spec, wrong)
+        _, resolved, dataset = self._settle(request.template, request.spec, wrong, schemas)
         train = resolved.train
         sealed = self._shelf.open("models", train.model.removeprefix("models/"))
         told = facts.from_manifest(facts.ModelFacts, sealed.manifest)
@@ -215,7 +239,7 @@ class Trainer:
     def _model(self, name: str) -> spec.ModelKnown:
         sealed = self._shelf.open("models", name.removeprefix("models/"), field="spec.train.model")
         told = facts.from_manifest(facts.ModelFacts, sealed.manifest)
-        return spec.ModelKnown(sealed.digest, told.context_tokens, told.target_modules)
+        return spec.ModelKnown(sealed.digest, told.context_tokens, told.target_modules, told.architecture)
 
     def _dataset(self, name: str) -> spec.DatasetKnown:
         sealed = self._shelf.open("datasets", name.removeprefix("datasets/"), field="spec.train.dataset")

@@ -13,6 +13,7 @@ from typing import Final
 from qlorad.v1 import trainer_pb2
 from services.common.errors import Fault, wrong_state
 from services.common.frames.v1 import training_pb2
+from services.trainer import plan, retention
 
 State = trainer_pb2.JobState
 _S = trainer_pb2
@@ -91,9 +92,12 @@ def fold(record: training_pb2.JobRecord, event: trainer_pb2.Event) -> training_p
         case "planned":
             job.total_steps = event.planned.total_steps
             after.ledger_digest = event.planned.ledger.digest
+            if event.planned.HasField("chosen"):
+                plan.stand(job.spec.train, event.planned.chosen)
         case "step":
             job.metrics.CopyFrom(event.step)
-            job.result.final_loss = event.step.loss
+            if not event.step.skipped:
+                job.result.final_loss = event.step.loss
             job.result.steps = event.step.step
             job.result.tokens += event.step.tokens
         case "evaluated":
@@ -102,6 +106,7 @@ def fold(record: training_pb2.JobRecord, event: trainer_pb2.Event) -> training_p
                 job.result.eval_loss_before = event.evaluated.loss
             else:
                 job.result.eval_loss_after = event.evaluated.loss
+                _best(job.result, event.evaluated)
         case "checkpoint_sealed":
             _mark(after, event.checkpoint_sealed)
         case "adapter_sealed":
@@ -156,31 +161,25 @@ def _rest(after: training_pb2.JobRecord, event: trainer_pb2.Event, left: int) ->
 
 def _mark(after: training_pb2.JobRecord, sealed: trainer_pb2.CheckpointSealed) -> None:
     job = after.job
-    kept = [m for m in after.marks if m.step < sealed.step]
-    kept.append(training_pb2.Mark(step=sealed.step, digest=sealed.digest, tokens=job.result.tokens))
+    marks = [m for m in after.marks if m.step < sealed.step]
+    marks.append(training_pb2.Mark(step=sealed.step, digest=sealed.digest, tokens=job.result.tokens))
+    if sealed.HasField("eval_loss"):
+        marks[-1].eval_loss = sealed.eval_loss
+    marks = retention.kept(marks, job.spec.train)
     del after.marks[:]
-    after.marks.extend(kept[-max(1, job.spec.train.checkpoints.keep_last) :])
+    after.marks.extend(marks)
     after.lost = 0
     job.result.checkpoint_digest = sealed.digest
+
+
+def _best(result: trainer_pb2.JobResult, told: trainer_pb2.Evaluated) -> None:
+    if not result.HasField("best_eval_loss") or told.loss < result.best_eval_loss:
+        result.best_eval_loss, result.best_step = told.loss, told.step
 
 
 def is_over(record: training_pb2.JobRecord, attempt: int) -> bool:
     """Whether an attempt can write nothing any more."""
     return record.job.attempt > attempt or record.job.state not in WITH_WORKER
-
-
-def kept_as(record: training_pb2.JobRecord) -> dict[int, list[trainer_pb2.KeptAs.ValueType]]:
-    """Why each kept checkpoint is kept, by step."""
-    asked, found = record.job.spec.train.checkpoints, {m.step: list[_S.KeptAs.ValueType]() for m in record.marks}
-    for mark in record.marks[-max(1, asked.keep_last) :]:
-        found[mark.step].append(_S.KEPT_AS_LAST)
-    judged = sorted((m.eval_loss, m.step) for m in record.marks if m.HasField("eval_loss"))
-    for _, step in judged[: asked.keep_best]:
-        found[step].append(_S.KEPT_AS_BEST)
-    for step, why in found.items():
-        if asked.keep_every_steps and step % asked.keep_every_steps == 0:
-            why.append(_S.KEPT_AS_EVERY)
-    return found
 
 
 def moved(

@@ -11,7 +11,7 @@ from typing import Any
 from qlorad.v1 import trainer_pb2
 from services.common.facts import ModelFacts
 from services.common.frames.v1 import training_pb2
-from services.trainer import jobs, slots
+from services.trainer import jobs, retention, slots
 
 SOLO = "services.trainer.worker.train"
 RANKS = "services.trainer.worker.ranks"
@@ -43,6 +43,9 @@ def order_of(
         checkpoint_digest=jobs.resume_from(record).digest,
         evaluated_step=record.evaluated_step,
     )
+    best = retention.best(record.marks)
+    if job.spec.train.evaluation.keep_best_adapter and best is not None:
+        order.best_checkpoint_digest = best.digest
     allowed = job.spec.train.limits.max_seconds
     if allowed:
         order.seconds_left = max(0.0, allowed - jobs.seconds_at_work(record, now_seconds))
@@ -58,7 +61,14 @@ def weight_bytes(model: ModelFacts, spec: trainer_pb2.TrainSpec) -> int:
     """About what the base's weights take."""
     if spec.quantization.method == trainer_pb2.QUANTIZATION_METHOD_NF4:
         return model.nf4_bytes
+    if spec.quantization.method == trainer_pb2.QUANTIZATION_METHOD_INT8:
+        return 2 * model.parameters - _linear_weights(model)
     return model.parameters * (4 if spec.quantization.compute_type == trainer_pb2.COMPUTE_TYPE_FP32 else 2)
+
+
+def _linear_weights(model: ModelFacts) -> int:
+    """About how many weights are quantised: NF4 takes half a byte for them, their scales a little, the rest two."""
+    return max(0, round((2 * model.parameters - model.nf4_bytes) / (2 - 0.516)))
 
 
 def environ_of(spec: trainer_pb2.TrainSpec, extensions: str) -> dict[str, str]:

@@ -18,7 +18,7 @@ from services.common import names
 from services.common.errors import Fault, Violation, corrupt, invalid, not_found, rejected, show
 from services.common.frames.v1 import training_pb2
 from services.common.shelf import Shelf
-from services.trainer import jobs
+from services.trainer import retention
 
 ADAPTER = "adapter"
 ABOUT = "adapter.json"
@@ -27,7 +27,7 @@ _NAME = re.compile(r"jobs/([^/]+)/checkpoints/([1-9][0-9]{0,17})")
 
 def listed(shelf: Shelf, record: training_pb2.JobRecord) -> list[trainer_pb2.Checkpoint]:
     """The checkpoints that a job keeps, oldest first. One that has just been superseded is left out."""
-    found, kept = [], jobs.kept_as(record)
+    found, kept = [], retention.reasons(record.marks, record.job.spec.train)
     for mark in record.marks:
         try:
             sealed = shelf.open("checkpoints", mark.digest)

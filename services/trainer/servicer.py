@@ -67,3 +67,8 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         self, request: trainer_pb2.ListTemplatesRequest, context: Any
     ) -> trainer_pb2.ListTemplatesResponse:
         return trainer_pb2.ListTemplatesResponse(templates=self._trainer.templates())
+
+    async def ListObjectives(
+        self, request: trainer_pb2.ListObjectivesRequest, context: Any
+    ) -> trainer_pb2.ListObjectivesResponse:
+        return trainer_pb2.ListObjectivesResponse(objectives=await self._trainer.objectives())

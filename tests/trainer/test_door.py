@@ -15,6 +15,7 @@ from services.common import devices
 from services.common.shelf import Shelf
 from tests.house import House, eventually, house
 from tests.trainer.kit import create, facts, get, seal_dataset, small, stub_of, watch
+from tests.trainer.test_spec import SHIPPED
 
 
 def details(error: grpc.RpcError) -> dict[str, object]:
@@ -200,7 +201,7 @@ def test_cancel_and_delete_know_their_states(waiting: House) -> None:
 
 def test_templates_are_told_in_full(waiting: House) -> None:
     told = stub_of(waiting).ListTemplates(trainer_pb2.ListTemplatesRequest(), timeout=10).templates
-    assert [t.name for t in told] == ["all-linear", "full-attention", "minimal-q", "mlp", "standard", "zero2"]
+    assert [t.name for t in told] == list(SHIPPED)
     assert all(t.description and t.spec.train.lora.rank for t in told)
 
 

@@ -232,3 +232,7 @@ class Jobs:
     def templates(self) -> Sequence[pb.JobTemplate]:
         """The named templates."""
         return (self._wire.call(self._stub.ListTemplates, pb.ListTemplatesRequest())).templates
+
+    def objectives(self) -> Sequence[pb.ObjectiveKind]:
+        """What a job may learn, plug-ins too."""
+        return (self._wire.call(self._stub.ListObjectives, pb.ListObjectivesRequest())).objectives

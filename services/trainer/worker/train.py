@@ -31,7 +31,14 @@ _WORDS = {
     errors_pb2.REASON_REJECTED: "REJECTED",
     errors_pb2.REASON_DISK_FULL: "DISK_FULL",
 }
-_OWN = {"BadData": "BAD_DATA", "NotFinite": "NOT_FINITE", "NotTheLedger": "NOT_THE_LEDGER"}
+_OWN = {
+    "BadData": "BAD_DATA",
+    "AllMasked": "BAD_DATA",
+    "NotFinite": "NOT_FINITE",
+    "Spike": "SPIKE",
+    "NotTheLedger": "NOT_THE_LEDGER",
+    "ObjectiveFailed": "OBJECTIVE_FAILED",
+}
 
 
 def read_arguments() -> tuple[pathlib.Path, training_pb2.Order, str]:

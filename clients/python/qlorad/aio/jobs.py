@@ -233,3 +233,7 @@ class Jobs:
     async def templates(self) -> Sequence[pb.JobTemplate]:
         """The named templates."""
         return (await self._wire.call(self._stub.ListTemplates, pb.ListTemplatesRequest())).templates
+
+    async def objectives(self) -> Sequence[pb.ObjectiveKind]:
+        """What a job may learn, plug-ins too."""
+        return (await self._wire.call(self._stub.ListObjectives, pb.ListObjectivesRequest())).objectives

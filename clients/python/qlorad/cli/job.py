@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlorad.cli import output as out
+from qlorad.cli import parameters
 from qlorad.cli.output import Format, Output
 from qlorad.cli.session import connected, pairs
 
@@ -230,6 +231,19 @@ def templates(output: Output = Format.table) -> None:
     ]
     with connected() as client:
         out.many(output, "templates", client.jobs.templates(), columns)
+
+
+@app.command("objectives")
+def objectives(output: Output = Format.table) -> None:
+    """Lists what a job may learn (objective in its spec), plug-ins too, with the parameters."""
+    columns: list[out.Column] = [
+        ("OBJECTIVE", lambda o: o.name),
+        ("LEARNS", lambda o: o.description),
+        ("PARAMETERS", lambda o: parameters.told(o.parameters_schema_json)),
+        ("PACKAGE", lambda o: o.package),
+    ]
+    with connected() as client:
+        out.many(output, "objectives", client.jobs.objectives(), columns)
 
 
 @app.command("logs")

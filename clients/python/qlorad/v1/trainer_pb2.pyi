@@ -1284,8 +1284,8 @@ class JobError(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     LOG_TAIL_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
-    """A stable word: "OUT_OF_MEMORY", "BAD_DATA", "NOT_FINITE", "NOT_THE_LEDGER" (an epoch did not consume what
-    the ledger says), "WORKER_LOST", "REJECTED", "DISK_FULL", "INTERNAL".
+    """A stable word: "OUT_OF_MEMORY", "BAD_DATA", "NOT_FINITE", "SPIKE", "NOT_THE_LEDGER" (an epoch did not consume
+    what the ledger says), "OBJECTIVE_FAILED" (a plug-in's), "WORKER_LOST", "REJECTED", "DISK_FULL", "INTERNAL".
     """
     message: _builtins.str
     """For people."""
@@ -2998,3 +2998,78 @@ class ListTemplatesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListTemplatesResponse: _TypeAlias = ListTemplatesResponse  # noqa: Y015
+
+@_typing.final
+class ObjectiveKind(_message.Message):
+    """An objective."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    PACKAGE_FIELD_NUMBER: _builtins.int
+    PARAMETERS_SCHEMA_JSON_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name."""
+    description: _builtins.str
+    """What is learnt, for people."""
+    package: _builtins.str
+    """The package that brings it, with its version, as in "qlorad-services 0.1"."""
+    parameters_schema_json: _builtins.str
+    """A JSON Schema object of its parameters."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        description: _builtins.str = ...,
+        package: _builtins.str = ...,
+        parameters_schema_json: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "name", b"name", "package", b"package", "parameters_schema_json", b"parameters_schema_json"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ObjectiveKind: _TypeAlias = ObjectiveKind  # noqa: Y015
+
+@_typing.final
+class ListObjectivesRequest(_message.Message):
+    """Asks for the objectives."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListObjectivesRequest: _TypeAlias = ListObjectivesRequest  # noqa: Y015
+
+@_typing.final
+class ListObjectivesResponse(_message.Message):
+    """The objectives."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OBJECTIVES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def objectives(self) -> _containers.RepeatedCompositeFieldContainer[Global___ObjectiveKind]:
+        """By name."""
+
+    def __init__(
+        self,
+        *,
+        objectives: _abc.Iterable[Global___ObjectiveKind] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["objectives", b"objectives"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListObjectivesResponse: _TypeAlias = ListObjectivesResponse  # noqa: Y015

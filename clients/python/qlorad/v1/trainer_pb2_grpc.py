@@ -84,6 +84,11 @@ class TrainerServiceStub:
                 request_serializer=qlorad_dot_v1_dot_trainer__pb2.DeleteJobRequest.SerializeToString,
                 response_deserializer=qlorad_dot_v1_dot_trainer__pb2.DeleteJobResponse.FromString,
                 _registered_method=True)
+        self.ListObjectives = channel.unary_unary(
+                '/qlorad.v1.TrainerService/ListObjectives',
+                request_serializer=qlorad_dot_v1_dot_trainer__pb2.ListObjectivesRequest.SerializeToString,
+                response_deserializer=qlorad_dot_v1_dot_trainer__pb2.ListObjectivesResponse.FromString,
+                _registered_method=True)
         self.WatchLog = channel.unary_stream(
                 '/qlorad.v1.TrainerService/WatchLog',
                 request_serializer=qlorad_dot_v1_dot_trainer__pb2.WatchLogRequest.SerializeToString,
@@ -210,6 +215,14 @@ class TrainerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListObjectives(self, request, context):
+        """Lists what a job may learn (TrainSpec.objective), plug-ins too.
+        Errors: UNAVAILABLE WORKER_LOST (a plug-in could not be loaded; names it).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchLog(self, request, context):
         """Streams what the worker of an attempt wrote, without what looks like a
         credential: from offset_bytes to the end, and as long as the attempt goes on
@@ -297,6 +310,11 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     servicer.DeleteJob,
                     request_deserializer=qlorad_dot_v1_dot_trainer__pb2.DeleteJobRequest.FromString,
                     response_serializer=qlorad_dot_v1_dot_trainer__pb2.DeleteJobResponse.SerializeToString,
+            ),
+            'ListObjectives': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListObjectives,
+                    request_deserializer=qlorad_dot_v1_dot_trainer__pb2.ListObjectivesRequest.FromString,
+                    response_serializer=qlorad_dot_v1_dot_trainer__pb2.ListObjectivesResponse.SerializeToString,
             ),
             'WatchLog': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchLog,
@@ -567,6 +585,33 @@ class TrainerService:
             '/qlorad.v1.TrainerService/DeleteJob',
             qlorad_dot_v1_dot_trainer__pb2.DeleteJobRequest.SerializeToString,
             qlorad_dot_v1_dot_trainer__pb2.DeleteJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListObjectives(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/qlorad.v1.TrainerService/ListObjectives',
+            qlorad_dot_v1_dot_trainer__pb2.ListObjectivesRequest.SerializeToString,
+            qlorad_dot_v1_dot_trainer__pb2.ListObjectivesResponse.FromString,
             options,
             channel_credentials,
             insecure,

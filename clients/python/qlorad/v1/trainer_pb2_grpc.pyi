@@ -98,6 +98,10 @@ class TrainerServiceStub:
     """Removes an ended job, its events and its attempts. Artifacts stay.
     Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE (cancel it first).
     """
+    ListObjectives: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.ListObjectivesRequest, _trainer_pb2.ListObjectivesResponse]
+    """Lists what a job may learn (TrainSpec.objective), plug-ins too.
+    Errors: UNAVAILABLE WORKER_LOST (a plug-in could not be loaded; names it).
+    """
     WatchLog: _grpc.UnaryStreamMultiCallable[_trainer_pb2.WatchLogRequest, _trainer_pb2.WatchLogResponse]
     """Streams what the worker of an attempt wrote, without what looks like a
     credential: from offset_bytes to the end, and as long as the attempt goes on
@@ -192,6 +196,10 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     DeleteJob: _aio.UnaryUnaryMultiCallable[_trainer_pb2.DeleteJobRequest, _trainer_pb2.DeleteJobResponse]  # type: ignore[assignment]
     """Removes an ended job, its events and its attempts. Artifacts stay.
     Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE (cancel it first).
+    """
+    ListObjectives: _aio.UnaryUnaryMultiCallable[_trainer_pb2.ListObjectivesRequest, _trainer_pb2.ListObjectivesResponse]  # type: ignore[assignment]
+    """Lists what a job may learn (TrainSpec.objective), plug-ins too.
+    Errors: UNAVAILABLE WORKER_LOST (a plug-in could not be loaded; names it).
     """
     WatchLog: _aio.UnaryStreamMultiCallable[_trainer_pb2.WatchLogRequest, _trainer_pb2.WatchLogResponse]  # type: ignore[assignment]
     """Streams what the worker of an attempt wrote, without what looks like a
@@ -338,6 +346,16 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_trainer_pb2.DeleteJobResponse, _abc.Awaitable[_trainer_pb2.DeleteJobResponse]]:
         """Removes an ended job, its events and its attempts. Artifacts stay.
         Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE (cancel it first).
+        """
+
+    @_abc_1.abstractmethod
+    def ListObjectives(
+        self,
+        request: _trainer_pb2.ListObjectivesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_trainer_pb2.ListObjectivesResponse, _abc.Awaitable[_trainer_pb2.ListObjectivesResponse]]:
+        """Lists what a job may learn (TrainSpec.objective), plug-ins too.
+        Errors: UNAVAILABLE WORKER_LOST (a plug-in could not be loaded; names it).
         """
 
     @_abc_1.abstractmethod
