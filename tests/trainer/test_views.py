@@ -13,9 +13,11 @@ from qlorad import errors
 from qlorad.v1 import inference_pb2
 from qlorad.v1 import trainer_pb2 as pb
 from services.common import names
+from services.common.errors import Fault
 from services.common.shelf import Shelf
 from services.trainer import published
 from tests import promtool
+from tests.client.cli import Cli
 from tests.house import House, eventually, house
 from tests.inference import kit as serving
 from tests.trainer.following import Follower
@@ -97,6 +99,10 @@ def test_a_job_seen_from_all_sides(small_home: pathlib.Path) -> None:
             first = next(iter(q.jobs.watch("seen", on_gone=lambda a, o: gone.append((a, o)))))
             assert gone[0][0] == 0 and first.sequence == gone[-1][1] > 1
             assert [c.step for c in q.jobs.checkpoints("seen")]
+            by_hand = Cli(small_home)
+            assert "last" in by_hand.inside("job", "checkpoints", "seen")
+            assert "[redacted]" in by_hand.inside("job", "log", "seen", "--attempt", "1")
+            assert "adapters/by-hand" in by_hand.inside("job", "publish", "seen", "--name", "by-hand")
             pieces = q.jobs.log("seen", follow=True)
             told = next(iter(pieces))
             assert "[redacted]" in told and "abcdefgh" not in told
@@ -104,6 +110,8 @@ def test_a_job_seen_from_all_sides(small_home: pathlib.Path) -> None:
             rest = list(pieces)
             assert "abcdefgh" not in "".join(rest), "and it ends with the attempt"
             q.jobs.wait("seen", check=False)
+            told = by_hand.inside("job", "watch", "seen", code=6)
+            assert "events 1 to " in told and "are not kept any more" in told and "CANCELLED" in told
         follower.join()
         with urllib.request.urlopen(url, timeout=10) as answer:
             assert 'job="seen"' not in answer.read().decode()
@@ -126,17 +134,9 @@ def published_now(made: House) -> pb.PublishCheckpointResponse | None:
     return answer
 
 
-def test_why_a_checkpoint_is_kept() -> None:
-    from services.common.frames.v1 import training_pb2
-    from services.trainer import jobs
-
-    record = training_pb2.JobRecord()
-    asked = record.job.spec.train.checkpoints
-    asked.keep_last, asked.keep_best, asked.keep_every_steps = 2, 1, 30
-    for step, loss in ((10, 0.5), (30, 0.9), (40, None), (50, 0.8)):
-        mark = record.marks.add(step=step)
-        if loss is not None:
-            mark.eval_loss = loss
-    assert jobs.kept_as(record) == {10: [pb.KEPT_AS_BEST], 30: [pb.KEPT_AS_EVERY], 40: [pb.KEPT_AS_LAST],
-                                    50: [pb.KEPT_AS_LAST]}  # fmt: skip
-    assert published.read_name(pb.PublishCheckpointRequest(request_id="a", name="jobs/x/checkpoints/12")) == ("x", 12)
+def test_the_name_of_a_checkpoint() -> None:
+    asked = pb.PublishCheckpointRequest(request_id="a", name="jobs/x/checkpoints/12", adapter="adapters/y")
+    assert published.read_name(asked) == ("x", 12)
+    for wrong in ("jobs/x", "jobs/x/checkpoints/", "jobs/x/checkpoints/01", "jobs/../checkpoints/1", "x/checkpoints/1"):
+        with pytest.raises(Fault, match="'jobs/ID/checkpoints/STEP'"):
+            published.read_name(pb.PublishCheckpointRequest(request_id="a", name=wrong))
