@@ -346,7 +346,7 @@ def _size(count: int) -> str:
 def disk(shape: ModelShape, run: Run, rows: int, keep_last: int) -> tuple[Part, ...]:
     """What a job writes, at most."""
     one = checkpoint_bytes(shape, run)
-    kept = keep_last + 1 if run.ranks == 1 else 0
+    kept = keep_last + 1
     adapter = 4 * lora_numbers(shape, run) + _headers(shape, run) + 4096
     most = f"at most: {rows} rows of {run.length} tokens; less where rows are shorter"
     return (

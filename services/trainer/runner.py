@@ -251,7 +251,7 @@ class Runner:
                 ["--attempt", str(folder), "--hold", ",".join(map(str, held))],
                 folder / launch.LOG,
                 held,
-                launch.environ_of(order.spec, self._places.extensions),
+                launch.environ_of(order.spec, self._places.extensions, order.device),
             )
         finally:
             os.close(lock)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlorad.v1 import trainer_pb2
+from qlorad.v1 import artifacts_pb2, trainer_pb2
 from services.common import errors
 from services.common.shelf import Shelf
 from services.trainer.worker.batches import Plan, pack, pad
@@ -194,10 +194,9 @@ def test_an_optimiser_goes_on_from_a_checkpoint_as_if_it_had_not_been_cut(
         one.engine.step(0.1)
 
     step(it)
-    checkpoint.write(
-        tmp_path, checkpoint.Progress("j", step=1), it.engine.parameters, it.engine.optimizer, checkpoint.get_rng("cpu")
-    )
-    assert checkpoint.read(tmp_path, "j", other.engine.parameters, other.engine.optimizer).step == 1
+    about = checkpoint.About(it.spec.lora, {}, artifacts_pb2.Lineage())
+    checkpoint.write(tmp_path, checkpoint.Progress("j", step=1), it.engine, checkpoint.get_rng("cpu"), about)
+    assert checkpoint.read(tmp_path, "j", other.engine).step == 1
     step(it), step(other)
     for name, p in it.engine.parameters.items():
         assert it.torch.equal(p, other.engine.parameters[name])

@@ -18,7 +18,9 @@ MODEL = spec.ModelKnown("sha256:" + "a" * 64, 256, LLAMA)
 DATASET = spec.DatasetKnown("sha256:" + "b" * 64, {"train": 9, "validation": 2})
 BERT = spec.ModelKnown("sha256:" + "c" * 64, 256, ("query", "key", "value", "dense"), "BertForMaskedLM")
 HOST = spec.Host("cpu", 4)
-SHIPPED = ("all-linear", "bert-mlm", "full-attention", "minimal-q", "mlp", "standard", "zero2")
+SHIPPED = (
+    "all-linear", "bert-mlm", "full-attention", "minimal-q", "mlp", "standard", "zero2", "zero3", "zero3-offload"
+)  # fmt: skip
 
 
 def wanted() -> trainer_pb2.JobSpec:
@@ -140,19 +142,44 @@ def test_all_violations_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "field", "nearest"),
+    ("template", "path", "value", "field", "nearest"),
     [
-        ("checkpoints.every_steps", 5, "checkpoints.every_steps", "0 where ranks is above 1"),
-        ("parallelism.zero_stage", 3, "parallelism.zero_stage", "2 where ranks is above 1"),
-        ("parallelism.ranks", 9, "parallelism.ranks", "1 to 8"),
-        ("parallelism.ranks", 1, "", ""),
+        ("zero2", "parallelism.zero_stage", 4, "parallelism.zero_stage", "1, 2 or 3 where ranks is above 1"),
+        ("zero2", "parallelism.zero_stage", 0, "parallelism.zero_stage", "1, 2 or 3 where ranks is above 1"),
+        ("zero2", "parallelism.ranks", 65, "parallelism.ranks", "1 to 64"),
+        (
+            "zero2",
+            "parallelism.offload",
+            trainer_pb2.OFFLOAD_ALL,
+            "parallelism.offload",
+            "or zero_stage 3",
+        ),
+        ("zero2", "parallelism.offload", 7, "parallelism.offload", "OFFLOAD_OPTIMIZER, OFFLOAD_ALL"),
+        ("standard", "parallelism.offload", trainer_pb2.OFFLOAD_ALL, "parallelism.offload", "where ranks is 1"),
+        ("standard", "parallelism.zero_stage", 2, "parallelism.zero_stage", "0 where ranks is 1"),
+        (
+            "zero2",
+            "optimizer.kind",
+            trainer_pb2.OPTIMIZER_KIND_ADAMW_8BIT,
+            "optimizer.kind",
+            "OPTIMIZER_KIND_ADAMW",
+        ),
+        ("zero3", "optimizer.kind", trainer_pb2.OPTIMIZER_KIND_PAGED_ADAMW, "optimizer.kind", "cannot be divided anew"),
+        ("zero2", "checkpoints.every_steps", 5, "", ""),
+        ("zero2", "quantization.compute_type", trainer_pb2.COMPUTE_TYPE_FP32, "", ""),
+        ("zero2", "optimizer.kind", trainer_pb2.OPTIMIZER_KIND_SGD, "", ""),
+        ("zero2", "parallelism.offload", trainer_pb2.OFFLOAD_OPTIMIZER, "", ""),
+        ("zero2", "parallelism.zero_stage", 1, "", ""),
+        ("zero3-offload", "parallelism.ranks", 1, "", ""),
     ],
 )
-def test_what_several_ranks_cannot_do_is_refused(path: str, value: int, field: str, nearest: str) -> None:
+def test_what_several_ranks_cannot_do_is_refused(
+    template: str, path: str, value: int, field: str, nearest: str
+) -> None:
     override = wanted()
     group, name = path.split(".")
     setattr(getattr(override.train, group), name, value)
-    found = faults("zero2", override)
+    found = faults(template, override)
     assert set(found) == ({field} if field else set())
     if field:
         assert nearest in found[field][1]
