@@ -56,9 +56,14 @@ def weight_bytes(model: ModelFacts, spec: trainer_pb2.TrainSpec) -> int:
     return model.parameters * (4 if spec.quantization.compute_type == trainer_pb2.COMPUTE_TYPE_FP32 else 2)
 
 
+def threads_of(spec: trainer_pb2.TrainSpec) -> int:
+    """Of each process: ranks share what the job may have."""
+    return max(1, spec.threads // max(1, spec.parallelism.ranks))
+
+
 def environ_of(spec: trainer_pb2.TrainSpec, extensions: str, device: str = "cpu") -> dict[str, str]:
     """What its environment holds beside the daemon's."""
-    threads = str(1 if spec.parallelism.ranks > 1 else spec.threads)
+    threads = str(threads_of(spec))
     environ = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "BITSANDBYTES_NOWELCOME": "1"}
     if spec.parallelism.ranks > 1:
         kind = device.partition(":")[0]

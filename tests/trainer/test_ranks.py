@@ -293,3 +293,86 @@ def test_ranks_pause_go_on_and_keep_time_as_one_process_does(trainer: House) -> 
     done = get(stub, late.name)
     assert (done.state, done.end) == (pb.JOB_STATE_SUCCEEDED, pb.END_REASON_TIME_LIMIT), done.error
     assert 0 < done.result.steps < 100_000 and done.result.adapter_digest
+
+
+FORGET = """
+import pathlib, sys
+import deepspeed, torch
+from services.common.worker.load import load_base
+from services.trainer.worker import engines, lora, losses, tensors
+from services.trainer.worker.zero import Ranked
+from qlorad.v1 import trainer_pb2 as pb
+from tests.trainer.test_recipe import made_rows
+
+payload, folder, stage, offload = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+deepspeed.init_distributed("gloo", auto_mpi_discovery=False, init_method=f"file://{folder}/meet", rank=0, world_size=1)
+spec = pb.TrainSpec()
+spec.lora.rank, spec.lora.alpha = 4, 8
+spec.lora.target_modules.names.extend(["q_proj", "down_proj"])
+spec.optimizer.kind, spec.optimizer.learning_rate = pb.OPTIMIZER_KIND_SGD, 0.1
+spec.parallelism.ranks, spec.parallelism.zero_stage, spec.parallelism.offload = 1, stage, offload
+rows = made_rows(6, seed=3)
+batches = [tensors.packed(rows, part, "cpu") for part in ([0, 1], [2, 3], [4, 5])]
+
+def made(kind):
+    torch.manual_seed(1)
+    model = lora.with_lora(load_base(payload, "none", False, "fp32"), spec)
+    model.train()
+    return kind(model, spec, losses.of(model)[0])
+
+def pushed(engine, numbers):
+    engine.mine([(n,) for n in numbers])
+    for n in numbers:
+        engine.backward(engine.loss(batches[n]), 100)
+
+def weights(engine):
+    return {n: w.clone() for n, w in engine.weights().items()}
+
+solo, zero = made(engines.Solo), made(Ranked)
+for engine in (solo, zero):
+    pushed(engine, [0]), engine.step(0.1)
+pushed(zero, [1, 2])  # a step that is given up
+zero.forget()
+for engine in (solo, zero):
+    pushed(engine, [0, 1]), engine.step(0.1)
+    pushed(engine, [2]), engine.step(0.1)
+before = weights(zero)
+for name, tensor in solo.weights().items():
+    assert float((tensor - before[name]).abs().max()) < 1e-6, name
+assert abs(zero.parameter_norm() - solo.parameter_norm()) < 1e-5
+zero.mine([(0,)])
+zero.backward(zero.loss(batches[0]) * float("nan"), 100)
+norm = zero.step(0.1)
+assert norm != norm, norm
+after = weights(zero)
+assert all(torch.equal(before[n], after[n]) for n in before), "a step without a number changes nothing"
+for engine in (solo, zero):
+    pushed(engine, [1]), engine.step(0.1)
+for name, tensor in solo.weights().items():
+    assert float((tensor - zero.weights()[name]).abs().max()) < 1e-6, name
+print("good")
+"""
+
+
+@pytest.mark.slow
+@COMPILED
+@pytest.mark.parametrize(("stage", "offload"), [(1, 0), (2, 0), (3, 0), (2, pb.OFFLOAD_OPTIMIZER), (3, pb.OFFLOAD_ALL)])
+def test_a_step_that_is_given_up_leaves_nothing_behind(
+    starter_home: pathlib.Path, tmp_path: pathlib.Path, stage: int, offload: int
+) -> None:
+    """Given up between its micro-batches, and for a gradient that is no number."""
+    payload = Shelf(starter_home / "store").open("models", MODEL.removeprefix("models/")).payload
+    environ = {**os.environ, **launch.environ_of(ranked(), EXTENSIONS)}
+    told = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    environ["PATH"] = os.pathsep.join([str(pathlib.Path(sys.executable).parent), environ["PATH"]])
+    argv = [sys.executable, "-c", FORGET, str(payload), str(tmp_path), str(stage), str(offload)]
+    ended = subprocess.run(argv, env={**environ, **told}, cwd=ROOT, timeout=100, capture_output=True, text=True)
+    assert ended.returncode == 0 and ended.stdout.endswith("good\n"), ended.stderr[-3000:]
+
+
+@pytest.mark.parametrize(("ranks", "threads", "each"), [(1, 4, 4), (2, 4, 2), (2, 1, 1), (3, 8, 2)])
+def test_ranks_share_the_threads_of_a_job(ranks: int, threads: int, each: int) -> None:
+    train = pb.TrainSpec(threads=threads, parallelism=pb.Parallelism(ranks=ranks))
+    environ = launch.environ_of(train, "/somewhere", "cuda:0")
+    assert environ["OMP_NUM_THREADS"] == environ["MKL_NUM_THREADS"] == str(each)
+    assert environ.get("DS_ACCELERATOR", "") == ("cuda" if ranks > 1 else "")

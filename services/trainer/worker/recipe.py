@@ -18,6 +18,7 @@ from services.common.frames.v1 import training_pb2
 from services.common.prompt import ledger, tally
 from services.common.shelf import Shelf
 from services.common.worker.load import load_base
+from services.trainer import launch
 from services.trainer.worker import checkpoint, engines, losses
 from services.trainer.worker.batches import Plan
 from services.trainer.worker.evaluation import evaluate
@@ -30,7 +31,7 @@ from services.trainer.worker.step import SMOOTH, BadData, after_step, check_epoc
 def train(order: training_pb2.Order, teller: Teller) -> None:
     """Runs the whole order. Raises Cancelled when asked to stop."""
     spec, begun = order.spec, time.monotonic()
-    torch.set_num_threads(1 if spec.parallelism.ranks > 1 else spec.threads)
+    torch.set_num_threads(launch.threads_of(spec))
     shelf = Shelf(pathlib.Path(order.store))
 
     # The rows: one sealed ledger, built here if nobody built it before.
