@@ -179,8 +179,8 @@ def memory(shape: ModelShape, run: Run) -> tuple[Part, ...]:
     shown = "made again layer by layer" if run.checkpointing else f"of {shape.layers} layers"
     return (
         Part("base weights", base_bytes(shape, run), _base_words(shape, run)),
-        Part("adapter", held, f"{numbers} weights, {places}, {'bf16' if run.ranks > 1 else 'fp32'}"),
-        Part("gradients", grown, f"one for each of the adapter's weights, {'bf16' if run.ranks > 1 else 'fp32'}"),
+        Part("adapter", held, f"{numbers} weights, {places}, fp32"),
+        Part("gradients", grown, "one for each of the adapter's weights, fp32"),
         Part("optimizer", state, _state_words(run)),
         Part("activations", kept, f"what the backward pass needs {shown}, {run.tokens} tokens"),
         Part(
@@ -243,7 +243,7 @@ def _trained(count: int, tensors: int, run: Run) -> tuple[int, int, int]:
     """
     if run.ranks == 1:
         return 4 * count, 4 * count, 4 * run.states * count + (4 * tensors if run.states == 2 else 0)
-    return 2 * count, 2 * count, 4 * (1 + run.states) * -(-count // run.ranks)
+    return 4 * count, 4 * count, 4 * (1 + run.states) * -(-count // run.ranks)
 
 
 def activations(shape: ModelShape, run: Run) -> int:

@@ -73,9 +73,14 @@ def _linear_weights(model: ModelFacts) -> int:
     return max(0, round((2 * model.parameters - model.nf4_bytes) / (2 - 0.516)))
 
 
+def threads_of(spec: trainer_pb2.TrainSpec) -> int:
+    """Of each process: ranks share what the job may have."""
+    return max(1, spec.threads // max(1, spec.parallelism.ranks))
+
+
 def environ_of(spec: trainer_pb2.TrainSpec, extensions: str, device: str = "cpu") -> dict[str, str]:
     """What its environment holds beside the daemon's."""
-    threads = str(1 if spec.parallelism.ranks > 1 else spec.threads)
+    threads = str(threads_of(spec))
     environ = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "BITSANDBYTES_NOWELCOME": "1"}
     if spec.parallelism.ranks > 1:
         kind = device.partition(":")[0]

@@ -130,9 +130,7 @@ def follow(attempt: pathlib.Path, order: training_pb2.Order, rank: int) -> int:
         order.device = order.devices[rank]
     warnings.filterwarnings("ignore")
     import deepspeed
-    import torch
 
-    torch.set_num_threads(1)
     deepspeed.init_distributed(
         "nccl" if order.device.startswith("cuda") else "gloo",
         auto_mpi_discovery=False,

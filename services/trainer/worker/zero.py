@@ -79,7 +79,8 @@ class Ranked:
         assert type(self.optimizer).__name__ == wanted, type(self.optimizer)
         self.optimizer.check_grad_overflow = True  # a step whose gradient is no number changes nothing
         self._rounds = 0
-        torch.manual_seed(spec.seed + _SEED_STRIDE * (self.rank + 1))  # dropout must not be the same on all ranks
+        # Dropout must not be the same on all ranks.
+        torch.manual_seed((spec.seed + _SEED_STRIDE * (self.rank + 1)) % (1 << 63))
 
     def mine(self, micro_batches):
         """This rank's share; what is missing to a full round is repeated with weight 0."""
