@@ -20,7 +20,7 @@ LOG = "log"
 LOCK = "worker.lock"
 STOP = "cancel"
 """The wish to stop, be it to cancel or to pause. Its name on disk is that of its first use: workers outlive daemons."""
-LOGITS_BYTES = 32 << 20
+LOGITS_BYTES = 8 << 20
 """Of logits in fp32 that a worker holds at a time."""
 
 

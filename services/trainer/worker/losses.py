@@ -19,6 +19,7 @@ Batch: TypeAlias = dict[str, torch.Tensor]
 Loss: TypeAlias = Callable[[Batch], torch.Tensor]
 
 CHUNK_BYTES = LOGITS_BYTES
+ROUND_TOKENS = 64
 _PROBE_TOKENS = 6
 _NEAR = 1e-3
 """Of the largest logit; another head, or a cap on logits, is farther away by far."""
@@ -30,6 +31,23 @@ def of(model: Any) -> tuple[Loss, str]:
     return (Plain(model), why) if why else (Chunked(model), "")
 
 
+def filled(batch: Batch) -> Batch:
+    """A packed batch filled up to a round length by a sample without labels.
+
+    On a CPU the libraries prepare themselves anew for every length they meet: that takes time, and memory that is
+    never given back.
+    """
+    more = -batch["input_ids"].shape[1] % ROUND_TOKENS
+    if "position_ids" not in batch or not more or batch["input_ids"].device.type != "cpu":
+        return batch
+    rest = torch.arange(more).expand(len(batch["input_ids"]), -1)
+    return {
+        "input_ids": F.pad(batch["input_ids"], (0, more)),
+        "labels": F.pad(batch["labels"], (0, more), value=-100),
+        "position_ids": torch.cat((batch["position_ids"], rest), 1),
+    }
+
+
 class Plain:
     """By the model's own logits, all of them."""
 
@@ -37,6 +55,7 @@ class Plain:
         self._model = model
 
     def __call__(self, batch: Batch) -> torch.Tensor:
+        batch = filled(batch)
         labels = batch["labels"][:, 1:]
         inputs = {name: t for name, t in batch.items() if name != "labels"}
         logits = self._model(**inputs, use_cache=False).logits[:, :-1]
@@ -53,6 +72,7 @@ class Chunked:
         self._chunk = max(1, CHUNK_BYTES // (4 * self._head.weight.shape[0]))
 
     def __call__(self, batch: Batch) -> torch.Tensor:
+        batch = filled(batch)
         labels = batch["labels"][:, 1:]
         inputs = {name: t for name, t in batch.items() if name != "labels"}
         hidden = self._decoder(**inputs, use_cache=False).last_hidden_state[:, :-1]
@@ -70,12 +90,10 @@ class _Sum(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for begin in range(0, len(hidden), chunk):
             part, wanted = hidden[begin : begin + chunk], labels[begin : begin + chunk, None]
-            logits = F.linear(part, weight, bias).float()
-            whole = logits.logsumexp(-1, keepdim=True)
-            total += (whole - logits.gather(1, wanted)).sum()
+            slope = torch.log_softmax(F.linear(part, weight, bias), -1, dtype=torch.float32)
+            total -= slope.gather(1, wanted).sum()
             if gradient is not None:
-                slope = logits.sub_(whole).exp_()
-                slope.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=slope.dtype))
+                slope.exp_().scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=slope.dtype))
                 gradient[begin : begin + chunk] = slope.to(weight.dtype) @ weight
         ctx.save_for_backward(gradient)
         return total

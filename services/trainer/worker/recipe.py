@@ -23,6 +23,7 @@ from services.trainer.worker.batches import Plan
 from services.trainer.worker.engines import Ranked, Solo
 from services.trainer.worker.evaluation import evaluate
 from services.trainer.worker.facts import Cancelled, Teller
+from services.trainer.worker.fast.install import install
 from services.trainer.worker.lora import with_lora
 from services.trainer.worker.results import finish, write_checkpoint
 from services.trainer.worker.step import SMOOTH, BadData, after_step, check_epoch, one_step, tell_step
@@ -62,6 +63,9 @@ def train(order: training_pb2.Order, teller: Teller) -> None:
     )
     torch.manual_seed(spec.seed)
     model = with_lora(base, spec)
+    slow = install(model, spec)
+    if slow:
+        teller.say(f"the model's own forward is used: {slow}")
     loss_of, why = losses.of(model)
     if why:
         teller.say(f"all logits are held at once: {why}")
