@@ -60,7 +60,7 @@ types: $(STAMP) ## mypy --strict, plain inside worker/
 	$(BIN)/mypy services clients/python/qlorad
 
 test: $(STAMP) $(RANKS) ## all tests that take seconds (under 8 minutes in all)
-	$(BIN)/python -m pytest -m "$(QUICK)"
+	$(BIN)/python -m pytest -m "$(QUICK)" -n 2 --dist loadfile
 
 test-slow: $(STAMP) $(RANKS) ## storms in short form and the DeepSpeed matrix; FILTER=trainer narrows
 	$(BIN)/python -m pytest -m slow --timeout 1800 tests/$(FILTER)

@@ -32,6 +32,28 @@ class Progress:
     """Of these, those that the ledger marks as trained."""
     epoch_rows: str = ""
     """The number of the rows consumed in it: see tally.py; empty where it is not known."""
+    loss_distance: float = 0.0
+    """Smoothed distance of a step's loss from the smoothed one, still with start bias."""
+    loss_steps: int = -1
+    """Steps that both are of; -1 = every step."""
+    skipped: int = 0
+    """Steps whose gradient was thrown away."""
+    skips: int = 0
+    """Of these, the newest in a row."""
+    loss_scale: float = 0.0
+    """Of fp16; 0 = not begun."""
+    scale_steps: int = 0
+    """Steps since it changed."""
+    evaluated: int = -1
+    """The step of the newest evaluation; -1 = not known."""
+    eval_loss: float | None = None
+    """What it gave."""
+    best_loss: float | None = None
+    """The lowest since training began."""
+    best_step: int = 0
+    """Its step."""
+    stale: int = 0
+    """Evaluations in a row without improvement."""
 
 
 def write(folder: pathlib.Path, progress: Progress, parameters, optimizer, rng: dict[str, torch.Tensor]) -> None:
@@ -61,9 +83,23 @@ def read(folder: pathlib.Path, job: str, parameters, optimizer) -> Progress:
             p.copy_(saved[name])
             own = {k.partition(":")[0]: v for k, v in state.items() if k.partition(":")[2] == name}
             if own:
-                optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in own.items()}
+                optimizer.state[p] = {k: _back(k, v, p.device) for k, v in own.items()}
     set_rng(load_file(folder / "rng.safetensors"))
     return Progress(**told)
+
+
+def read_weights(folder: pathlib.Path) -> tuple[dict[str, torch.Tensor], Progress]:
+    """The adapter of a checkpoint, and where the run was."""
+    told = json.loads((folder / "state.json").read_text())
+    told.pop("format")
+    return load_file(folder / "adapter.safetensors"), Progress(**told)
+
+
+def _back(key: str, value: torch.Tensor, device: torch.device):
+    """A piece of an optimiser's state as it was: bitsandbytes counts steps in whole numbers."""
+    if key != "step":
+        return value.to(device)
+    return value if value.is_floating_point() else int(value)
 
 
 def get_rng(device: str) -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ import warnings
 
 from services.common import process
 from services.common.frames.v1 import training_pb2
+from services.trainer import pulse
 from services.trainer.worker.facts import Teller
 from services.trainer.worker.train import read_arguments, run
 
@@ -81,7 +82,7 @@ def lead(attempt: pathlib.Path, order: training_pb2.Order, hold: str) -> int:
 def follow(attempt: pathlib.Path, order: training_pb2.Order, rank: int) -> int:
     """One rank: joins the others, then the same recipe."""
     die_with_parent()
-    teller = Teller(attempt, speaks=rank == 0)
+    teller = Teller(attempt, rank == 0, order.heartbeat_seconds, f"{pulse.SIGN}.{rank}")
     warnings.filterwarnings("ignore")
     import deepspeed
     import torch

@@ -27,6 +27,8 @@ def write_checkpoint(progress: checkpoint.Progress, engine, rng, teller: Teller)
     folder = teller.fresh_folder(name)
     checkpoint.write(folder, progress, engine.parameters, engine.optimizer, rng)
     written = training_pb2.CheckpointWritten(step=progress.step, folder=name, files=synced(folder))
+    if progress.evaluated == progress.step and progress.eval_loss is not None:
+        written.eval_loss = progress.eval_loss
     teller.tell(training_pb2.Fact(checkpoint=written))
 
 
