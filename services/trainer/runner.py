@@ -145,6 +145,8 @@ class Runner:
         now = time.time()
         hindrance: trainer_pb2.QueuePlace | None = None
         chosen = jobs.next_to_start(queue, now)
+        if chosen is not None and chosen.record.job.name.removeprefix("jobs/") in self._following:
+            chosen = None  # its last attempt is being cleared away; we are woken when that is done
         if chosen is not None and self._wanted(chosen.record) <= self._free():
             got = await asyncio.to_thread(self._take, chosen.record)
             if isinstance(got, list):

@@ -93,3 +93,14 @@ def test_names_and_words() -> None:
         assert enum_value(inference_pb2.Precision, "PRECISION_", "precision", given_) == wanted
     with pytest.raises(errors.InvalidArgument, match="accepted: nf4, bf16, fp32"):
         enum_value(inference_pb2.Precision, "PRECISION_", "precision", "int8")
+
+
+def test_a_history_that_is_gone_is_gone_on_from_at_its_oldest_event() -> None:
+    cursor = Cursor(3)
+    assert cursor.skip_gone(errors.OutOfRange("gone", metadata={"oldest_sequence": "10"})) == 10
+    taken = cursor.take(event(10))
+    assert taken is not None and taken.sequence == 10
+    for metadata in ({}, {"oldest_sequence": "11"}, {"oldest_sequence": "4"}):
+        with pytest.raises(errors.OutOfRange):
+            cursor.skip_gone(errors.OutOfRange("gone", metadata=metadata))
+    assert cursor.last == 10

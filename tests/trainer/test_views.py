@@ -10,10 +10,11 @@ import pytest
 
 import qlorad
 from qlorad import errors
-from qlorad.v1 import inference_pb2
+from qlorad.v1 import artifacts_pb2, errors_pb2, inference_pb2
 from qlorad.v1 import trainer_pb2 as pb
 from services.common import names
 from services.common.errors import Fault
+from services.common.frames.v1 import training_pb2
 from services.common.shelf import Shelf
 from services.trainer import published
 from tests import promtool
@@ -140,3 +141,34 @@ def test_the_name_of_a_checkpoint() -> None:
     for wrong in ("jobs/x", "jobs/x/checkpoints/", "jobs/x/checkpoints/01", "jobs/../checkpoints/1", "x/checkpoints/1"):
         with pytest.raises(Fault, match="'jobs/ID/checkpoints/STEP'"):
             published.read_name(pb.PublishCheckpointRequest(request_id="a", name=wrong))
+
+
+@pytest.mark.parametrize(
+    ("about", "why"),
+    [
+        (None, errors_pb2.REASON_REJECTED),
+        ("{", errors_pb2.REASON_CORRUPT),
+        ('{"facts": {}}', errors_pb2.REASON_CORRUPT),
+        ('{"facts": {}, "lineage": {"nobody": 1}}', errors_pb2.REASON_CORRUPT),
+    ],
+)
+def test_a_checkpoint_without_a_whole_adapter_is_not_published(
+    tmp_path: pathlib.Path, about: str | None, why: errors_pb2.Reason.ValueType
+) -> None:
+    shelf = Shelf(tmp_path)
+    staged = shelf.stage()
+    (staged.payload / "state.json").write_text("{}")
+    if about is not None:
+        (staged.payload / published.ABOUT).write_text(about)
+    sealed = shelf.seal(staged, artifacts_pb2.ARTIFACT_KIND_CHECKPOINT, {})
+    record = training_pb2.JobRecord()
+    record.job.name = "jobs/x"
+    record.marks.add(step=4, digest=sealed.digest)
+    for adapter in ("", "adapters/y"):
+        with pytest.raises(Fault) as caught:
+            published.publish(shelf, record, 4, adapter)
+        assert caught.value.reason == why
+    assert not shelf.every(artifacts_pb2.ARTIFACT_KIND_ADAPTER) and not shelf.aliases("adapters")
+    assert shelf.holders(sealed.digest) == [], "and nothing is held"
+    with pytest.raises(Fault, match="did you mean 'jobs/x/checkpoints/4'"):
+        published.publish(shelf, record, 5, "")

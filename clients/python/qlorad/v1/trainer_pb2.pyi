@@ -55,7 +55,9 @@ class _JobStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_JobState.Val
     JOB_STATE_CANCELLED: _JobState.ValueType  # 10
     """Ended by wish; the last checkpoint is kept."""
     JOB_STATE_INTERRUPTED: _JobState.ValueType  # 11
-    """Lost its worker; goes back to the queue by itself."""
+    """Lost its worker, or was ended because it showed no life or found the disk full;
+    goes back to the queue by itself.
+    """
 
 class JobState(_JobState, metaclass=_JobStateEnumTypeWrapper):
     """Where a job is. The law of transitions:
@@ -95,7 +97,9 @@ JOB_STATE_CANCELLING: JobState.ValueType  # 9
 JOB_STATE_CANCELLED: JobState.ValueType  # 10
 """Ended by wish; the last checkpoint is kept."""
 JOB_STATE_INTERRUPTED: JobState.ValueType  # 11
-"""Lost its worker; goes back to the queue by itself."""
+"""Lost its worker, or was ended because it showed no life or found the disk full;
+goes back to the queue by itself.
+"""
 Global___JobState: _TypeAlias = JobState  # noqa: Y015
 
 class _EndReason:
@@ -867,7 +871,9 @@ class Limits(_message.Message):
     first start, without the time from a pause to the next start.
     """
     max_attempts: _builtins.int
-    """Attempts before it FAILS; at least 1. One that a pause ended does not count."""
+    """Attempts before it FAILS; at least 1. One that a pause, or a full disk, ended
+    does not count.
+    """
     def __init__(
         self,
         *,

@@ -378,7 +378,7 @@ class JobRecord(_message.Message):
     ledger_digest: _builtins.str
     """Digest of the ledger that is read."""
     spared: _builtins.int
-    """Attempts that a pause ended; they do not count against limits.max_attempts."""
+    """Attempts that a pause or a full disk ended; they do not count against limits.max_attempts."""
     rested_seconds: _builtins.float
     """Seconds it has rested before; they do not count against limits.max_seconds."""
     evaluated_step: _builtins.int
