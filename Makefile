@@ -13,7 +13,7 @@ CODE   := services clients protos/generate.py tests benchmarks examples
 QUICK  := not slow and not storm and not gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup proto fresh fmt lint types test test-slow test-storm bench demo check clean
+.PHONY: help setup proto fresh fmt lint types test test-slow test-storm test-gpu bench demo check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -60,13 +60,16 @@ types: $(STAMP) ## mypy --strict, plain inside worker/
 	$(BIN)/mypy services clients/python/qlorad
 
 test: $(STAMP) $(RANKS) ## all tests that take seconds (under 8 minutes in all)
-	$(BIN)/python -m pytest -m "$(QUICK)"
+	$(BIN)/python -m pytest -m "$(QUICK)" -n 2 --dist loadfile
 
 test-slow: $(STAMP) $(RANKS) ## storms in short form and the DeepSpeed matrix; FILTER=trainer narrows
 	$(BIN)/python -m pytest -m slow --timeout 1800 tests/$(FILTER)
 
 test-storm: $(STAMP) $(RANKS) ## storms in long form; FILTER=trainer narrows
 	$(BIN)/python -m pytest -m storm --timeout 14400 tests/$(FILTER)
+
+test-gpu: $(STAMP) ## what needs a CUDA device; torch in .venv must be a CUDA build
+	$(BIN)/python -m pytest -m gpu --timeout 600 tests/gpu
 
 bench: $(STAMP) ## what is quick to measure, against peers it installs; writes benchmarks/results
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'

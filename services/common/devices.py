@@ -74,8 +74,20 @@ def _read(fd: int) -> tuple[str, int]:
         return "a process that has not said its name yet", 0
 
 
+def _kin(folder: pathlib.Path, device: str) -> list[str]:
+    """Devices that are another cut of the same: "cpu" is all of "cpu:0", "cpu:1", ..."""
+    whole, part, _ = device.partition(":")
+    if part:
+        return [whole]
+    return [p.stem.replace("-", ":") for p in sorted(folder.glob(f"{whole}-[0-9]*.lock"))]
+
+
 def acquire(folder: pathlib.Path, device: str, owner: str, owner_bytes: int = 0) -> Lease:
-    """Takes a device at once, or raises DEVICE_BUSY naming the holder. Does not wait."""
+    """Takes a device at once, or raises DEVICE_BUSY naming the holder. Does not wait.
+
+    A part of a device ("cpu:1") and the whole ("cpu") exclude one another: each takes
+    its own lock and then looks for the other's, so of two at once none or one gets it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = _path(folder, device)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -83,6 +95,11 @@ def acquire(folder: pathlib.Path, device: str, owner: str, owner_bytes: int = 0)
         told = _read(fd)
         os.close(fd)
         raise device_busy(device, *told)
+    for other in _kin(folder, device):
+        taken = holder(folder, other)
+        if taken is not None:
+            os.close(fd)
+            raise device_busy(other, *taken)
     lease = Lease(device, path, fd)
     lease.describe(owner, owner_bytes)
     return lease
@@ -108,4 +125,5 @@ def try_acquire(folder: pathlib.Path, device: str, owner: str, owner_bytes: int 
     try:
         return acquire(folder, device, owner, owner_bytes)
     except Fault:
-        return holder(folder, device) or ("a process that is just ending", 0)
+        held = (holder(folder, d) for d in (device, *_kin(folder, device)))
+        return next(filter(None, held), ("a process that is just ending", 0))

@@ -28,7 +28,7 @@ from services.datasets.inputs import Inputs
 from services.datasets.ledgers import Ledgers
 from services.datasets.metrics import Metrics
 from services.datasets.servicer import DatasetServicer
-from services.datasets.steps import Steps
+from services.datasets.steps import steps_of
 from services.datasets.uploads import Uploads
 from services.datasets.workers import Workers
 
@@ -88,7 +88,7 @@ def build(config: Config) -> App:
     validations = settings.state / "validations"
     ingests = Ingests(shelf, store, inputs, workers, turn, metrics, validations, config.max_unpacked_bytes)
     ledgers = Ledgers(shelf, sealed, workers, turn)
-    servicer = DatasetServicer(files, sealed, ingests, ledgers, Steps(workers))
+    servicer = DatasetServicer(files, sealed, ingests, ledgers, steps_of(workers))
 
     async def start(health: Health) -> None:
         await files.sweep()

@@ -10,18 +10,25 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from qlorad.v1 import datasets_pb2, datasets_pb2_grpc
+from services.common.brought import Listing
 from services.datasets import checks
 from services.datasets.catalog import Catalog
 from services.datasets.ingest import Ingests
 from services.datasets.ledgers import Ledgers
-from services.datasets.steps import Steps
 from services.datasets.uploads import Uploads
 
 
 class DatasetServicer(datasets_pb2_grpc.DatasetServiceServicer):
     """qlorad.v1.DatasetService."""
 
-    def __init__(self, uploads: Uploads, catalog: Catalog, ingests: Ingests, ledgers: Ledgers, steps: Steps) -> None:
+    def __init__(
+        self,
+        uploads: Uploads,
+        catalog: Catalog,
+        ingests: Ingests,
+        ledgers: Ledgers,
+        steps: Listing[datasets_pb2.StepKind],
+    ) -> None:
         self._uploads = uploads
         self._catalog = catalog
         self._ingests = ingests

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from qlorad.v1 import artifacts_pb2, errors_pb2, inference_pb2
 from services.common import devices, facts, names
-from services.common.errors import Fault, worker_lost
+from services.common.errors import Fault, rejected, worker_lost
 from services.common.facts import ModelFacts
 from services.common.frames.v1 import engine_pb2
 from services.common.prompt import formats
@@ -127,6 +127,8 @@ class Residency:
     ) -> inference_pb2.LoadedModel:
         """Starts the engine with a base; DEVICE_BUSY if its device is held."""
         told = facts.from_manifest(ModelFacts, sealed.manifest)
+        if told.architecture.endswith("ForMaskedLM"):
+            raise rejected(name, f"is a {told.architecture}, which fills gaps and generates nothing")
         device = self._place.device or devices.devices_here()[0]
         owner = f"inference engine: {name}"
         guess = precisions.bytes_of(precision or inference_pb2.PRECISION_BF16, told)

@@ -15,11 +15,12 @@ from services.common.config import ConfigError, setting
 from services.common.server import ServerSettings
 from services.common.shelf import Shelf
 from services.common.store import Store
-from services.trainer import spec
+from services.trainer import slots, spec
 from services.trainer.book import MIGRATIONS, Book
 from services.trainer.core import Rules, Trainer
-from services.trainer.metrics import add_metrics
+from services.trainer.metrics import Meters, add_metrics
 from services.trainer.notify import Hub
+from services.trainer.objectives import objectives_of
 from services.trainer.places import Places
 from services.trainer.runner import Runner
 from services.trainer.servicer import TrainerServicer
@@ -33,7 +34,11 @@ class Config:
     """What the trainer is told."""
 
     server: ServerSettings = field(default_factory=ServerSettings)
-    device: str = setting("", "where jobs run, as in 'cpu' or 'cuda:0'; empty = the best of this host")
+    devices: tuple[str, ...] = setting(
+        (),
+        "where jobs run, one at a time on each, as in 'cuda:0,cuda:1'; 'cpu:0,cpu:1' are two shares of the processor; "
+        "empty = the best of this host",
+    )
     max_queue: int = setting(100, "most jobs that wait", lambda v: 1 <= v <= 10_000, "1 to 10000")
     heartbeat_seconds: float = setting(
         10.0, "a quiet watch hears of us so often", lambda v: 0.1 <= v <= 600, "0.1 to 600"
@@ -45,6 +50,21 @@ class Config:
     retry_backoff_seconds: float = setting(
         1.0, "wait after a first lost attempt; doubles up to a minute", lambda v: 0 <= v <= 60, "0 to 60"
     )
+    history_events: int = setting(
+        200_000, "events kept of a job; a watch of older ones is refused with the oldest number",
+        lambda v: 100 <= v <= 100_000_000, "100 to 100000000",
+    )  # fmt: skip
+    worker_heartbeat_seconds: float = setting(
+        30.0, "a worker without a sign of life for twice as long is ended, and its job goes on",
+        lambda v: 0.2 <= v <= 3600, "0.2 to 3600",
+    )  # fmt: skip
+    stuck_seconds: float = setting(
+        1800.0, "likewise one that lives but makes no progress for so long: a step, a row, a line told",
+        lambda v: 1 <= v <= 604_800, "1 to 604800",
+    )  # fmt: skip
+    min_free_bytes: int = setting(
+        128 << 20, "with less space on the disk no job is started", lambda v: 0 <= v <= 1 << 50, "0 to 2^50"
+    )
     exit_grace_seconds: float = setting(
         30.0, "a worker that is done may take so long to end", lambda v: 0.1 <= v <= 600, "0.1 to 600"
     )
@@ -54,9 +74,9 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        here = devices.devices_here()
-        if self.device and self.device not in here:
-            raise ConfigError([f"--device: got {self.device!r}; accepted: {', '.join(here)}"])
+        wrong = slots.faults(self.devices, devices.devices_here())
+        if wrong:
+            raise ConfigError([f"--devices: {why}" for why in wrong])
 
 
 def read_templates(folder: pathlib.Path) -> dict[str, trainer_pb2.JobTemplate]:
@@ -68,24 +88,30 @@ def build(config: Config) -> server.App:
     """Puts the trainer together; starts nothing."""
     home, state = config.server.home, config.server.state
     extensions = config.torch_extensions or os.environ.get("QLORAD_TORCH_EXTENSIONS", "")
-    device = config.device or devices.devices_here()[0]
+    places_to_run = config.devices or (devices.devices_here()[0],)
     shelf = Shelf(home / "store")
-    hub = Hub(config.watch_ring_events)
+    registry = CollectorRegistry()
+    meters = Meters(registry)
+    hub = Hub(config.watch_ring_events, meters.take)
     store = Store.open(state / "trainer.sqlite", MIGRATIONS)
-    book = Book(store, hub)
+    book = Book(store, hub, config.history_events)
     places = Places(
         jobs=state / "jobs",
         leases=state / "devices",
-        device=device,
+        devices=places_to_run,
         extensions=str(pathlib.Path(extensions or "~/.cache/qlorad/torch_extensions").expanduser().absolute()),
         backoff_seconds=config.retry_backoff_seconds,
         exit_grace_seconds=config.exit_grace_seconds,
+        heartbeat_seconds=config.worker_heartbeat_seconds,
+        stuck_seconds=config.stuck_seconds,
+        min_free_bytes=config.min_free_bytes,
     )
     runner = Runner(book, shelf, places)
-    host = spec.Host(device, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    rules = Rules(host, config.max_queue, config.heartbeat_seconds, places.jobs)
-    trainer = Trainer(book, hub, runner, shelf, read_templates(TEMPLATES), rules)
-    registry = CollectorRegistry()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    shares = sum(d.startswith("cpu") for d in places_to_run) or 1
+    host = spec.Host(slots.torch_name(places_to_run[0]), max(1, cores // shares))
+    rules = Rules(host, config.max_queue, config.heartbeat_seconds, places)
+    trainer = Trainer(book, hub, runner, shelf, read_templates(TEMPLATES), objectives_of(config.server.logs), rules)
     add_metrics(registry, hub, runner)
     servicer = TrainerServicer(trainer)
 

@@ -81,8 +81,9 @@ class Written:
 class Page:
     """The book inside one transaction."""
 
-    def __init__(self, db: sqlite3.Connection, now: datetime.datetime) -> None:
+    def __init__(self, db: sqlite3.Connection, now: datetime.datetime, history_events: int) -> None:
         self.db = db
+        self._history = history_events
         self.now = now
         self.written = Written()
 
@@ -121,6 +122,9 @@ class Page:
         self.db.execute(
             "UPDATE jobs SET state = ?, record = ? WHERE id = ?", (record.job.state, record.SerializeToString(), job)
         )
+        gone = record.job.last_sequence - self._history
+        if gone > 0:
+            self.db.execute("DELETE FROM events WHERE job = ? AND sequence <= ?", (job, gone))
         self.written.records[job] = record
         self.written.moves.append((before, record.job.state))
         return record
@@ -173,6 +177,19 @@ class Page:
         ).fetchall()
         return [trainer_pb2.Event.FromString(r["event"]) for r in rows]
 
+    def oldest(self, job: str) -> int:
+        """The number of the oldest event that is kept; 0 if there is none."""
+        row = self.db.execute("SELECT min(sequence) AS n FROM events WHERE job = ?", (job,)).fetchone()
+        return int(row["n"] or 0)
+
+    def ended_well(self, limit: int) -> list[training_pb2.JobRecord]:
+        """The newest jobs that SUCCEEDED."""
+        rows = self.db.execute(
+            "SELECT record FROM jobs WHERE state = ? ORDER BY number DESC LIMIT ?",
+            (trainer_pb2.JOB_STATE_SUCCEEDED, limit),
+        ).fetchall()
+        return [training_pb2.JobRecord.FromString(r["record"]) for r in rows]
+
     def superseded(self, job: str) -> list[str]:
         """Digests of checkpoints that lie on the shelf though the job keeps them no longer."""
         record = self.read(job)
@@ -221,8 +238,9 @@ class Page:
 class Book:
     """The book and those who are told of what is written."""
 
-    def __init__(self, store: Store, hub: Hub) -> None:
+    def __init__(self, store: Store, hub: Hub, history_events: int) -> None:
         self._store = store
+        self._history = history_events
         self._hub = hub
         self._writing: set[asyncio.Task[object]] = set()
 
@@ -236,7 +254,7 @@ class Book:
             page: list[Page] = []
 
             def inside(db: sqlite3.Connection) -> T:
-                page.append(Page(db, datetime.datetime.now(datetime.UTC)))
+                page.append(Page(db, datetime.datetime.now(datetime.UTC), self._history))
                 return work(page[0])
 
             answer = await self._store.run(inside)

@@ -11,12 +11,13 @@ import json
 import pathlib
 import secrets
 import shutil
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from qlorad.v1 import errors_pb2, trainer_pb2
 from services.common import facts, idempotency, names, shards
+from services.common.brought import Listing
 from services.common.errors import (
     Fault,
     Violation,
@@ -31,9 +32,12 @@ from services.common.errors import (
 from services.common.frames.v1 import training_pb2
 from services.common.safetensors_header import read_model_headers
 from services.common.shelf import Shelf
-from services.trainer import estimate, jobs, shape, spec
+from services.trainer import estimate, jobs, launch, objective, published, shape, slots, spec
 from services.trainer.book import Book, Page
-from services.trainer.notify import Hub
+from services.trainer.logs import lines
+from services.trainer.notify import Hub, going, gone
+from services.trainer.objectives import schemas
+from services.trainer.places import Places
 from services.trainer.runner import Runner
 
 T = TypeVar("T")
@@ -48,7 +52,7 @@ class Rules:
     host: spec.Host
     max_queue: int
     heartbeat_seconds: float
-    jobs: pathlib.Path
+    places: Places
 
 
 class Trainer:
@@ -61,6 +65,7 @@ class Trainer:
         runner: Runner,
         shelf: Shelf,
         templates: Mapping[str, trainer_pb2.JobTemplate],
+        objectives: Listing[trainer_pb2.ObjectiveKind],
         rules: Rules,
     ) -> None:
         self._book = book
@@ -68,7 +73,20 @@ class Trainer:
         self._runner = runner
         self._shelf = shelf
         self._templates = templates
+        self._objectives = objectives
         self._rules = rules
+
+    async def objectives(self) -> list[trainer_pb2.ObjectiveKind]:
+        """What a job may learn, by name."""
+        return await self._objectives.list()
+
+    async def _schemas(self, template_name: str, override: trainer_pb2.JobSpec) -> objective.Schemas | None:
+        """What may be said to the objectives; None where nothing is."""
+        template = self._templates.get(template_name or "standard")
+        wanted = spec.merged(template, override) if template is not None else override
+        if not objective.needs_look(wanted.train.objective):
+            return None
+        return schemas(await self._objectives.list())
 
     def templates(self) -> list[trainer_pb2.JobTemplate]:
         """The named templates, by name."""
@@ -84,7 +102,7 @@ class Trainer:
             noted = await self._recall("CreateJob", request.request_id, body)
             if noted is not None:
                 return trainer_pb2.CreateJobResponse.FromString(noted)
-        record = await asyncio.to_thread(self._resolve, request)
+        record = await asyncio.to_thread(self._resolve, request, await self._schemas(request.template, request.spec))
         if request.validate_only:
             return trainer_pb2.CreateJobResponse(job=record.job)
         key = f"create {secrets.token_hex(8)}"
@@ -120,9 +138,11 @@ class Trainer:
                 retry_seconds=10.0,
             )
 
-    def _resolve(self, request: trainer_pb2.CreateJobRequest) -> training_pb2.JobRecord:
+    def _resolve(
+        self, request: trainer_pb2.CreateJobRequest, schemas: objective.Schemas | None
+    ) -> training_pb2.JobRecord:
         """The job as it would be; INVALID_ARGUMENT with ALL that is wrong, else NOT_FOUND."""
-        name, resolved, _ = self._settle(request.template, request.spec, spec.check_request(request))
+        name, resolved, _ = self._settle(request.template, request.spec, spec.check_request(request), schemas)
         record = training_pb2.JobRecord()
         job = record.job
         job.name = "jobs/" + (request.job_id or f"job-{secrets.token_hex(5)}")
@@ -135,7 +155,11 @@ class Trainer:
         return record
 
     def _settle(
-        self, template_name: str, override: trainer_pb2.JobSpec, wrong: list[Violation]
+        self,
+        template_name: str,
+        override: trainer_pb2.JobSpec,
+        wrong: list[Violation],
+        schemas: objective.Schemas | None,
     ) -> tuple[str, trainer_pb2.JobSpec, spec.DatasetKnown]:
         """Template, resolved spec and dataset; `wrong` holds what else is wrong with the request."""
         missing: list[Fault] = []
@@ -151,8 +175,14 @@ class Trainer:
             model = self._look_up(lambda: self._model(wanted.train.model), missing)
         if "spec.train.dataset" not in bad:
             dataset = self._look_up(lambda: self._dataset(wanted.train.dataset), missing)
-        resolved = spec.resolve(template, override, model, dataset, self._rules.host)
+        resolved = spec.resolve(template, override, model, dataset, self._rules.host, schemas)
         wrong += [*unusable, *resolved.violations]
+        devices = self._rules.places.devices
+        if slots.needed(wanted.train, devices) > len(devices) and "spec.train.parallelism.ranks" not in {
+            v.field for v in wrong
+        }:
+            accepted = f"1 to {len(devices)} here: a rank takes a device ({', '.join(devices)})"
+            wrong.append(Violation("spec.train.parallelism.ranks", str(wanted.train.parallelism.ranks), accepted))
         if missing and (wrong or len(missing) > 1):
             fields = {"templates": "template", "models": "spec.train.model", "datasets": "spec.train.dataset"}
             wrong += [Violation(fields[f.resource.split("/")[0]], show(f.resource), f.message) for f in missing]
@@ -167,11 +197,13 @@ class Trainer:
 
     async def estimate(self, request: trainer_pb2.EstimateJobRequest) -> trainer_pb2.EstimateJobResponse:
         """What a job would take; loads nothing."""
-        return await asyncio.to_thread(self._estimate, request)
+        return await asyncio.to_thread(self._estimate, request, await self._schemas(request.template, request.spec))
 
-    def _estimate(self, request: trainer_pb2.EstimateJobRequest) -> trainer_pb2.EstimateJobResponse:
+    def _estimate(
+        self, request: trainer_pb2.EstimateJobRequest, schemas: objective.Schemas | None
+    ) -> trainer_pb2.EstimateJobResponse:
         wrong = list(spec.unknown(request, "request"))
-        _, resolved, dataset = self._settle(request.template, request.spec, wrong)
+        _, resolved, dataset = self._settle(request.template, request.spec, wrong, schemas)
         train = resolved.train
         sealed = self._shelf.open("models", train.model.removeprefix("models/"))
         told = facts.from_manifest(facts.ModelFacts, sealed.manifest)
@@ -207,7 +239,7 @@ class Trainer:
     def _model(self, name: str) -> spec.ModelKnown:
         sealed = self._shelf.open("models", name.removeprefix("models/"), field="spec.train.model")
         told = facts.from_manifest(facts.ModelFacts, sealed.manifest)
-        return spec.ModelKnown(sealed.digest, told.context_tokens, told.target_modules)
+        return spec.ModelKnown(sealed.digest, told.context_tokens, told.target_modules, told.architecture)
 
     def _dataset(self, name: str) -> spec.DatasetKnown:
         sealed = self._shelf.open("datasets", name.removeprefix("datasets/"), field="spec.train.dataset")
@@ -221,11 +253,14 @@ class Trainer:
 
     async def get(self, name: str) -> trainer_pb2.Job:
         """One job."""
+        return (await self._record(name)).job
+
+    async def _record(self, name: str) -> training_pb2.JobRecord:
         ident = names.parse_job("name", name)
         record = await self._book.turn(lambda page: page.read(ident))
         if record is None:
             raise await self._unknown(name)
-        return record.job
+        return record
 
     async def _unknown(self, name: str) -> Fault:
         return not_found(name, [f"jobs/{i}" for i in await self._book.turn(lambda page: page.ids())])
@@ -251,6 +286,9 @@ class Trainer:
         ident = job.name.removeprefix("jobs/")
         if not 0 <= request.after_sequence <= job.last_sequence:
             raise invalid_field("after_sequence", request.after_sequence, f"0 to {job.last_sequence}")
+        oldest = await self._book.turn(lambda page: page.oldest(ident))
+        if request.after_sequence + 1 < oldest:
+            raise gone(ident, request.after_sequence, oldest)
         async for update in self._hub.watch(
             ident,
             request.after_sequence,
@@ -259,6 +297,50 @@ class Trainer:
             self._rules.heartbeat_seconds,
         ):
             yield update
+
+    async def watch_log(self, request: trainer_pb2.WatchLogRequest) -> AsyncIterator[trainer_pb2.WatchLogResponse]:
+        """What the worker of an attempt wrote, to its end."""
+        ident = names.parse_job("name", request.name)
+        job = await self.get(request.name)
+        attempt = request.attempt or job.attempt
+        if not 1 <= attempt <= job.attempt:
+            raise not_found(f"{job.name}/attempts/{attempt}", [f"{job.name}/attempts/{job.attempt}"])
+
+        async def is_over() -> bool:
+            if self._hub.draining:
+                raise going()
+            record = await self._book.turn(lambda page: page.read(ident))
+            return record is None or jobs.is_over(record, attempt)
+
+        path = self._rules.places.attempt(ident, attempt) / launch.LOG
+        async for text, after in lines(path, request.offset_bytes, request.follow, is_over):
+            yield trainer_pb2.WatchLogResponse(attempt=attempt, text=text, next_offset_bytes=after)
+
+    # checkpoints
+
+    async def checkpoints(self, name: str) -> Sequence[trainer_pb2.Checkpoint]:
+        """What a job keeps, oldest first."""
+        record = await self._record(name)
+        return await asyncio.to_thread(published.listed, self._shelf, record)
+
+    async def publish(self, request: trainer_pb2.PublishCheckpointRequest) -> trainer_pb2.PublishCheckpointResponse:
+        """Makes an adapter of a checkpoint."""
+        body = idempotency.body_of(request)
+        job, step = published.read_name(request)
+        noted = await self._recall("PublishCheckpoint", request.request_id, body)
+        if noted is not None:
+            return trainer_pb2.PublishCheckpointResponse.FromString(noted)
+        record = await self._record(f"jobs/{job}")
+        made = await asyncio.to_thread(published.publish, self._shelf, record, step, request.adapter)
+        answer = made.SerializeToString()
+
+        def write(page: Page) -> bytes:
+            again = idempotency.recall(page.db, "PublishCheckpoint", request.request_id, body)
+            if again is None:
+                idempotency.note(page.db, "PublishCheckpoint", request.request_id, body, answer)
+            return again or answer
+
+        return trainer_pb2.PublishCheckpointResponse.FromString(await self._book.turn(write))
 
     # cancel, pause, resume, delete
 
@@ -322,7 +404,7 @@ class Trainer:
             ended = (jobs.word(s) for s in sorted(jobs.TERMINAL))
             raise wrong_state(request.name, jobs.word(job.state), ended)
         freed = await asyncio.to_thread(
-            _erase, self._rules.jobs / ident
+            _erase, self._rules.places.jobs / ident
         )  # an ended job stays ended: safe before the commit
         answer = trainer_pb2.DeleteJobResponse(freed_bytes=freed).SerializeToString()
 

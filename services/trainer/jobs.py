@@ -13,6 +13,7 @@ from typing import Final
 from qlorad.v1 import trainer_pb2
 from services.common.errors import Fault, wrong_state
 from services.common.frames.v1 import training_pb2
+from services.trainer import plan, retention
 
 State = trainer_pb2.JobState
 _S = trainer_pb2
@@ -59,6 +60,8 @@ GOING_ON: Final = frozenset(
 )
 """They need no ResumeJob."""
 BACKOFF_CAP_SECONDS: Final = 60.0
+DISK_FULL: Final = "DISK_FULL"
+"""The one error that ends a worker and not its job: it goes on when there is space."""
 
 
 class Unlawful(Exception):
@@ -89,9 +92,12 @@ def fold(record: training_pb2.JobRecord, event: trainer_pb2.Event) -> training_p
         case "planned":
             job.total_steps = event.planned.total_steps
             after.ledger_digest = event.planned.ledger.digest
+            if event.planned.HasField("chosen"):
+                plan.stand(job.spec.train, event.planned.chosen)
         case "step":
             job.metrics.CopyFrom(event.step)
-            job.result.final_loss = event.step.loss
+            if not event.step.skipped:
+                job.result.final_loss = event.step.loss
             job.result.steps = event.step.step
             job.result.tokens += event.step.tokens
         case "evaluated":
@@ -100,6 +106,7 @@ def fold(record: training_pb2.JobRecord, event: trainer_pb2.Event) -> training_p
                 job.result.eval_loss_before = event.evaluated.loss
             else:
                 job.result.eval_loss_after = event.evaluated.loss
+                _best(job.result, event.evaluated)
         case "checkpoint_sealed":
             _mark(after, event.checkpoint_sealed)
         case "adapter_sealed":
@@ -131,6 +138,7 @@ def _move(after: training_pb2.JobRecord, event: trainer_pb2.Event) -> None:
     _rest(after, event, left)
     if change.to == _S.JOB_STATE_INTERRUPTED:
         after.lost += 1
+        after.spared += change.error.reason == DISK_FULL
     if job.is_terminal:
         job.end_time.CopyFrom(event.time)
         job.end = change.end
@@ -153,12 +161,25 @@ def _rest(after: training_pb2.JobRecord, event: trainer_pb2.Event, left: int) ->
 
 def _mark(after: training_pb2.JobRecord, sealed: trainer_pb2.CheckpointSealed) -> None:
     job = after.job
-    kept = [m for m in after.marks if m.step < sealed.step]
-    kept.append(training_pb2.Mark(step=sealed.step, digest=sealed.digest, tokens=job.result.tokens))
+    marks = [m for m in after.marks if m.step < sealed.step]
+    marks.append(training_pb2.Mark(step=sealed.step, digest=sealed.digest, tokens=job.result.tokens))
+    if sealed.HasField("eval_loss"):
+        marks[-1].eval_loss = sealed.eval_loss
+    marks = retention.kept(marks, job.spec.train)
     del after.marks[:]
-    after.marks.extend(kept[-max(1, job.spec.train.checkpoints.keep_last) :])
+    after.marks.extend(marks)
     after.lost = 0
     job.result.checkpoint_digest = sealed.digest
+
+
+def _best(result: trainer_pb2.JobResult, told: trainer_pb2.Evaluated) -> None:
+    if not result.HasField("best_eval_loss") or told.loss < result.best_eval_loss:
+        result.best_eval_loss, result.best_step = told.loss, told.step
+
+
+def is_over(record: training_pb2.JobRecord, attempt: int) -> bool:
+    """Whether an attempt can write nothing any more."""
+    return record.job.attempt > attempt or record.job.state not in WITH_WORKER
 
 
 def moved(
@@ -237,6 +258,21 @@ def after_lost(record: training_pb2.JobRecord, story: str, log_tail: str) -> lis
             )
         )
     return [first, second]
+
+
+def after_disk_full(record: training_pb2.JobRecord, error: trainer_pb2.JobError) -> list[trainer_pb2.Event]:
+    """What becomes of a job whose worker found the disk full; no attempt is used up."""
+    job, step = record.job, resume_from(record).step
+    kept = f"{error.message}; step {step} is kept"
+    if job.state == _S.JOB_STATE_CANCELLING:
+        return [moved(record, _S.JOB_STATE_CANCELLED, kept)]
+    if job.state == _S.JOB_STATE_PAUSING:
+        return [moved(record, _S.JOB_STATE_PAUSED, kept)]
+    second = trainer_pb2.Event(attempt=job.attempt)
+    setattr(second.state_changed, "from", _S.JOB_STATE_INTERRUPTED)
+    second.state_changed.to = _S.JOB_STATE_QUEUED
+    second.state_changed.message = f"goes on from step {step} when there is space"
+    return [moved(record, _S.JOB_STATE_INTERRUPTED, error.message, error=error), second]
 
 
 def after_stopped(record: training_pb2.JobRecord) -> list[trainer_pb2.Event]:
@@ -329,17 +365,22 @@ def next_to_start(queue: Sequence[Waiting], now: float) -> Waiting | None:
 
 
 def places(
-    queue: Sequence[Waiting], now: float, busy: tuple[str, int] | None, ours: bool
+    queue: Sequence[Waiting], now: float, hindrance: trainer_pb2.QueuePlace | None, starts: Sequence[float | None]
 ) -> list[trainer_pb2.QueuePlace]:
-    """Why each job of the queue waits. `busy` tells the device's holder, `ours` whether that is a job of this queue."""
+    """Why each job of the queue waits, and about how long.
+
+    `hindrance` tells what keeps the first from starting, beside jobs that run here.
+    """
     first = next_to_start(queue, now)
     found = []
-    for position, waiting in enumerate(queue, start=1):
+    for position, (waiting, start) in enumerate(zip(queue, starts, strict=True), start=1):
         place = trainer_pb2.QueuePlace(position=position, reason=trainer_pb2.QUEUE_REASON_POSITION)
         if waiting.not_before > now:
             place.reason = trainer_pb2.QUEUE_REASON_BACKOFF
-        elif waiting is first and busy is not None and not ours:
-            place.reason = trainer_pb2.QUEUE_REASON_DEVICE_BUSY
-            place.owner, place.owner_bytes = busy
+        elif waiting is first and hindrance is not None:
+            place.MergeFrom(hindrance)
+            start = None
+        if start is not None:
+            place.estimated_start.FromSeconds(round(start))
         found.append(place)
     return found

@@ -5,12 +5,13 @@ Law of this room: pure. Everything a worker is told is decided here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from qlorad.v1 import trainer_pb2
 from services.common.facts import ModelFacts
 from services.common.frames.v1 import training_pb2
-from services.trainer import jobs
+from services.trainer import jobs, retention, slots
 
 SOLO = "services.trainer.worker.train"
 RANKS = "services.trainer.worker.ranks"
@@ -20,13 +21,17 @@ LOG = "log"
 LOCK = "worker.lock"
 STOP = "cancel"
 """The wish to stop, be it to cancel or to pause. Its name on disk is that of its first use: workers outlive daemons."""
+RESERVE = "reserve"
+"""Space kept back for a worker's last word on a full disk."""
 BUCKET_NUMBERS = 50_000_000
 """Numbers that ranks exchange at a time; DeepSpeed's own choice would take 2 GB of a device for its buffer."""
 LOGITS_BYTES = 32 << 20
 """Of logits in fp32 that a worker holds at a time."""
 
 
-def order_of(record: training_pb2.JobRecord, store: str, device: str, now_seconds: float) -> training_pb2.Order:
+def order_of(
+    record: training_pb2.JobRecord, store: str, devices: Sequence[str], heartbeat_seconds: float, now_seconds: float
+) -> training_pb2.Order:
     """What the worker of the job's present attempt is to do."""
     job = record.job
     order = training_pb2.Order(
@@ -34,10 +39,15 @@ def order_of(record: training_pb2.JobRecord, store: str, device: str, now_second
         attempt=job.attempt,
         spec=job.spec.train,
         store=store,
-        device=device,
+        device=slots.torch_name(devices[0]),
+        devices=[slots.torch_name(d) for d in devices],
+        heartbeat_seconds=heartbeat_seconds,
         checkpoint_digest=jobs.resume_from(record).digest,
         evaluated_step=record.evaluated_step,
     )
+    best = retention.best(record.marks)
+    if job.spec.train.evaluation.keep_best_adapter and best is not None:
+        order.best_checkpoint_digest = best.digest
     allowed = job.spec.train.limits.max_seconds
     if allowed:
         order.seconds_left = max(0.0, allowed - jobs.seconds_at_work(record, now_seconds))
@@ -53,7 +63,14 @@ def weight_bytes(model: ModelFacts, spec: trainer_pb2.TrainSpec) -> int:
     """About what the base's weights take."""
     if spec.quantization.method == trainer_pb2.QUANTIZATION_METHOD_NF4:
         return model.nf4_bytes
+    if spec.quantization.method == trainer_pb2.QUANTIZATION_METHOD_INT8:
+        return 2 * model.parameters - _linear_weights(model)
     return model.parameters * (4 if spec.quantization.compute_type == trainer_pb2.COMPUTE_TYPE_FP32 else 2)
+
+
+def _linear_weights(model: ModelFacts) -> int:
+    """About how many weights are quantised: NF4 takes half a byte for them, their scales a little, the rest two."""
+    return max(0, round((2 * model.parameters - model.nf4_bytes) / (2 - 0.516)))
 
 
 def threads_of(spec: trainer_pb2.TrainSpec) -> int:

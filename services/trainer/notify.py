@@ -17,6 +17,8 @@ from services.common.errors import Fault, not_found
 from services.common.frames.v1 import training_pb2
 
 CATCH_UP_EVENTS = 256
+Heard = Callable[[str, trainer_pb2.Event, training_pb2.JobRecord], None]
+"""Told of each event once it is on disk, with the job as it is after the transaction."""
 
 
 @dataclass(slots=True)
@@ -45,8 +47,9 @@ class Topic:
 class Hub:
     """Live jobs and their watchers."""
 
-    def __init__(self, ring_events: int) -> None:
+    def __init__(self, ring_events: int, heard: Heard = lambda job, event, record: None) -> None:
         self._ring_events = ring_events
+        self._heard = heard
         self._topics: dict[str, Topic] = {}
         self._draining = False
         self.watchers = 0
@@ -57,6 +60,11 @@ class Hub:
     def live(self) -> list[training_pb2.JobRecord]:
         """The newest state of every job that this process has seen move and that has not ended."""
         return [t.record for t in self._topics.values() if not t.record.job.is_terminal]
+
+    @property
+    def draining(self) -> bool:
+        """Whether the daemon is going."""
+        return self._draining
 
     def publish(
         self,
@@ -77,6 +85,7 @@ class Hub:
         for job, event in events:
             self.events_written += 1
             self._topics[job].add(event)
+            self._heard(job, event, self._topics[job].record)
         for job, record in records.items():
             self._wake(self._topics[job])
             if record.job.is_terminal:
@@ -109,7 +118,8 @@ class Hub:
     ) -> AsyncIterator[trainer_pb2.WatchJobResponse]:
         """A snapshot, then every event after a number; ends when the job has ended and all was sent.
 
-        SLOW_READER for one who had caught up and then fell behind what the ring holds.
+        SLOW_READER for one who had caught up and then fell behind what the ring holds;
+        HISTORY_GONE where the book begins later than he would go on.
         """
         self.watchers += 1
         try:
@@ -120,7 +130,7 @@ class Hub:
             caught_up = False
             while True:
                 if self._draining:
-                    raise Fault(errors_pb2.REASON_SHUTTING_DOWN, "the daemon is shutting down", retry_seconds=1.0)
+                    raise going()
                 topic = self._topics.get(job)
                 changed = topic.changed if topic is not None else None
                 events = topic.after(after) if topic is not None else None
@@ -128,6 +138,8 @@ class Hub:
                     if caught_up and topic is not None and topic.ring:
                         raise _slow(job, after)
                     events = await catch_up(after, CATCH_UP_EVENTS)
+                if events and events[0].sequence != after + 1:
+                    raise gone(job, after, events[0].sequence)
                 for event in events:
                     yield trainer_pb2.WatchJobResponse(event=event)
                     after = event.sequence
@@ -159,6 +171,21 @@ async def _within(changed: asyncio.Event | None, seconds: float) -> bool:
         return True
     except TimeoutError:
         return False
+
+
+def going() -> Fault:
+    """UNAVAILABLE: the daemon is shutting down."""
+    return Fault(errors_pb2.REASON_SHUTTING_DOWN, "the daemon is shutting down", retry_seconds=1.0)
+
+
+def gone(job: str, after: int, oldest: int) -> Fault:
+    """OUT_OF_RANGE: what follows a number is not kept any more."""
+    return Fault(
+        errors_pb2.REASON_HISTORY_GONE,
+        f"events of jobs/{job} after {after} are not kept any more; the oldest is {oldest}",
+        resource=f"jobs/{job}",
+        metadata={"oldest_sequence": str(oldest)},
+    )
 
 
 def _slow(job: str, after: int) -> Fault:

@@ -12,10 +12,14 @@ class Places:
 
     jobs: pathlib.Path
     leases: pathlib.Path
-    device: str
+    devices: tuple[str, ...]
+    """The slots: a job takes one, or one for each rank."""
     extensions: str
     backoff_seconds: float
     exit_grace_seconds: float
+    heartbeat_seconds: float
+    stuck_seconds: float
+    min_free_bytes: int
 
     def attempt(self, job: str, number: int) -> pathlib.Path:
         """An attempt's folder."""

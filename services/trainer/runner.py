@@ -8,6 +8,7 @@ line: everything here can be done again.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import fcntl
 import logging
 import os
@@ -23,7 +24,7 @@ from services.common import devices, facts, process, telemetry
 from services.common.errors import Fault
 from services.common.frames.v1 import training_pb2
 from services.common.shelf import Shelf, fsync_path, write_durable
-from services.trainer import jobs, launch
+from services.trainer import jobs, launch, slots
 from services.trainer.book import Book, Page
 from services.trainer.follower import Follower
 from services.trainer.pins import Pins
@@ -46,7 +47,8 @@ class Runner:
         self._follower = Follower(book, shelf, places, self._pins)
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._following: set[str] = set()
+        self._following: dict[str, int] = {}
+        """Jobs under way and how many slots each takes."""
         self._launching = asyncio.Lock()
         """Held while descriptors are being handed to a worker: no stop in between."""
         self.attempts_begun = 0
@@ -55,6 +57,11 @@ class Runner:
     def attempts_lost(self) -> int:
         """Attempts that ended without an outcome, as this process saw it."""
         return self._follower.attempts_lost
+
+    @property
+    def attempts_stuck(self) -> int:
+        """Attempts that were ended because they showed no life or no progress."""
+        return self._follower.attempts_stuck
 
     # begin and end
 
@@ -68,7 +75,7 @@ class Runner:
             if record.job.state in jobs.WITH_WORKER:
                 if record.job.state in jobs.STOPPING:
                     await self.tell_stop(job, record.job.attempt)
-                self._follow(job, record.job.attempt, None)
+                self._follow(record, record.job.attempt, None)
         self._own(self._serve_queue(), "queue")
 
     async def stop(self) -> None:
@@ -129,51 +136,90 @@ class Runner:
                 continue
 
     async def _serve_once(self) -> bool:
-        """Starts the next job if the device is free; tells the others why they wait."""
-        queue = await self._book.turn(lambda page: page.waiting())
+        """Starts the next job if its devices are free; tells the others why they wait."""
+        queue, live, ended = await self._book.turn(
+            lambda page: (page.waiting(), page.live(), page.ended_well(slots.RECENT))
+        )
         if not queue:
             return False
         now = time.time()
-        busy: tuple[str, int] | None = None
-        chosen = None if self._following else jobs.next_to_start(queue, now)
-        if chosen is not None:
-            owner = chosen.record.job.name
-            got = await asyncio.to_thread(devices.try_acquire, self._places.leases, self._places.device, owner)
-            if isinstance(got, devices.Lease):
+        hindrance: trainer_pb2.QueuePlace | None = None
+        chosen = jobs.next_to_start(queue, now)
+        if chosen is not None and self._wanted(chosen.record) <= self._free():
+            got = await asyncio.to_thread(self._take, chosen.record)
+            if isinstance(got, list):
                 async with self._launching:
                     await self._launch(chosen.record, got)
                 return True
-            busy = got
-        places = jobs.places(queue, now, busy, bool(self._following))
-        moved = [(w.record, p) for w, p in zip(queue, places, strict=True) if w.record.job.queue != p]
+            hindrance = got
+        places = jobs.places(queue, now, hindrance, self._forecast(queue, live, ended, now))
+        moved = [
+            (w.record, p) for w, p in zip(queue, places, strict=True) if slots.worth_telling(w.record.job.queue, p, now)
+        ]
         if moved:
             await self._book.turn(lambda page: _replace(page, moved))
         return True
 
-    async def _launch(self, record: training_pb2.JobRecord, lease: devices.Lease) -> None:
+    def _wanted(self, record: training_pb2.JobRecord) -> int:
+        return slots.needed(record.job.spec.train, self._places.devices)
+
+    def _free(self) -> int:
+        return len(self._places.devices) - sum(self._following.values())
+
+    def _forecast(
+        self,
+        queue: list[jobs.Waiting],
+        live: list[training_pb2.JobRecord],
+        ended: list[training_pb2.JobRecord],
+        now: float,
+    ) -> list[float | None]:
+        under_way = [r for r in live if r.job.name.removeprefix("jobs/") in self._following]
+        running = [slots.Claim(self._wanted(r), slots.seconds_left(r, ended)) for r in under_way]
+        claims = [
+            slots.Claim(self._wanted(w.record), slots.usual_seconds(w.record, ended), w.not_before) for w in queue
+        ]
+        return slots.starts(len(self._places.devices), running, claims, now)
+
+    def _take(self, record: training_pb2.JobRecord) -> list[devices.Lease] | trainer_pb2.QueuePlace:
+        """All the devices that a job needs, or what stands against it."""
+        if shutil.disk_usage(self._places.jobs).free < self._places.min_free_bytes:
+            return trainer_pb2.QueuePlace(reason=trainer_pb2.QUEUE_REASON_DISK_FULL)
+        leases: list[devices.Lease] = []
+        busy = trainer_pb2.QueuePlace(reason=trainer_pb2.QUEUE_REASON_DEVICE_BUSY)
+        for device in self._places.devices:
+            got = devices.try_acquire(self._places.leases, device, record.job.name)
+            if isinstance(got, devices.Lease):
+                leases.append(got)
+            elif not got[0].startswith("jobs/") or not busy.owner:
+                busy.owner, busy.owner_bytes = got
+            if len(leases) == self._wanted(record):
+                return leases
+        for lease in leases:
+            lease.release()
+        return busy
+
+    async def _launch(self, record: training_pb2.JobRecord, leases: list[devices.Lease]) -> None:
         job = record.job.name.removeprefix("jobs/")
         number = record.job.attempt + 1
         folder = self._places.attempt(job, number)
         child: subprocess.Popen[bytes] | None = None
         try:
             await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
-        except OSError:
-            lease.release()
-            raise
-        try:
-            begun = await self._book.turn(lambda page: self._begin(page, job, number))
+            begun = await self._book.turn(lambda page: self._begin(page, job, number, leases))
             if begun is None:
                 return
             self.attempts_begun += 1
-            order = launch.order_of(begun, str(self._shelf.root), self._places.device, time.time())
-            child = await asyncio.to_thread(self._exec, order, folder, lease)
-        except OSError as e:
-            log.error("attempt %d of %s could not be started: %s", number, job, e)
+            try:
+                child = await asyncio.to_thread(self._exec, begun, folder, leases)
+                await self._book.turn(lambda page: _note_pid(page, job, number, child))
+            except (OSError, Fault) as e:
+                log.error("attempt %d of %s stumbled at its start: %s", number, job, e)
         finally:
-            lease.release()
-        self._follow(job, number, child)
+            for lease in leases:
+                lease.release()
+        self._follow(begun, number, child)
 
-    def _begin(self, page: Page, job: str, number: int) -> training_pb2.JobRecord | None:
+    def _begin(self, page: Page, job: str, number: int, leases: list[devices.Lease]) -> training_pb2.JobRecord | None:
         record = page.read(job)
         if record is None or record.job.state != trainer_pb2.JOB_STATE_QUEUED:
             return None  # cancelled or paused meanwhile
@@ -182,23 +228,29 @@ class Runner:
         started = trainer_pb2.Event(attempt=number)
         started.attempt_started.attempt = number
         started.attempt_started.from_step = jobs.resume_from(record).step
-        started.attempt_started.device = self._places.device
+        started.attempt_started.device = ",".join(lease.device for lease in leases)
         page.begin_attempt(job, number)
         return page.append(job, [preparing, started])
 
-    def _exec(self, order: training_pb2.Order, folder: pathlib.Path, lease: devices.Lease) -> subprocess.Popen[bytes]:
-        lease.describe(f"jobs/{order.job}", self._weight_bytes(order.spec))
+    def _exec(
+        self, begun: training_pb2.JobRecord, folder: pathlib.Path, leases: list[devices.Lease]
+    ) -> subprocess.Popen[bytes]:
+        order = launch.order_of(
+            begun, str(self._shelf.root), [e.device for e in leases], self._places.heartbeat_seconds, time.time()
+        )
+        for lease in leases:
+            lease.describe(f"jobs/{order.job}", self._weight_bytes(order.spec))
         write_durable(folder / launch.ORDER, order.SerializeToString())
         lock = os.open(folder / launch.LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = (lock, lease.fd, *self._pins.fds(order))
+            held = (lock, *(lease.fd for lease in leases), *self._pins.fds(order))
             return process.start_detached(
                 launch.module_of(order.spec),
                 ["--attempt", str(folder), "--hold", ",".join(map(str, held))],
                 folder / launch.LOG,
                 held,
-                launch.environ_of(order.spec, self._places.extensions, self._places.device),
+                launch.environ_of(order.spec, self._places.extensions, order.device),
             )
         finally:
             os.close(lock)
@@ -224,8 +276,9 @@ class Runner:
 
     # one attempt
 
-    def _follow(self, job: str, number: int, child: subprocess.Popen[bytes] | None) -> None:
-        self._following.add(job)
+    def _follow(self, record: training_pb2.JobRecord, number: int, child: subprocess.Popen[bytes] | None) -> None:
+        job = record.job.name.removeprefix("jobs/")
+        self._following[job] = self._wanted(record)
         self._own(self._followed(job, number, child), f"follow {job}/{number}")
 
     async def _followed(self, job: str, number: int, child: subprocess.Popen[bytes] | None) -> None:
@@ -237,8 +290,13 @@ class Runner:
                         return
                     await asyncio.sleep(TRY_AGAIN_SECONDS)
         finally:
-            self._following.discard(job)
+            self._following.pop(job, None)
             self.wake()
+
+
+def _note_pid(page: Page, job: str, number: int, child: subprocess.Popen[bytes] | None) -> None:
+    if child is not None:
+        page.copied(dataclasses.replace(page.attempt(job, number), pid=child.pid))
 
 
 def _replace(page: Page, moved: list[tuple[training_pb2.JobRecord, trainer_pb2.QueuePlace]]) -> None:

@@ -47,7 +47,28 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
     async def DeleteJob(self, request: trainer_pb2.DeleteJobRequest, context: Any) -> trainer_pb2.DeleteJobResponse:
         return await self._trainer.delete(request)
 
+    async def WatchLog(
+        self, request: trainer_pb2.WatchLogRequest, context: Any
+    ) -> AsyncIterator[trainer_pb2.WatchLogResponse]:
+        async for piece in self._trainer.watch_log(request):
+            yield piece
+
+    async def ListCheckpoints(
+        self, request: trainer_pb2.ListCheckpointsRequest, context: Any
+    ) -> trainer_pb2.ListCheckpointsResponse:
+        return trainer_pb2.ListCheckpointsResponse(checkpoints=await self._trainer.checkpoints(request.name))
+
+    async def PublishCheckpoint(
+        self, request: trainer_pb2.PublishCheckpointRequest, context: Any
+    ) -> trainer_pb2.PublishCheckpointResponse:
+        return await self._trainer.publish(request)
+
     async def ListTemplates(
         self, request: trainer_pb2.ListTemplatesRequest, context: Any
     ) -> trainer_pb2.ListTemplatesResponse:
         return trainer_pb2.ListTemplatesResponse(templates=self._trainer.templates())
+
+    async def ListObjectives(
+        self, request: trainer_pb2.ListObjectivesRequest, context: Any
+    ) -> trainer_pb2.ListObjectivesResponse:
+        return trainer_pb2.ListObjectivesResponse(objectives=await self._trainer.objectives())

@@ -9,7 +9,6 @@ refused with the nearest that would do. All violations are found at once.
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +20,11 @@ from google.protobuf.message import Message
 from qlorad.v1 import datasets_pb2, messages_pb2, trainer_pb2
 from services.common import names
 from services.common.errors import Violation, show
+from services.trainer import agreement, objective
+from services.trainer.agreement import within
 
 ALL_LINEAR = "all-linear"
 MAX_RANKS = 64
-DIVISIBLE = (trainer_pb2.OPTIMIZER_KIND_ADAMW, trainer_pb2.OPTIMIZER_KIND_SGD)
-"""Optimisers whose state is one number for each weight, so that it can be divided anywhere and put together again."""
 LABEL_KEY_RULE = "at most 32 labels; keys 1 to 63 of [a-z0-9_.-], values at most 255 characters"
 
 
@@ -36,6 +35,7 @@ class ModelKnown:
     digest: str
     context_tokens: int
     target_modules: tuple[str, ...]
+    architecture: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,11 +173,13 @@ def resolve(
     model: ModelKnown | None,
     dataset: DatasetKnown | None,
     host: Host,
+    objectives: objective.Schemas | None = None,
 ) -> Resolved:
     """The spec that will run, and ALL that is wrong with it.
 
     A model or dataset of None could not be looked up: what depends on it is not
-    judged, and the caller of this function says so.
+    judged, and the caller of this function says so. Schemas of the objectives
+    are there where objective.needs_look says that they are needed.
     """
     spec = merged(template, override)
     train = spec.train
@@ -187,8 +189,11 @@ def resolve(
     if dataset is not None:
         train.dataset = f"datasets/{dataset.digest}"
     _bend(train, given, model, host)
+    architecture = model.architecture if model is not None else ""
+    objective.bend(train, given, architecture)
     wrong = [*_plain_bounds(train), *_enums(train)]
     wrong += _together(train, model, dataset, host)
+    wrong += objective.check(train, architecture, objectives)
     if train.adapter:
         rest = train.adapter.removeprefix("adapters/")
         if rest == train.adapter or not names.is_alias(rest):
@@ -207,10 +212,19 @@ def _bend(train: trainer_pb2.TrainSpec, given: frozenset[str], model: ModelKnown
             data.max_length_tokens = min(data.max_length_tokens, model.context_tokens)
         if list(train.lora.target_modules.names) == [ALL_LINEAR]:
             train.lora.target_modules.names[:] = sorted(model.target_modules)
-    if "spec.train.data.micro_batch_tokens" not in given:
+    if data.micro_batch_tokens and "spec.train.data.micro_batch_tokens" not in given:
         data.micro_batch_tokens = max(data.micro_batch_tokens, data.max_length_tokens)
+    if data.step_tokens and "spec.train.data.accumulation" not in given:
+        data.accumulation = 0
+    if data.accumulation and "spec.train.data.accumulation" in given and "spec.train.data.step_tokens" not in given:
+        data.step_tokens = 0
+    if data.packing and "spec.train.data.length_grouping" not in given:
+        data.length_grouping = False
+    flat = train.schedule.kind == trainer_pb2.SCHEDULE_KIND_CONSTANT
+    if flat and "spec.train.schedule.floor_share" not in given:
+        train.schedule.floor_share = 0.0
     quantization = train.quantization
-    if quantization.method == trainer_pb2.QUANTIZATION_METHOD_NONE:
+    if quantization.method != trainer_pb2.QUANTIZATION_METHOD_NF4:
         if "spec.train.quantization.double_quantization" not in given:
             quantization.double_quantization = False
     if train.parallelism.ranks == 1 and "spec.train.parallelism.zero_stage" not in given:
@@ -232,32 +246,31 @@ class _Bound:
     accepted: str
 
 
-def _within(low: float, high: float, above: bool = False, below: bool = False) -> Callable[[Any], bool]:
-    def good(value: Any) -> bool:
-        if not math.isfinite(value):
-            return False
-        return bool((low < value if above else low <= value) and (value < high if below else value <= high))
-
-    return good
-
-
 _BOUNDS = (
-    _Bound("lora.rank", _within(1, 512), "1 to 512"),
-    _Bound("lora.alpha", _within(0, 65536, above=True), "above 0, at most 65536"),
-    _Bound("lora.dropout", _within(0, 1, below=True), "from 0 to below 1"),
-    _Bound("data.accumulation", _within(1, 65536), "1 to 65536"),
-    _Bound("optimizer.learning_rate", _within(0, 1, above=True), "above 0, at most 1"),
-    _Bound("optimizer.weight_decay", _within(0, 1), "from 0 to 1"),
-    _Bound("optimizer.beta1", _within(0, 1, below=True), "from 0 to below 1"),
-    _Bound("optimizer.beta2", _within(0, 1, below=True), "from 0 to below 1"),
-    _Bound("optimizer.momentum", _within(0, 1, below=True), "from 0 to below 1"),
-    _Bound("optimizer.max_grad_norm", _within(0, 1e9), "0 (not cut) or above"),
-    _Bound("schedule.max_steps", _within(0, 10_000_000), "0 to 10000000"),
-    _Bound("evaluation.every_steps", _within(0, 10_000_000), "0 to 10000000"),
-    _Bound("checkpoints.every_steps", _within(0, 10_000_000), "0 to 10000000"),
-    _Bound("checkpoints.keep_last", _within(1, 1000), "1 to 1000"),
-    _Bound("parallelism.ranks", _within(1, MAX_RANKS), f"1 to {MAX_RANKS}"),
-    _Bound("limits.max_attempts", _within(1, 1000), "1 to 1000"),
+    _Bound("lora.rank", within(1, 512), "1 to 512"),
+    _Bound("lora.alpha", within(0, 65536, above=True), "above 0, at most 65536"),
+    _Bound("lora.dropout", within(0, 1, below=True), "from 0 to below 1"),
+    _Bound("data.step_tokens", within(0, 1 << 30), f"0 (data.accumulation decides) to {1 << 30}"),
+    _Bound("optimizer.learning_rate", within(0, 1, above=True), "above 0, at most 1"),
+    _Bound("optimizer.weight_decay", within(0, 1), "from 0 to 1"),
+    _Bound("optimizer.beta1", within(0, 1, below=True), "from 0 to below 1"),
+    _Bound("optimizer.beta2", within(0, 1, below=True), "from 0 to below 1"),
+    _Bound("optimizer.momentum", within(0, 1, below=True), "from 0 to below 1"),
+    _Bound("optimizer.max_grad_norm", within(0, 1e9), "0 (not cut) or above"),
+    _Bound("schedule.max_steps", within(0, 10_000_000), "0 to 10000000"),
+    _Bound("schedule.warmup_share", within(0, 1, below=True), "from 0 to below 1"),
+    _Bound("schedule.floor_share", within(0, 1), "from 0 to 1"),
+    _Bound("evaluation.patience", within(0, 1_000_000), "0 (does not end early) to 1000000"),
+    _Bound("evaluation.min_improvement", within(0, 1e9), "0 or above"),
+    _Bound("evaluation.every_steps", within(0, 10_000_000), "0 to 10000000"),
+    _Bound("checkpoints.every_steps", within(0, 10_000_000), "0 to 10000000"),
+    _Bound("checkpoints.keep_last", within(1, 1000), "1 to 1000"),
+    _Bound("checkpoints.keep_best", within(0, 1000), "0 to 1000"),
+    _Bound("checkpoints.keep_every_steps", within(0, 10_000_000), "0 to 10000000"),
+    _Bound("guards.spike_factor", within(1, 1e6, above=True), "above 1, at most 1000000"),
+    _Bound("guards.max_skips", within(1, 1_000_000), "1 to 1000000"),
+    _Bound("parallelism.ranks", within(1, MAX_RANKS), f"1 to {MAX_RANKS}"),
+    _Bound("limits.max_attempts", within(1, 1000), "1 to 1000"),
 )
 
 
@@ -276,10 +289,14 @@ def _enums(train: trainer_pb2.TrainSpec) -> Iterator[Violation]:
         ("data", "over_length", datasets_pb2.OverLength),
         ("optimizer", "kind", trainer_pb2.OptimizerKind),
         ("schedule", "kind", trainer_pb2.ScheduleKind),
+        ("guards", "not_finite", trainer_pb2.TroublePolicy),
+        ("guards", "spike", trainer_pb2.TroublePolicy),
+        ("guards", "all_masked", trainer_pb2.TroublePolicy),
     ):
         value = getattr(getattr(train, group), field)
-        accepted = [name for name, number in enum.items() if number]
-        if value not in enum.values() or value == 0:
+        never = trainer_pb2.TROUBLE_POLICY_CONTINUE if field in ("not_finite", "all_masked") else 0
+        accepted = [name for name, number in enum.items() if number not in (0, never)]
+        if value not in enum.values() or value in (0, never):
             yield Violation(f"spec.train.{group}.{field}", show(value), ", ".join(accepted))
     if train.data.prompt_format not in messages_pb2.PromptFormat.values():
         accepted = [name for name, number in messages_pb2.PromptFormat.items() if number]
@@ -296,21 +313,20 @@ def _together(
     top = f"8 to {context} (the model's context)" if model is not None else "8 or more"
     if not 8 <= data.max_length_tokens <= context:
         yield Violation("spec.train.data.max_length_tokens", show(data.max_length_tokens), top)
-    if not data.max_length_tokens <= data.micro_batch_tokens <= 1 << 24:
-        accepted = f"{data.max_length_tokens} (max_length_tokens) to {1 << 24}"
+    if data.micro_batch_tokens and not data.max_length_tokens <= data.micro_batch_tokens <= 1 << 24:
+        accepted = f"0 (chosen by measuring), or {data.max_length_tokens} (max_length_tokens) to {1 << 24}"
         yield Violation("spec.train.data.micro_batch_tokens", show(data.micro_batch_tokens), accepted)
-    if train.optimizer.momentum and train.optimizer.kind == trainer_pb2.OPTIMIZER_KIND_ADAMW:
-        accepted = "0 where kind is OPTIMIZER_KIND_ADAMW (beta1 is its momentum)"
+    if train.optimizer.momentum and train.optimizer.kind != trainer_pb2.OPTIMIZER_KIND_SGD:
+        accepted = "0 where kind is not OPTIMIZER_KIND_SGD (beta1 is AdamW's momentum)"
         yield Violation("spec.train.optimizer.momentum", show(train.optimizer.momentum), accepted)
     yield from _targets(train, model)
-    yield from _schedule(train)
+    yield from agreement.violations(train)
     yield from _ranks(train, host)
     if train.threads > host.cores:
         yield Violation("spec.train.threads", show(train.threads), f"0 (all) to {host.cores} (cores of this host)")
-    if train.quantization.double_quantization and train.quantization.method == trainer_pb2.QUANTIZATION_METHOD_NONE:
-        yield Violation(
-            "spec.train.quantization.double_quantization", "True", "False where method is QUANTIZATION_METHOD_NONE"
-        )
+    if train.quantization.double_quantization and train.quantization.method != trainer_pb2.QUANTIZATION_METHOD_NF4:
+        accepted = "False where method is not QUANTIZATION_METHOD_NF4"
+        yield Violation("spec.train.quantization.double_quantization", "True", accepted)
     if dataset is not None:
         if not dataset.rows.get("train", 0):
             splits = ", ".join(f"{s} {n}" for s, n in sorted(dataset.rows.items())) or "no rows at all"
@@ -341,15 +357,6 @@ def _targets(train: trainer_pb2.TrainSpec, model: ModelKnown | None) -> Iterator
         yield Violation(field, show(name), accepted + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
-def _schedule(train: trainer_pb2.TrainSpec) -> Iterator[Violation]:
-    schedule = train.schedule
-    if not schedule.max_steps and not _within(0, 10_000, above=True)(schedule.epochs):
-        yield Violation("spec.train.schedule.epochs", show(schedule.epochs), "above 0, at most 10000; or max_steps")
-    if schedule.max_steps and schedule.warmup_steps >= schedule.max_steps:
-        accepted = f"0 to {schedule.max_steps - 1} (below max_steps)"
-        yield Violation("spec.train.schedule.warmup_steps", show(schedule.warmup_steps), accepted)
-
-
 def _ranks(train: trainer_pb2.TrainSpec, host: Host) -> Iterator[Violation]:
     """Violations of what several processes, or one alone, cannot do."""
     field, p = "spec.train.parallelism", train.parallelism
@@ -372,11 +379,6 @@ def _ranks(train: trainer_pb2.TrainSpec, host: Host) -> Iterator[Violation]:
     elif p.offload == trainer_pb2.OFFLOAD_ALL and p.zero_stage != 3:
         accepted = "OFFLOAD_OPTIMIZER, or zero_stage 3: only that divides the weights"
         yield Violation(f"{field}.offload", name, accepted)
-    kind = train.optimizer.kind
-    if kind in trainer_pb2.OptimizerKind.values() and kind and kind not in DIVISIBLE:
-        nearest = "OPTIMIZER_KIND_ADAMW with parallelism.offload OFFLOAD_OPTIMIZER"
-        accepted = f"{nearest}, or ranks 1: its state lies in blocks, which cannot be divided anew among ranks"
-        yield Violation("spec.train.optimizer.kind", trainer_pb2.OptimizerKind.Name(kind), accepted)
 
 
 def _paths(descriptor: Any, prefix: str) -> Iterable[str]:

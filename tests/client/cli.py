@@ -97,6 +97,8 @@ class Cli:
         ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
         environ = {**self.environment, "TERM": "xterm-256color"}
+        for name in ("COLUMNS", "LINES"):  # a runner of tests may have set them; the terminal tells its own
+            environ.pop(name, None)
         process = subprocess.Popen(
             self.command(*words), env=environ, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT
         )

@@ -77,3 +77,19 @@ def test_looking_never_stands_in_the_way(tmp_path: pathlib.Path) -> None:
 
 def test_devices_here_end_with_the_cpu() -> None:
     assert devices.devices_here()[-1] == "cpu"
+
+
+def test_a_share_and_the_whole_exclude_one_another(tmp_path: pathlib.Path) -> None:
+    first = devices.acquire(tmp_path, "cpu:0", "jobs/a")
+    second = devices.acquire(tmp_path, "cpu:1", "jobs/b")
+    assert devices.try_acquire(tmp_path, "cpu", "inference/engine") == ("jobs/a", 0)
+    first.release()
+    assert devices.try_acquire(tmp_path, "cpu", "inference/engine") == ("jobs/b", 0)
+    second.release()
+    whole = devices.acquire(tmp_path, "cpu", "inference/engine", 7)
+    assert devices.try_acquire(tmp_path, "cpu:0", "jobs/a") == ("inference/engine", 7)
+    whole.release()
+    other = devices.acquire(tmp_path, "cuda:1", "jobs/a")
+    for free in ("cpu:0", "cuda:0"):
+        devices.acquire(tmp_path, free, "jobs/b").release()
+    other.release()

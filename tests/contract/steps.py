@@ -11,7 +11,8 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from services.datasets.worker.steps.kinds import Broken, Kind, Kinds
+from services.common.worker.plugins import Kind
+from services.datasets.worker.steps.kinds import steps
 from tests.house import ROOT
 
 PAGE = ROOT / "docs" / "steps.md"
@@ -22,21 +23,15 @@ _SHARED = ("protect", "where")
 
 def built_in() -> Iterator[Kind]:
     """Every step that comes with qlorad; those of plug-ins are left out."""
-    kinds = Kinds()
-    for name in kinds.names():
-        try:
-            kind = kinds.load(name)
-        except Broken:
-            continue
-        if kind is not None and kind.is_ours:
-            yield kind
+    found, _ = steps().all()
+    return (kind for kind in found if kind.is_ours)
 
 
 def table() -> str:
     """All steps, in Markdown."""
     lines = ["| step | what it does | parameter | accepted | default |", "|---|---|---|---|---|"]
     for kind in built_in():
-        name, does = f"`{kind.name}`", kind.told().description
+        name, does = f"`{kind.name}`", kind.description
         for parameter, rules in kind.schema["properties"].items():
             told = f"`{parameter}`" + ("" if parameter in _SHARED else f": {rules['description']}")
             lines.append(f"| {name} | {does} | {told} | {_accepted(rules)} | {_default(rules)} |")

@@ -12,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlorad.v1 import datasets_pb2
+from services.common import parameters
 from services.common.errors import Fault
 from services.datasets.worker.plain import Plain
-from services.datasets.worker.steps import Pipeline, api, schema
+from services.datasets.worker.steps import Pipeline, api
 from services.datasets.worker.steps.citations import Citations
 from services.datasets.worker.steps.genes import GENES
-from services.datasets.worker.steps.kinds import Kinds
+from services.datasets.worker.steps.kinds import steps as known_steps
+from services.datasets.worker.steps.kinds import told as told_of
 from services.datasets.worker.steps.notation import Notation
 from services.datasets.worker.steps.shaping import AsText
 from services.datasets.worker.steps.writing import StripTags, Unicode, Whitespace
@@ -70,9 +72,9 @@ def said(example: Plain) -> list[str]:
 
 def pipeline(*steps: tuple[str, dict[str, Any]]) -> Pipeline:
     asked = []
-    for name, parameters in steps:
+    for name, values in steps:
         asked.append(datasets_pb2.Step(name=name))
-        asked[-1].parameters.update(parameters)
+        asked[-1].parameters.update(values)
     return Pipeline.load(asked)
 
 
@@ -285,18 +287,18 @@ def test_every_violation_is_told_at_once() -> None:
 
 
 def test_schemas_tell_what_is_checked() -> None:
-    kinds = Kinds()
+    kinds = known_steps()
     assert len(kinds.names()) >= 16
     for name in kinds.names():
         kind = kinds.load(name)
         assert kind is not None
-        told = kind.told()
+        told = told_of(kind)
         parsed = json.loads(told.parameters_schema_json)
         assert parsed == kind.schema and told.description.endswith(".") and told.package
         for rules in parsed["properties"].values():
             assert rules["description"]
             if "default" in rules and rules["default"] not in ("", {}):
-                assert schema._fits(rules, rules["default"]), (name, rules)
+                assert parameters._fits(rules, rules["default"]), (name, rules)
 
 
 @dataclass(frozen=True)
@@ -325,7 +327,7 @@ class Idle:
 @pytest.mark.parametrize("cls", [Loose, Thawed, Idle, int])
 def test_a_class_that_is_no_step_is_told_why(cls: type) -> None:
     with pytest.raises(TypeError):
-        schema.schema_of(cls)
+        parameters.schema_of(cls, "apply(example)")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pathlib
 import shutil
-import tomllib
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from qlorad.v1 import datasets_pb2, datasets_pb2_grpc
 from tests.datasets.kit import Door, jsonl, numbered, refusal
 from tests.house import ROOT, house
+from tests.plugins import install, plugin
 
 PLUGIN = ROOT / "examples" / "plugin-steps"
 ERROR = datasets_pb2.SEVERITY_ERROR
@@ -22,32 +22,6 @@ def step(name: str, **parameters: object) -> datasets_pb2.Step:
     asked = datasets_pb2.Step(name=name)
     asked.parameters.update(parameters)
     return asked
-
-
-def install(source: pathlib.Path, site: pathlib.Path) -> None:
-    """What pip would lay there: the package, and the metadata with its entry points."""
-    told = tomllib.loads((source / "pyproject.toml").read_text())
-    project, packages = told["project"], told["tool"]["setuptools"]["packages"]
-    for package in packages:
-        shutil.copytree(source / package, site / package, ignore=shutil.ignore_patterns("__pycache__"))
-    info = site / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
-    points = "\n".join(f"{k} = {v}" for k, v in project["entry-points"]["qlorad.steps"].items())
-    (info / "entry_points.txt").write_text(f"[qlorad.steps]\n{points}\n")
-
-
-def plugin(folder: pathlib.Path, name: str, code: str, **steps: str) -> pathlib.Path:
-    """A plug-in of one module, as its author would keep it."""
-    package = name.replace("-", "_")
-    (folder / package).mkdir(parents=True)
-    (folder / package / "__init__.py").write_text(code)
-    points = "\n".join(f'{k} = "{package}:{v}"' for k, v in steps.items())
-    (folder / "pyproject.toml").write_text(
-        f'[project]\nname = "{name}"\nversion = "0.1"\n[project.entry-points."qlorad.steps"]\n{points}\n'
-        f'[tool.setuptools]\npackages = ["{package}"]\n'
-    )
-    return folder
 
 
 FRAGILE = '''
@@ -85,7 +59,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """Where plug-ins are installed for the daemon."""
     site = tmp_path_factory.mktemp("site")
     install(PLUGIN, site)
-    fragile = plugin(tmp_path_factory.mktemp("fragile"), "fragile-steps", FRAGILE, trips="Trips", babbles="Babbles")
+    fragile = plugin(
+        tmp_path_factory.mktemp("fragile"), "fragile-steps", FRAGILE, "qlorad.steps", trips="Trips", babbles="Babbles"
+    )
     install(fragile, site)
     return site
 
@@ -193,8 +169,10 @@ def test_what_a_plug_in_returns_is_not_believed(plugged: Door, how: str) -> None
 
 def test_a_broken_plug_in_is_named_where_it_matters(plugged: Door, site: pathlib.Path, tmp_path: pathlib.Path) -> None:
     whole = steps_of(plugged)
-    lost = plugin(tmp_path / "lost", "lost-steps", "import no_such_module_here\n", lost="Lost")
-    idle = plugin(tmp_path / "idle", "idle-steps", "class Idle:\n    pass\n", idle="Idle", citations="Idle")
+    lost = plugin(tmp_path / "lost", "lost-steps", "import no_such_module_here\n", "qlorad.steps", lost="Lost")
+    idle = plugin(
+        tmp_path / "idle", "idle-steps", "class Idle:\n    pass\n", "qlorad.steps", idle="Idle", citations="Idle"
+    )
     install(lost, site)
     install(idle, site)
     refused = refusal(lambda: steps_of(plugged))

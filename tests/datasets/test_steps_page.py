@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from services.datasets.worker.steps.kinds import Kinds
+from services.datasets.worker.steps.kinds import steps as known_steps
 from tests.contract.steps import PAGE, built_in, page, table
 from tests.datasets.test_steps import run, said, talk
 
@@ -16,7 +16,7 @@ SHOWN = re.findall(r"^\| `([^`]+)` \| `([^`]+)` \|$", PAGE.read_text(), re.MULTI
 def test_the_table_is_that_of_the_code() -> None:
     assert page(PAGE.read_text()) == PAGE.read_text(), "run: python -m tests.contract.steps"
     names = [kind.name for kind in built_in()]
-    assert len(names) == 16 and set(names) <= set(Kinds().names())
+    assert len(names) == 16 and set(names) <= set(known_steps().names())
     assert all(f"| `{name}` |" in table() for name in names)
 
 

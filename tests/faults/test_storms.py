@@ -12,8 +12,6 @@ from tests.common.test_security import (
     test_certificates_change_under_load_without_a_dropped_call,
 )
 from tests.faults.test_trainer import (
-    held,  # noqa: F401  # a fixture
-    small_home,  # noqa: F401  # a fixture
     test_p1_an_acknowledged_job_survives_kill_9,
     test_p7_fifty_creates_with_one_request_id_are_one_job,
 )
@@ -30,13 +28,13 @@ pytestmark = pytest.mark.storm
 
 @pytest.mark.usefixtures("held")
 @pytest.mark.parametrize("number", range(20))
-def test_p1_storm(small_home: pathlib.Path, number: int) -> None:  # noqa: F811
+def test_p1_storm(small_home: pathlib.Path, number: int) -> None:
     p1(small_home)
 
 
 @pytest.mark.usefixtures("held")
 @pytest.mark.parametrize("number", range(20))
-def test_p7_storm(small_home: pathlib.Path, number: int) -> None:  # noqa: F811
+def test_p7_storm(small_home: pathlib.Path, number: int) -> None:
     p7(small_home)
 
 

@@ -6,53 +6,20 @@ import os
 import pathlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
 
-from qlorad.v1 import trainer_pb2, trainer_pb2_grpc
+from qlorad.v1 import trainer_pb2
 from services.common import devices
 from services.common.shelf import Shelf
-from tests.house import House, clone_store, eventually, house
-from tests.trainer.kit import create, get, seal_dataset, small, stub_of, worker_of
+from tests.house import clone_store, eventually, house
+from tests.trainer.following import Follower, patiently, run_undisturbed
+from tests.trainer.kit import create, get, small, stub_of, worker_of
+from tests.trainer.lawful import check_log
 
 STEPS, EVERY = 120, 4
-
-
-@pytest.fixture
-def small_home(home: pathlib.Path) -> pathlib.Path:
-    """A home with the test starter and datasets/small."""
-    seal_dataset(home, "small", {"train": 12, "validation": 4})
-    return home
-
-
-@pytest.fixture
-def held(small_home: pathlib.Path) -> Iterator[None]:
-    """The device is taken: jobs stay in the queue."""
-    lease = devices.acquire(small_home / "state" / "devices", devices.devices_here()[0], "the test")
-    yield
-    lease.release()
-
-
-def patiently(made: House, call: Callable[[trainer_pb2_grpc.TrainerServiceStub], object]) -> object:
-    """Calls until the daemon answers, over its deaths."""
-
-    def once() -> tuple[object] | None:
-        try:
-            with made.daemons["trainer"].channel() as channel:
-                return (call(trainer_pb2_grpc.TrainerServiceStub(channel)),)
-        except (grpc.RpcError, OSError, ValueError) as e:
-            if isinstance(e, grpc.RpcError) and e.code() not in (
-                grpc.StatusCode.UNAVAILABLE,
-                grpc.StatusCode.DEADLINE_EXCEEDED,
-                grpc.StatusCode.CANCELLED,
-            ):
-                raise
-            return None  # down; its address file may be gone or half of the old one
-
-    return eventually(once, 60, "an answer")[0]
 
 
 @pytest.mark.usefixtures("held")
@@ -108,50 +75,6 @@ def test_p7_fifty_creates_with_one_request_id_are_one_job(small_home: pathlib.Pa
         assert caught.value.code() == grpc.StatusCode.ALREADY_EXISTS
 
 
-class Follower:
-    """A watcher that re-attaches from the last number it saw."""
-
-    def __init__(self, made: House, name: str) -> None:
-        self.events: list[trainer_pb2.Event] = []
-        self.attached = 0
-        self._made, self._name = made, name
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-        self._thread.start()
-
-    def _follow(self) -> None:
-        while True:
-            try:
-                with self._made.daemons["trainer"].channel() as channel:
-                    stub = trainer_pb2_grpc.TrainerServiceStub(channel)
-                    after = self.events[-1].sequence if self.events else 0
-                    request = trainer_pb2.WatchJobRequest(name=self._name, after_sequence=after)
-                    self.attached += 1
-                    for update in stub.WatchJob(request, timeout=170):
-                        if update.HasField("event"):
-                            self.events.append(update.event)
-                    return
-            except (grpc.RpcError, OSError, ValueError):
-                threading.Event().wait(0.05)
-
-    def step(self) -> int:
-        """The newest step seen."""
-        return max((e.step.step for e in list(self.events) if e.HasField("step")), default=0)
-
-    def join(self) -> None:
-        self._thread.join(170)
-        assert not self._thread.is_alive()
-
-
-def run_undisturbed(home: pathlib.Path, spec: trainer_pb2.JobSpec) -> trainer_pb2.Job:
-    with house(home) as made:
-        made.start("trainer")
-        stub = stub_of(made)
-        job = create(stub, spec, "calm", job_id="calm")
-        follower = Follower(made, job.name)
-        follower.join()
-        return get(stub, job.name)
-
-
 @pytest.mark.skipif(not pathlib.Path("/proc/self/cmdline").exists(), reason="finds workers by /proc")
 def test_p3_and_p13_kills_change_neither_the_adapter_nor_the_log(
     small_home: pathlib.Path, tmp_path: pathlib.Path
@@ -183,7 +106,7 @@ def test_p3_and_p13_kills_change_neither_the_adapter_nor_the_log(
         events = follower.events
         assert done.state == trainer_pb2.JOB_STATE_SUCCEEDED, done.error
         assert done.attempt == 3 and follower.attached >= 3
-        assert [e.sequence for e in events] == list(range(1, done.last_sequence + 1)), "no gap, no double"
+        check_log(job, events, done)
         assert done.result.adapter_digest == calm.result.adapter_digest
         assert done.result.tokens == calm.result.tokens and done.result.steps == STEPS
         losses: dict[int, set[float]] = {}
@@ -233,6 +156,7 @@ def test_cancel_keeps_the_work_and_sigterm_leaves_the_worker_running(small_home:
             "rng-00001-of-00001.safetensors",
             "state.json",
         ]
+        check_log(job, follower.events, done)
         assert [e.checkpoint_sealed.step for e in follower.events if e.HasField("checkpoint_sealed")] == [
             done.result.steps
         ]

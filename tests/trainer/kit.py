@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import random
+import urllib.request
 from collections.abc import Iterator
 
 from qlorad.v1 import artifacts_pb2, datasets_pb2, messages_pb2, trainer_pb2, trainer_pb2_grpc
@@ -110,6 +111,16 @@ def adapter_config(home: pathlib.Path, digest: str) -> dict[str, object]:
     """adapter_config.json of an adapter."""
     told: dict[str, object] = json.loads(adapter_files(home, digest)["adapter_config.json"])
     return told
+
+
+def metric(house: House, name: str) -> float:
+    """A series without labels of the trainer's /metrics."""
+    url = f"http://{house.daemons['trainer'].told['metrics']}/metrics"
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        for line in answer.read().decode().splitlines():
+            if line.split(" ")[0] == name:
+                return float(line.split(" ")[1])
+    raise AssertionError(f"no {name}")
 
 
 def worker_of(home: pathlib.Path, name: str) -> int:

@@ -15,6 +15,7 @@ from services.common import devices
 from services.common.shelf import Shelf
 from tests.house import House, eventually, house
 from tests.trainer.kit import create, facts, get, seal_dataset, small, stub_of, watch
+from tests.trainer.test_spec import SHIPPED
 
 
 def details(error: grpc.RpcError) -> dict[str, object]:
@@ -200,8 +201,7 @@ def test_cancel_and_delete_know_their_states(waiting: House) -> None:
 
 def test_templates_are_told_in_full(waiting: House) -> None:
     told = stub_of(waiting).ListTemplates(trainer_pb2.ListTemplatesRequest(), timeout=10).templates
-    names = ["all-linear", "full-attention", "minimal-q", "mlp", "standard", "zero2", "zero3", "zero3-offload"]
-    assert [t.name for t in told] == names
+    assert [t.name for t in told] == list(SHIPPED)
     assert all(t.description and t.spec.train.lora.rank for t in told)
 
 
@@ -216,10 +216,10 @@ def test_metrics_tell_of_queue_and_states(waiting: House) -> None:
 
 def test_settings_are_refused_by_name(tmp_path: pathlib.Path) -> None:
     with house(tmp_path / "home") as made, pytest.raises(AssertionError) as caught:
-        made.start("trainer", "--device", "tpu:9", "--max-queue", "0", "--watch-ring-events", "1")
+        made.start("trainer", "--devices", "tpu:9", "--max-queue", "0", "--watch-ring-events", "1")
     assert "--max-queue" in str(caught.value) and "--watch-ring-events" in str(caught.value)
     with (
         house(tmp_path / "home2") as made,
-        pytest.raises(AssertionError, match=r"--device: got 'tpu:9'; accepted: .*cpu"),
+        pytest.raises(AssertionError, match=r"--devices: got 'tpu:9'; accepted: .*cpu"),
     ):
-        made.start("trainer", "--device", "tpu:9")
+        made.start("trainer", "--devices", "tpu:9")

@@ -15,23 +15,10 @@ from services.common.errors import Fault
 from services.common.frames.v1 import training_pb2
 from services.trainer import jobs, launch
 from tests.house import ROOT
+from tests.trainer.lawful import published_law
 
 Wish = Callable[[training_pb2.JobRecord], trainer_pb2.Event | None]
 STATES = st.sampled_from([s for s in trainer_pb2.JobState.values() if s])
-
-
-def published_law() -> dict[int, frozenset[int]]:
-    """The law as JobState's comment tells it."""
-    text = (ROOT / "protos/qlorad/v1/trainer.proto").read_text()
-    comment = text[text.index("// Where a job is.") : text.index("enum JobState")]
-    found: dict[int, frozenset[int]] = {}
-    for left, right in re.findall(r"//\s+([A-Z][A-Z, ]+?)\s*->\s*(.*)", comment):
-        onward = [] if right.startswith("(") else right.split()
-        for state in re.findall(r"[A-Z]+", left):
-            found[trainer_pb2.JobState.Value(f"JOB_STATE_{state}")] = frozenset(
-                trainer_pb2.JobState.Value(f"JOB_STATE_{s}") for s in onward
-            )
-    return found
 
 
 def test_the_law_is_the_published_one() -> None:
@@ -150,9 +137,9 @@ def test_a_pause_costs_no_attempt_and_no_time(lost: bool) -> None:
     record = started(record)
     begun = record.job.last_sequence - 1  # PREPARING; the attempt's own event follows
     assert jobs.seconds_at_work(record, begun) == before == 3 * 3  # PREPARING, started, PAUSING; then it rests
-    assert launch.order_of(record, "/", "cpu", begun).HasField("seconds_left") is False
+    assert launch.order_of(record, "/", ["cpu"], 30.0, begun).HasField("seconds_left") is False
     record.job.spec.train.limits.max_seconds = 100
-    assert launch.order_of(record, "/", "cpu", begun).seconds_left == 100 - before
+    assert launch.order_of(record, "/", ["cpu"], 30.0, begun).seconds_left == 100 - before
     record = write(record, *jobs.after_lost(record, "killed", ""))
     assert record.job.state == trainer_pb2.JOB_STATE_FAILED and "attempt 1 of 1" in record.job.error.message
 
@@ -238,7 +225,8 @@ def test_the_queue_goes_by_priority_then_age(given_: list[tuple[int, int]]) -> N
     assert keys == sorted(keys)
     first = jobs.next_to_start(queue, now=1.0)
     assert first is None or (first.not_before <= 1.0 and all(w.not_before > 1.0 for w in queue[: queue.index(first)]))
-    places = jobs.places(queue, 1.0, ("somebody", 7), ours=False)
+    busy = trainer_pb2.QueuePlace(reason=trainer_pb2.QUEUE_REASON_DEVICE_BUSY, owner="somebody", owner_bytes=7)
+    places = jobs.places(queue, 1.0, busy, [None] * len(queue))
     assert [p.position for p in places] == list(range(1, len(queue) + 1))
     busy = [p for p in places if p.reason == trainer_pb2.QUEUE_REASON_DEVICE_BUSY]
     assert len(busy) == (first is not None) and all(p.owner == "somebody" and p.owner_bytes == 7 for p in busy)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from qlorad.v1 import artifacts_pb2, trainer_pb2
 from services.common import errors
 from services.common.shelf import Shelf
-from services.trainer.worker.batches import Plan, pack, pad, rate
+from services.trainer.worker.batches import Plan, pack, pad
 from tests.trainer.kit import MODEL
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -339,6 +339,7 @@ def test_an_evaluation_changes_no_later_gradient(starter_home: pathlib.Path, tmp
 def test_a_loss_that_is_no_number_stops_the_job_naming_the_step(
     starter_home: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
+    from services.trainer.worker import checkpoint
     from services.trainer.worker.batches import Step
     from services.trainer.worker.facts import Teller
     from services.trainer.worker.train import error_of
@@ -348,7 +349,8 @@ def test_a_loss_that_is_no_number_stops_the_job_naming_the_step(
         next(iter(it.engine.parameters.values())).fill_(float("nan"))
     step = Step(7, 0, 0, 1, ((0, 1),))
     with pytest.raises(it.step.NotFinite) as caught:
-        it.step.one_step(it.engine, it.loss, made_rows(2, 1), step, 9, it.spec, "cpu", Teller(tmp_path))
+        progress = checkpoint.Progress("j", step=6)
+        it.step.one_step(it.engine, it.loss, made_rows(2, 1), step, 9, it.spec, "cpu", Teller(tmp_path), progress)
     error = error_of(caught.value)
     assert error.reason == "NOT_FINITE" and "step 7" in error.message
 
@@ -398,12 +400,3 @@ def test_every_row_is_consumed_once_an_epoch_and_fits(
 def test_best_fit_fills_bins() -> None:
     assert pack(range(4), [60, 50, 40, 30], 100) == [(0, 2), (1, 3)]
     assert pad(range(4), [10, 10, 30, 10], 60) == [(0, 1), (2, 3)]
-
-
-@given(st.sampled_from(["CONSTANT", "LINEAR", "COSINE"]), st.integers(1, 50), st.integers(0, 49))
-def test_rates_rise_then_follow_their_course(kind: str, total: int, warmup: int) -> None:
-    warmup = min(warmup, total - 1)
-    rates = [rate(s, total, kind, warmup, 1.0) for s in range(1, total + 1)]
-    assert all(0 < r <= 1 and math.isfinite(r) for r in rates)
-    assert rates[warmup] == 1.0 and rates[:warmup] == sorted(rates[:warmup])
-    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)

@@ -70,6 +70,14 @@ class Cursor:
     last: int
     ended: bool = False
 
+    def skip_gone(self, error: errors.OutOfRange) -> int:
+        """Goes on at the oldest event that the daemon keeps; returns its number. Raises the error if it tells none."""
+        oldest = int(error.metadata.get("oldest_sequence", "0"))
+        if oldest <= self.last + 1:
+            raise error
+        self.last = oldest - 1
+        return oldest
+
     def take(self, update: trainer_pb2.WatchJobResponse) -> trainer_pb2.Event | None:
         """The event if it is the next one; None for anything to be passed over; Gap if one is missing."""
         kind = update.WhichOneof("update")

@@ -12,11 +12,11 @@ import sys
 import warnings
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, BitsAndBytesConfig
 
 from services.common.worker.libraries import spare_the_compiler
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def load_base(
@@ -26,10 +26,10 @@ def load_base(
     compute: str = "bf16",
     device: str = "cpu",
 ):
-    """The model of a payload folder; `method` is "nf4" or "none", `compute` "bf16" or "fp32".
+    """The model of a payload folder; `method` is "nf4", "int8" or "none", `compute` "bf16", "fp16" or "fp32".
 
-    With nf4 the linear layers are quantised now and the rest is held in the
-    compute type. Does not verify digests: the shelf does.
+    With nf4 and int8 the linear layers are quantised now and the rest is held in
+    the compute type. Does not verify digests: the shelf does.
     """
     dtype = DTYPES[compute]
     quantization = None
@@ -42,12 +42,17 @@ def load_base(
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_quant_storage=dtype,
         )
+    elif method == "int8":
+        spare_the_compiler()
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
     elif method != "none":
-        raise ValueError(f"method: got {method!r}; accepted: 'nf4' or 'none'")
+        raise ValueError(f"method: got {method!r}; accepted: 'nf4', 'int8' or 'none'")
     with warnings.catch_warnings():
         # transformers warns of generation defaults and of a missing accelerator; neither concerns us.
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(payload, local_files_only=True, trust_remote_code=False)
+        masked = (config.architectures or [""])[0].endswith("ForMaskedLM")
+        model = (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_pretrained(
             payload,
             quantization_config=quantization,
             dtype=dtype,
@@ -83,8 +88,8 @@ def weight_bytes(model) -> int:
     seen: dict[int, int] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-        state = getattr(tensor, "quant_state", None)
-        for part in _states(state):
+        scales = getattr(tensor, "SCB", None)  # of int8: one for each output
+        for part in [*_states(getattr(tensor, "quant_state", None)), *([] if scales is None else [scales])]:
             seen[part.data_ptr()] = part.numel() * part.element_size()
     return sum(seen.values())
 

@@ -10,23 +10,15 @@ import logging
 from services.common.errors import worker_lost
 from services.common.frames.v1 import ingest_pb2
 from services.datasets.worker.bound import Bench
-from services.datasets.worker.steps.kinds import Broken, Kinds
+from services.datasets.worker.steps.kinds import steps, told
 
 
 def report() -> ingest_pb2.StepsReport:
     """Every step by name; WORKER_LOST that names each step which cannot be loaded."""
-    kinds, told, broken = Kinds(), [], []
-    for name in kinds.names():
-        try:
-            kind = kinds.load(name)
-        except Broken as e:
-            broken.append(str(e))
-        else:
-            assert kind is not None
-            told.append(kind.told())
+    found, broken = steps().all()
     if broken:
         raise worker_lost("the list of steps", "the step " + "; the step ".join(broken))
-    return ingest_pb2.StepsReport(steps=told)
+    return ingest_pb2.StepsReport(steps=[told(kind) for kind in found])
 
 
 def main() -> None:

@@ -8,12 +8,17 @@ so an epoch is exactly one pass over the ledger.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from services.common.packing import Rows, pack
+
+LIKE = 0.1
+"""Lengths that differ by less than this share may meet in a micro-batch."""
+LOOKED_AT = 1000
+"""Epochs whose steps are measured when their size is chosen."""
 
 
 def pad(order: Sequence[int], lengths: Sequence[int], room: int) -> list[Rows]:
@@ -29,6 +34,17 @@ def pad(order: Sequence[int], lengths: Sequence[int], room: int) -> list[Rows]:
         rows.append(row)
         longest = widest
     return [*batches, tuple(rows)] if rows else batches
+
+
+def group(draw: np.random.Generator, order: Sequence[int], lengths: Sequence[int], room: int) -> list[Rows]:
+    """Rows of like length under one another; the micro-batches are then shuffled.
+
+    Each length is seen a little longer than it is, by chance, so that other rows
+    meet in the next epoch.
+    """
+    seen = {row: int(lengths[row]) * (1 + LIKE * draw.random()) for row in order}
+    batches = pad(sorted(order, key=seen.__getitem__), lengths, room)
+    return [batches[n] for n in draw.permutation(len(batches))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +74,19 @@ class Plan:
     """Micro-batches of one step, over all ranks."""
     max_steps: int
     epochs: float
+    grouped: bool = False
+    """Where packing is off: rows of like length share a micro-batch."""
     _epochs: dict[int, list[Rows]] = field(default_factory=dict)
 
     def epoch(self, number: int) -> list[Rows]:
         """The micro-batches of an epoch; only the newest is remembered."""
         if number not in self._epochs:
-            order = np.random.Generator(np.random.PCG64([self.seed, number])).permutation(len(self.lengths)).tolist()
-            made = (pack if self.packing else pad)(order, self.lengths, self.room)
+            draw = np.random.Generator(np.random.PCG64([self.seed, number]))
+            order = draw.permutation(len(self.lengths)).tolist()
+            if self.grouped and not self.packing:
+                made = group(draw, order, self.lengths, self.room)
+            else:
+                made = (pack if self.packing else pad)(order, self.lengths, self.room)
             self._epochs.clear()
             self._epochs[number] = made
         return self._epochs[number]
@@ -107,13 +129,35 @@ class Plan:
         return real / sum(max(int(self.lengths[r]) for r in rows) * len(rows) for rows in batches)
 
 
-def rate(step: int, total: int, kind: str, warmup: int, full: float) -> float:
-    """The learning rate of a step: straight up over the warm-up, then the course."""
-    if step <= warmup:
-        return full * step / (warmup + 1)
-    done = (step - warmup - 1) / max(1, total - warmup)
-    if kind == "LINEAR":
-        return full * (1.0 - done)
-    if kind == "COSINE":
-        return full * 0.5 * (1.0 + math.cos(math.pi * done))
-    return full
+def per_step_of(plan: Plan, tokens: int, ranks: int) -> tuple[int, bool]:
+    """The fewest micro-batches, a multiple of `ranks`, of which every step has at least so many tokens.
+
+    The last step of an epoch has what is left; LOOKED_AT epochs are looked at. False
+    where a whole epoch has too few tokens: then it is one step.
+    """
+    sums: dict[int, list[int]] = {}
+
+    def at(epoch: int) -> list[int]:
+        if epoch not in sums:
+            sums[epoch] = [sum(int(plan.lengths[r]) for r in rows) for rows in plan.epoch(epoch)]
+        return sums[epoch]
+
+    enough = sum(at(0)) >= tokens
+    rounds = math.ceil(tokens / (max(at(0)) * ranks) if enough else len(at(0)) / ranks)
+    while not _fills(plan, at, rounds * ranks, tokens):
+        rounds += 1
+    return rounds * ranks, enough
+
+
+def _fills(plan: Plan, at: Callable[[int], list[int]], per_step: int, tokens: int) -> bool:
+    """Whether every step but the last of an epoch has so many tokens; so has it where an epoch is one step."""
+    steps = 0
+    for epoch in range(LOOKED_AT if plan.max_steps else min(LOOKED_AT, math.ceil(plan.epochs))):
+        sizes = at(epoch)
+        for begin in range(0, len(sizes) - per_step, per_step):
+            if sum(sizes[begin : begin + per_step]) < tokens:
+                return False
+        steps += math.ceil(len(sizes) / per_step)
+        if plan.max_steps and steps >= plan.max_steps:
+            break
+    return True

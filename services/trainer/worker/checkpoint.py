@@ -50,6 +50,28 @@ class Progress:
     """Of these, those that the ledger marks as trained."""
     epoch_rows: str = ""
     """The number of the rows consumed in it: see tally.py; empty where it is not known."""
+    loss_distance: float = 0.0
+    """Smoothed distance of a step's loss from the smoothed one, still with start bias."""
+    loss_steps: int = -1
+    """Steps that both are of; -1 = every step."""
+    skipped: int = 0
+    """Steps whose gradient was thrown away."""
+    skips: int = 0
+    """Of these, the newest in a row."""
+    loss_scale: float = 0.0
+    """Of fp16; 0 = not begun."""
+    scale_steps: int = 0
+    """Steps since it changed."""
+    evaluated: int = -1
+    """The step of the newest evaluation; -1 = not known."""
+    eval_loss: float | None = None
+    """What it gave."""
+    best_loss: float | None = None
+    """The lowest since training began."""
+    best_step: int = 0
+    """Its step."""
+    stale: int = 0
+    """Evaluations in a row without improvement."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +132,11 @@ def read(folder: pathlib.Path, job: str, engine) -> Progress:
     if engine.rank < wrote:
         set_rng(load_file(folder / _shard("rng", engine.rank, wrote)))
     return Progress(**told)
+
+
+def read_weights(folder: pathlib.Path) -> tuple[dict[str, torch.Tensor], int]:
+    """The adapter of a checkpoint, under the names of its file, and the step it was written at."""
+    return adapter.read_tensors(folder / ADAPTER), int(json.loads((folder / "state.json").read_text())["step"])
 
 
 def _shard(kind: str, rank: int, world: int) -> str:

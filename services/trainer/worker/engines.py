@@ -13,11 +13,24 @@ from collections.abc import Iterator
 import torch
 
 from qlorad.v1 import trainer_pb2
+from services.common.worker.libraries import spare_the_compiler
+
+_BITSANDBYTES = {
+    trainer_pb2.OPTIMIZER_KIND_ADAMW_8BIT: "AdamW8bit",
+    trainer_pb2.OPTIMIZER_KIND_PAGED_ADAMW: "PagedAdamW32bit",
+    trainer_pb2.OPTIMIZER_KIND_PAGED_ADAMW_8BIT: "PagedAdamW8bit",
+}
 
 
 def optimizer_of(parameters, spec) -> torch.optim.Optimizer:
-    """The optimiser of the spec, with fp32 state."""
+    """The optimiser of the spec; those of bitsandbytes hold small tensors' state in fp32."""
     o = spec.optimizer
+    if o.kind in _BITSANDBYTES:
+        spare_the_compiler()
+        import bitsandbytes
+
+        kind = getattr(bitsandbytes.optim, _BITSANDBYTES[o.kind])
+        return kind(parameters, lr=o.learning_rate, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay)
     if o.kind == trainer_pb2.OPTIMIZER_KIND_SGD:
         return torch.optim.SGD(
             parameters, lr=o.learning_rate, momentum=o.momentum, weight_decay=o.weight_decay, foreach=False
@@ -64,12 +77,19 @@ class Solo:
     def barrier(self) -> None:
         """Waits for the other ranks."""
 
-    def step(self, rate: float) -> float:
-        """Moves the weights; returns the gradient's norm before it was cut."""
+    def step(self, rate: float, scale: float = 1.0) -> float:
+        """Moves the weights, but not where the gradient is no number; returns its norm before it was cut.
+
+        `scale` is what the loss was multiplied by.
+        """
+        if scale != 1.0:
+            for p in self.parameters.values():
+                p.grad.div_(scale)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self._cut, foreach=False)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
+        if torch.isfinite(norm):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
 

@@ -20,7 +20,7 @@ def with_lora(base, spec: trainer_pb2.TrainSpec):
         target_modules=sorted(spec.lora.target_modules.names),
         use_rslora=spec.lora.rslora,
         bias="none",
-        task_type="CAUSAL_LM",
+        task_type="CAUSAL_LM" if hasattr(base, "prepare_inputs_for_generation") else None,
     )
     model = get_peft_model(base, config)
     for name, parameter in model.named_parameters():

@@ -20,6 +20,7 @@ import warnings
 from services.common import process
 from services.common.frames.v1 import training_pb2
 from services.common.shelf import write_durable
+from services.trainer import pulse
 from services.trainer.worker.facts import Teller
 from services.trainer.worker.train import read_arguments, run
 
@@ -50,8 +51,8 @@ def die_with_parent(parent: int) -> None:
 class RankTeller(Teller):
     """Lays its failure beside the facts: whether it is the cause, or only saw another rank go, the leader knows."""
 
-    def __init__(self, attempt: pathlib.Path, rank: int) -> None:
-        super().__init__(attempt, speaks=rank == 0)
+    def __init__(self, attempt: pathlib.Path, rank: int, heartbeat_seconds: float) -> None:
+        super().__init__(attempt, rank == 0, heartbeat_seconds, f"{pulse.SIGN}.{rank}")
         self._failure = attempt / f"{FAILURE}{rank}"
 
     def tell(self, fact: training_pb2.Fact) -> None:
@@ -124,7 +125,9 @@ def lead(attempt: pathlib.Path, order: training_pb2.Order, hold: str) -> int:
 def follow(attempt: pathlib.Path, order: training_pb2.Order, rank: int) -> int:
     """One rank: joins the others, then the same recipe."""
     die_with_parent(int(os.environ["MASTER_PORT"]))
-    teller = RankTeller(attempt, rank)
+    teller = RankTeller(attempt, rank, order.heartbeat_seconds)
+    if rank < len(order.devices):
+        order.device = order.devices[rank]
     warnings.filterwarnings("ignore")
     import deepspeed
 

@@ -53,6 +53,8 @@ def write_checkpoint(progress: checkpoint.Progress, engine, rng, about: checkpoi
     engine.barrier()
     if engine.rank == 0:
         written = training_pb2.CheckpointWritten(step=progress.step, folder=name, files=synced(folder))
+        if progress.evaluated == progress.step and progress.eval_loss is not None:
+            written.eval_loss = progress.eval_loss
         written.seconds = time.monotonic() - begun
         teller.tell(training_pb2.Fact(checkpoint=written))
 

@@ -14,16 +14,12 @@ import torch
 from qlorad.v1 import trainer_pb2
 from services.common.frames.v1 import training_pb2
 from services.common.prompt import tally
+from services.trainer import guards
 from services.trainer.worker import checkpoint
-from services.trainer.worker.batches import Step, rate
+from services.trainer.worker.batches import Step
 from services.trainer.worker.facts import Teller
+from services.trainer.worker.schedule import course_of
 from services.trainer.worker.tensors import fed, packed, padded
-
-SMOOTH = 0.9
-
-
-class NotFinite(Exception):
-    """A loss or a gradient that is no number."""
 
 
 class BadData(Exception):
@@ -32,6 +28,25 @@ class BadData(Exception):
 
 class NotTheLedger(Exception):
     """An epoch consumed something else than the ledger says."""
+
+
+class Troubled(Exception):
+    """A step that the job's guards do not let pass."""
+
+
+class NotFinite(Troubled):
+    """A loss or a gradient that is no number."""
+
+
+class Spike(Troubled):
+    """A loss far above what it was."""
+
+
+class AllMasked(Troubled):
+    """A step none of whose tokens carries loss."""
+
+
+_STOPS = {"NOT_FINITE": NotFinite, "SPIKE": Spike, "ALL_MASKED": AllMasked}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,38 +64,78 @@ class Done:
     """Tokens that the ledger marks as trained (plain text: also a first token, which cannot carry loss)."""
     rows: int
     """The number of the rows that went in: see tally.py."""
+    skipped: bool = False
+    """Whether its gradient was thrown away."""
+    overflowed: bool = False
+    """Whether that was because fp16 ran over, which its loss scale is there for."""
+    loss_scale: float = 1.0
 
 
-def one_step(engine, loss_of, rows, step: Step, total: int, spec, device: str, teller: Teller) -> Done:
-    """Gradient over the step's micro-batches, then the optimiser."""
-    trained = sum(int(rows.mask(r)[1:].sum()) for batch in step.micro_batches for r in batch)
-    if not trained:
-        raise BadData(f"no token of step {step.number} carries loss (rows {sorted(sum(step.micro_batches, ()))[:8]})")
+def one_step(
+    engine, loss_of, rows, step: Step, total: int, spec, device: str, teller: Teller, progress: checkpoint.Progress
+) -> Done:
+    """Gradient over the step's micro-batches, then the optimiser; Troubled where a guard says stop.
+
+    A step that is skipped leaves weights, optimiser and schedule as they were.
+    """
+    rules, scale = guards.rules_of(spec), guards.scale_of(spec, progress.loss_scale, progress.scale_steps).value
+    aim = loss_of.aim
+    trained = sum(aim.trained(rows, batch, step.epoch) for batch in step.micro_batches)
     lay = packed if spec.data.packing else padded
     sums, number = [0.0, 0.0, 0.0], 0
     for numbers, weight in engine.mine(step.micro_batches):
         if engine.world == 1:
             teller.stop_if_asked()
         batch = lay(rows, numbers, "cpu")
-        loss = loss_of({name: t.to(device) for name, t in batch.items()}) * weight
-        engine.backward(loss, trained)
+        if trained:
+            shown = aim.shown(batch, rows, numbers, step.epoch)
+            loss = loss_of({name: t.to(device) for name, t in shown.items()}) * weight
+            engine.backward(loss * scale if scale != 1.0 else loss, trained)
+            sums[0] += float(loss.detach()) if weight else 0.0
         if weight:
             number = tally.plus(number, fed(batch))
-            sums[0] += float(loss.detach())
             sums[1] += sum(len(rows.ids(n)) for n in numbers)
             sums[2] += sum(int(rows.mask(n).sum()) for n in numbers)
     value, tokens, marked, *pieces = engine.total(*sums, *tally.pieces(number))
-    value /= trained
-    if not value - value == 0.0:
-        raise NotFinite(f"the loss of step {step.number} is {value}")
-    s = spec.schedule
-    kind = trainer_pb2.ScheduleKind.Name(s.kind).removeprefix("SCHEDULE_KIND_")
-    learning_rate = rate(step.number, total, kind, s.warmup_steps, spec.optimizer.learning_rate)
-    norm = engine.step(learning_rate)
-    if not norm - norm == 0.0:
-        raise NotFinite(f"the gradient's norm of step {step.number} is {norm}")
-    size = engine.parameter_norm()
-    return Done(value, norm, size, learning_rate, int(tokens), trained, int(marked), tally.joined(pieces))
+    value = value / trained if trained else 0.0
+    learning_rate = course_of(spec).rate(step.number - progress.skipped, total)
+    norm, overflowed = 0.0, False
+    if trained:
+        trouble = guards.of_loss(step.number, value, usual_of(progress), rules)
+    else:
+        trouble = guards.of_mask(step.number, sorted(sum(step.micro_batches, ())), rules)
+    if trouble is not None:
+        _told(trouble, progress, rules, teller)
+    skipped = trouble is not None and trouble.done == guards.SKIP
+    if skipped:
+        engine.forget()
+    else:
+        norm = engine.step(learning_rate, scale)
+        wrong = guards.of_gradient(step.number, norm, rules)
+        skipped, overflowed = wrong is not None, wrong is not None and scale > 1.0
+        if wrong is not None and not overflowed:
+            _told(wrong, progress, rules, teller)
+    return Done(
+        value, norm, engine.parameter_norm(), learning_rate, int(tokens), trained, int(marked), tally.joined(pieces),
+        skipped=skipped, overflowed=overflowed, loss_scale=scale,
+    )  # fmt: skip
+
+
+def _told(trouble: trainer_pb2.Trouble, progress: checkpoint.Progress, rules: guards.Rules, teller: Teller) -> None:
+    """Tells of trouble; raises where it ends the job."""
+    skips = progress.skips + 1
+    if trouble.done == guards.SKIP and skips >= rules.max_skips:
+        trouble.done = guards.STOP
+        trouble.message += f"; {skips} steps in a row were to be skipped (guards.max_skips {rules.max_skips})"
+    teller.tell(training_pb2.Fact(trouble=trouble))
+    if trouble.done == guards.STOP:
+        raise _STOPS[trouble.kind](trouble.message)
+
+
+def usual_of(progress: checkpoint.Progress) -> guards.Usual:
+    """What losses have been; a checkpoint of before this was counted skipped no step."""
+    counted = progress.step if progress.loss_steps < 0 else progress.loss_steps
+    return guards.Usual(progress.loss_average, progress.loss_distance, counted)
 
 
 def after_step(before: checkpoint.Progress, step: Step, done: Done) -> checkpoint.Progress:
@@ -91,13 +146,23 @@ def after_step(before: checkpoint.Progress, step: Step, done: Done) -> checkpoin
         fresh or rows
     ):  # a checkpoint of before this was counted does not tell; then it is not known until the next epoch
         rows = tally.text_of(tally.plus(done.rows, 0 if fresh else tally.number_of(rows)))
-    return checkpoint.Progress(
-        job=before.job,
+    usual = usual_of(before) if done.skipped else usual_of(before).after(done.loss)
+    scale = guards.Scale(done.loss_scale, before.scale_steps)
+    if done.loss_scale != 1.0 and (done.overflowed or not done.skipped):
+        scale = scale.after(done.overflowed)
+    return dataclasses.replace(
+        before,
         step=step.number,
-        loss_average=SMOOTH * before.loss_average + (1 - SMOOTH) * done.loss,
+        loss_average=usual.average,
+        loss_distance=usual.distance,
+        loss_steps=usual.steps,
         epoch_tokens=done.tokens + (0 if fresh else before.epoch_tokens),
         epoch_trained=done.marked + (0 if fresh else before.epoch_trained),
         epoch_rows=rows,
+        skipped=before.skipped + done.skipped,
+        skips=before.skips if done.overflowed else before.skips + 1 if done.skipped else 0,
+        loss_scale=scale.value,
+        scale_steps=scale.steps,
     )
 
 
@@ -136,7 +201,7 @@ def tell_step(
         total_steps=total,
         epoch=step.epoch + (step.index + 1) / step.of,
         loss=done.loss,
-        loss_smoothed=progress.loss_average / (1 - SMOOTH**step.number),
+        loss_smoothed=usual_of(progress).smoothed,
         grad_norm=done.grad_norm,
         learning_rate=done.learning_rate,
         tokens=done.tokens,
@@ -147,5 +212,7 @@ def tell_step(
         device_memory_bytes=torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else 0,
         eta_seconds=mean * (total - step.number),
         parameter_norm=done.parameter_norm,
+        loss_scale=done.loss_scale,
+        skipped=done.skipped,
     )
     teller.tell(training_pb2.Fact(step=metrics))

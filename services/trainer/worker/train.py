@@ -22,6 +22,8 @@ from services.trainer import launch
 from services.trainer.worker.facts import Cancelled, Teller
 
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "DefaultCPUAllocator")
+_NO_SPACE = ("No space left on device", "Disk quota exceeded")
+"""As safetensors tells it, whose errors carry no number."""
 _WORDS = {
     errors_pb2.REASON_INVALID_REQUEST: "BAD_DATA",
     errors_pb2.REASON_NOT_FOUND: "BAD_DATA",
@@ -29,7 +31,14 @@ _WORDS = {
     errors_pb2.REASON_REJECTED: "REJECTED",
     errors_pb2.REASON_DISK_FULL: "DISK_FULL",
 }
-_OWN = {"BadData": "BAD_DATA", "NotFinite": "NOT_FINITE", "NotTheLedger": "NOT_THE_LEDGER"}
+_OWN = {
+    "BadData": "BAD_DATA",
+    "AllMasked": "BAD_DATA",
+    "NotFinite": "NOT_FINITE",
+    "Spike": "SPIKE",
+    "NotTheLedger": "NOT_THE_LEDGER",
+    "ObjectiveFailed": "OBJECTIVE_FAILED",
+}
 
 
 def read_arguments() -> tuple[pathlib.Path, training_pb2.Order, str]:
@@ -52,7 +61,7 @@ def error_of(error: BaseException) -> trainer_pb2.JobError:
     if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or any(w in text for w in _NO_MEMORY):
         advice = "; try a smaller data.micro_batch_tokens, or quantization nf4"
         return trainer_pb2.JobError(reason="OUT_OF_MEMORY", message=f"out of memory: {text[:400]}{advice}")
-    if isinstance(error, OSError) and error.errno in (28, 122):
+    if (isinstance(error, OSError) and error.errno in (28, 122)) or any(w in text for w in _NO_SPACE):
         return trainer_pb2.JobError(reason="DISK_FULL", message="no space left on the disk while training")
     return trainer_pb2.JobError(reason="INTERNAL", message=f"{kind}: {text[:1000]}")
 
@@ -71,7 +80,7 @@ def run(order: training_pb2.Order, teller: Teller) -> int:
         teller.tell(training_pb2.Fact(stopped=training_pb2.Stopped()))
     except Exception as error:
         traceback.print_exc()
-        teller.tell(training_pb2.Fact(failed=error_of(error)))
+        teller.last_word(training_pb2.Fact(failed=error_of(error)))
         return 1
     return 0
 
@@ -79,7 +88,7 @@ def run(order: training_pb2.Order, teller: Teller) -> int:
 def main() -> None:
     process.apply_limits()
     attempt, order, _ = read_arguments()
-    teller = Teller(attempt)
+    teller = Teller(attempt, heartbeat_seconds=order.heartbeat_seconds)
     teller.tell(training_pb2.Fact(started=training_pb2.WorkerStarted(pid=os.getpid())))
     code = run(order, teller)
     sys.stdout.flush()

@@ -72,6 +72,7 @@ class Ranked:
             model_parameters=trained,
             config=launch.deepspeed_of(spec, self._device.type),
         )
+        self.engine.aim = loss_of.aim
         self.loss = self.engine
         self._thirds = spec.parallelism.zero_stage == 3
         wanted = "DeepSpeedZeroOptimizer_Stage3" if self._thirds else "DeepSpeedZeroOptimizer"
@@ -102,7 +103,8 @@ class Ranked:
     def barrier(self) -> None:
         self.total(0.0)
 
-    def step(self, rate: float) -> float:
+    def step(self, rate: float, scale: float = 1.0) -> float:
+        assert scale == 1.0, "fp16 is computed by one process"
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.engine.step()

@@ -14,6 +14,7 @@ from qlorad._wire_core import (
     Patience,
     enum_value,
     full_name,
+    optional_name,
     verdict,
     worth_repeating,
 )
@@ -26,6 +27,14 @@ if TYPE_CHECKING:
 
 Reattaching = Callable[[errors.QloradError, float], None]
 """Told why a watch was cut and in how many seconds it is taken up again."""
+
+
+Gone = Callable[[int, int], None]
+"""Told the last number seen and the oldest that is still kept: what lay between is not kept any more."""
+
+
+def _no_matter(after: int, oldest: int) -> None:
+    """Says nothing about events that are gone."""
 
 
 def _quiet(error: errors.QloradError, seconds: float) -> None:
@@ -101,12 +110,14 @@ class Jobs:
         after_sequence: int = 0,
         patience_seconds: float = DEFAULT_PATIENCE_SECONDS,
         on_reattach: Reattaching = _quiet,
+        on_gone: Gone | None = None,
     ) -> AsyncIterator[pb.Event]:
         """Every event after a number, in order, once; ends when the job has ended.
 
         A cut (the daemon restarts, the reader was slow) is mended by attaching
         again after the last number seen, for as long as patience lasts since the
-        last event. Raises OutOfRange where history before the number is gone.
+        last event. Where events after the number are not kept any more it raises
+        OutOfRange, or, with `on_gone`, says so and goes on with the oldest there is.
         """
         cursor, patience, name = Cursor(after_sequence), Patience(patience_seconds), full_name("jobs", job)
         while True:
@@ -122,6 +133,12 @@ class Jobs:
                 cut = errors.Unavailable(f"{self._wire.target} ended the watch before {name} ended")
             except Gap:
                 cut = errors.Unavailable(f"{self._wire.target} left out the event after {cursor.last} of {name}")
+            except errors.OutOfRange as e:
+                if on_gone is None:
+                    raise
+                after = cursor.last
+                on_gone(after, cursor.skip_gone(e))
+                continue
             except errors.QloradError as e:
                 if not worth_repeating(e):
                     raise
@@ -138,13 +155,60 @@ class Jobs:
         """
         now = await self.get(job)
         if not now.is_terminal:
-            async for _ in self.watch(job, after_sequence=now.last_sequence, patience_seconds=patience_seconds):
+            news = self.watch(
+                job, after_sequence=now.last_sequence, patience_seconds=patience_seconds, on_gone=_no_matter
+            )
+            async for _ in news:
                 pass
             now = await self.get(job)
         failed = verdict(now)
         if check and failed is not None:
             raise failed
         return now
+
+    async def log(
+        self,
+        job: str,
+        *,
+        attempt: int = 0,
+        offset_bytes: int = 0,
+        follow: bool = False,
+        patience_seconds: float = DEFAULT_PATIENCE_SECONDS,
+    ) -> AsyncIterator[str]:
+        """What the worker of an attempt (0 = the newest) wrote, some lines at a time; with `follow` to its end.
+
+        A cut is mended by going on after the last line seen, in the same attempt.
+        """
+        patience, name = Patience(patience_seconds), full_name("jobs", job)
+        while True:
+            try:
+                request = pb.WatchLogRequest(name=name, attempt=attempt, offset_bytes=offset_bytes, follow=follow)
+                async for piece in self._wire.stream(self._stub.WatchLog, request):
+                    patience.renew()
+                    attempt, offset_bytes = piece.attempt, piece.next_offset_bytes
+                    yield piece.text
+                return
+            except errors.QloradError as e:
+                if not worth_repeating(e):
+                    raise
+                await sleep(patience.wait(e))
+                await self._wire.look_again()
+
+    async def checkpoints(self, job: str) -> Sequence[pb.Checkpoint]:
+        """The checkpoints that a job keeps, oldest first."""
+        request = pb.ListCheckpointsRequest(name=full_name("jobs", job))
+        return (await self._wire.call(self._stub.ListCheckpoints, request)).checkpoints
+
+    async def publish(
+        self, job: str, step: int, *, adapter: str = "", request_id: str = ""
+    ) -> pb.PublishCheckpointResponse:
+        """Makes an adapter of a checkpoint, while the job runs or later; `adapter` is the alias that it gets."""
+        request = pb.PublishCheckpointRequest(
+            request_id=request_id or new_request_id(),
+            name=f"{full_name('jobs', job)}/checkpoints/{step}",
+            adapter=optional_name("adapters", adapter),
+        )
+        return await self._wire.call(self._stub.PublishCheckpoint, request)
 
     async def cancel(self, job: str, *, request_id: str = "") -> pb.Job:
         """Asks a job to stop and keep its work; returns it as the wish was noted."""
@@ -169,3 +233,7 @@ class Jobs:
     async def templates(self) -> Sequence[pb.JobTemplate]:
         """The named templates."""
         return (await self._wire.call(self._stub.ListTemplates, pb.ListTemplatesRequest())).templates
+
+    async def objectives(self) -> Sequence[pb.ObjectiveKind]:
+        """What a job may learn, plug-ins too."""
+        return (await self._wire.call(self._stub.ListObjectives, pb.ListObjectivesRequest())).objectives

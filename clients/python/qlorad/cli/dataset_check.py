@@ -5,7 +5,6 @@ Law of this room: nothing is sealed but by `--fix`, which says what it repaired.
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +13,7 @@ import typer
 
 from qlorad.cli import dataset_options as given
 from qlorad.cli import output as out
+from qlorad.cli import parameters
 from qlorad.cli.dataset_show import FINDINGS, by_step, counted, show_dataset
 from qlorad.cli.output import Format, Output
 from qlorad.cli.session import connected
@@ -168,17 +168,8 @@ def steps(output: Output = Format.table) -> None:
     columns: list[out.Column] = [
         ("STEP", lambda s: s.name),
         ("DOES", lambda s: s.description),
-        ("PARAMETERS", _parameters),
+        ("PARAMETERS", lambda s: parameters.told(s.parameters_schema_json)),
         ("PACKAGE", lambda s: s.package),
     ]
     with connected() as client:
         out.many(output, "steps", client.datasets.steps(), columns, "no steps")
-
-
-def _parameters(step: datasets_pb2.StepKind) -> str:
-    schema = json.loads(step.parameters_schema_json)
-    told = []
-    for name, rules in schema["properties"].items():
-        default = f"={json.dumps(rules['default'], ensure_ascii=False)}" if "default" in rules else " (needed)"
-        told.append(name + default)
-    return ", ".join(told)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlorad.cli import output as out
+from qlorad.cli import parameters
 from qlorad.cli.output import Format, Output
 from qlorad.cli.session import connected, pairs
 
@@ -142,6 +143,56 @@ def watch(
         _follow(client, name, output, after)
 
 
+@app.command("log")
+def log(
+    name: Name,
+    attempt: Annotated[int, typer.Option(min=0, help="Which attempt; 0 = the newest.")] = 0,
+    follow: Annotated[bool, typer.Option(help="Go on as long as the attempt does.")] = False,
+) -> None:
+    """Prints what a job's worker wrote: its own words, without what looks like a credential."""
+    with connected() as client:
+        for text in client.jobs.log(name, attempt=attempt, follow=follow):
+            print(text, end="", flush=True)
+
+
+@app.command("checkpoints")
+def checkpoints(name: Name, output: Output = Format.table) -> None:
+    """Lists the checkpoints that a job keeps."""
+    from qlorad.v1 import trainer_pb2 as pb
+
+    columns: list[out.Column] = [
+        ("STEP", lambda c: str(c.step)),
+        ("DIGEST", lambda c: out.short(c.digest)),
+        ("SIZE", lambda c: out.size(c.size_bytes)),
+        ("HOLD-OUT LOSS", lambda c: f"{c.eval_loss:.4f}" if c.HasField("eval_loss") else ""),
+        ("KEPT AS", lambda c: ", ".join(out.word(pb.KeptAs, "KEPT_AS_", why).lower() for why in c.kept_as)),
+        ("SEALED", lambda c: out.when(c.create_time)),
+    ]
+    with connected() as client:
+        found = client.jobs.checkpoints(name)
+        out.many(output, "checkpoints", found, columns, "no checkpoint yet")
+
+
+@app.command("publish")
+def publish(
+    name: Name,
+    step: Annotated[int, typer.Option(min=0, help="The checkpoint's step; 0 = the newest.")] = 0,
+    adapter: Annotated[str, typer.Option("--name", help="The alias that the adapter gets.")] = "",
+    output: Output = Format.table,
+) -> None:
+    """Makes an adapter of a checkpoint, while the job runs or later."""
+    from qlorad import errors
+
+    with connected() as client:
+        if not step:
+            kept = client.jobs.checkpoints(name)
+            if not kept:
+                raise errors.NotFound(f"{name} keeps no checkpoint yet", reason="NOT_FOUND")
+            step = kept[-1].step
+        made = client.jobs.publish(name, step, adapter=adapter)
+    out.one(output, made, [("adapter", made.adapter), ("digest", made.digest), ("size", out.size(made.size_bytes))])
+
+
 @app.command("cancel")
 def cancel(name: Name, output: Output = Format.table) -> None:
     """Stops a job and keeps its work."""
@@ -180,6 +231,19 @@ def templates(output: Output = Format.table) -> None:
     ]
     with connected() as client:
         out.many(output, "templates", client.jobs.templates(), columns)
+
+
+@app.command("objectives")
+def objectives(output: Output = Format.table) -> None:
+    """Lists what a job may learn (objective in its spec), plug-ins too, with the parameters."""
+    columns: list[out.Column] = [
+        ("OBJECTIVE", lambda o: o.name),
+        ("LEARNS", lambda o: o.description),
+        ("PARAMETERS", lambda o: parameters.told(o.parameters_schema_json)),
+        ("PACKAGE", lambda o: o.package),
+    ]
+    with connected() as client:
+        out.many(output, "objectives", client.jobs.objectives(), columns)
 
 
 @app.command("logs")

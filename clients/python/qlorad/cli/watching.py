@@ -56,7 +56,10 @@ def follow(client: Client, name: str, output: Format, after: int) -> pb.Job:
         def cut(error: errors.QloradError, seconds: float) -> None:
             view.line(f"the watch was cut ({_brief(error)}); attaching again in {seconds:.1f} s")
 
-        for event in client.jobs.watch(name, after_sequence=after, on_reattach=cut):
+        def gone(after: int, oldest: int) -> None:
+            view.line(f"events {after + 1} to {oldest - 1} are not kept any more")
+
+        for event in client.jobs.watch(name, after_sequence=after, on_reattach=cut, on_gone=gone):
             curve.take(event)
             if output is Format.jsonl:
                 out.emit_json(out.as_dict(event))
@@ -131,7 +134,8 @@ def queue(place: pb.QueuePlace) -> str:
     reason = out.word(pb.QueueReason, "QUEUE_REASON_", place.reason)
     held = f" by {place.owner} ({out.size(place.owner_bytes)})" if place.owner else ""
     hint = "; `qlorad model unload` frees what serving holds" if place.reason == pb.QUEUE_REASON_DEVICE_BUSY else ""
-    return f"position {place.position}, {reason}{held}{hint}"
+    start = f", starts about {out.when(place.estimated_start)}" if place.HasField("estimated_start") else ""
+    return f"position {place.position}, {reason}{held}{start}{hint}"
 
 
 @contextlib.contextmanager

@@ -320,6 +320,8 @@ class _QueueReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_QueueReas
     """Another process holds the device; owner and bytes tell which."""
     QUEUE_REASON_BACKOFF: _QueueReason.ValueType  # 3
     """Waits a while after a lost attempt."""
+    QUEUE_REASON_DISK_FULL: _QueueReason.ValueType  # 4
+    """There is too little space on the disk; starts by itself when there is enough."""
 
 class QueueReason(_QueueReason, metaclass=_QueueReasonEnumTypeWrapper):
     """Why a queued job waits."""
@@ -332,7 +334,37 @@ QUEUE_REASON_DEVICE_BUSY: QueueReason.ValueType  # 2
 """Another process holds the device; owner and bytes tell which."""
 QUEUE_REASON_BACKOFF: QueueReason.ValueType  # 3
 """Waits a while after a lost attempt."""
+QUEUE_REASON_DISK_FULL: QueueReason.ValueType  # 4
+"""There is too little space on the disk; starts by itself when there is enough."""
 Global___QueueReason: _TypeAlias = QueueReason  # noqa: Y015
+
+class _KeptAs:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _KeptAsEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KeptAs.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    KEPT_AS_UNSPECIFIED: _KeptAs.ValueType  # 0
+    """Not kept."""
+    KEPT_AS_LAST: _KeptAs.ValueType  # 1
+    """It is one of the newest (checkpoints.keep_last)."""
+    KEPT_AS_BEST: _KeptAs.ValueType  # 2
+    """Its hold-out loss is one of the lowest (checkpoints.keep_best)."""
+    KEPT_AS_EVERY: _KeptAs.ValueType  # 3
+    """Its step is a multiple of checkpoints.keep_every_steps."""
+
+class KeptAs(_KeptAs, metaclass=_KeptAsEnumTypeWrapper):
+    """Why a checkpoint is kept."""
+
+KEPT_AS_UNSPECIFIED: KeptAs.ValueType  # 0
+"""Not kept."""
+KEPT_AS_LAST: KeptAs.ValueType  # 1
+"""It is one of the newest (checkpoints.keep_last)."""
+KEPT_AS_BEST: KeptAs.ValueType  # 2
+"""Its hold-out loss is one of the lowest (checkpoints.keep_best)."""
+KEPT_AS_EVERY: KeptAs.ValueType  # 3
+"""Its step is a multiple of checkpoints.keep_every_steps."""
+Global___KeptAs: _TypeAlias = KeptAs  # noqa: Y015
 
 @_typing.final
 class Quantization(_message.Message):
@@ -1252,8 +1284,8 @@ class JobError(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     LOG_TAIL_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
-    """A stable word: "OUT_OF_MEMORY", "BAD_DATA", "NOT_FINITE", "NOT_THE_LEDGER" (an epoch did not consume what
-    the ledger says), "WORKER_LOST", "REJECTED", "DISK_FULL", "INTERNAL".
+    """A stable word: "OUT_OF_MEMORY", "BAD_DATA", "NOT_FINITE", "SPIKE", "NOT_THE_LEDGER" (an epoch did not consume
+    what the ledger says), "OBJECTIVE_FAILED" (a plug-in's), "WORKER_LOST", "REJECTED", "DISK_FULL", "INTERNAL".
     """
     message: _builtins.str
     """For people."""
@@ -1511,7 +1543,10 @@ class StateChanged(_message.Message):
     """Why it ended well, where it did."""
     @_builtins.property
     def error(self) -> Global___JobError:
-        """Why it failed, where it did."""
+        """Why it failed, where it did; or why it was INTERRUPTED, where the worker could
+        say so: DISK_FULL. Such an attempt does not count against limits.max_attempts,
+        and the job waits in the queue until there is space.
+        """
 
     def __init__(
         self,
@@ -1543,7 +1578,7 @@ class AttemptStarted(_message.Message):
     from_step: _builtins.int
     """The step it goes on from; 0 = from the start."""
     device: _builtins.str
-    """The device leased."""
+    """The device leased; several, as in "cuda:0,cuda:1"."""
     def __init__(
         self,
         *,
@@ -2666,6 +2701,228 @@ class DeleteJobResponse(_message.Message):
 Global___DeleteJobResponse: _TypeAlias = DeleteJobResponse  # noqa: Y015
 
 @_typing.final
+class WatchLogRequest(_message.Message):
+    """Asks for what a worker wrote."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    OFFSET_BYTES_FIELD_NUMBER: _builtins.int
+    FOLLOW_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """"jobs/{id}"."""
+    attempt: _builtins.int
+    """Which attempt; 0 = the newest."""
+    offset_bytes: _builtins.int
+    """Begin at this byte of the log."""
+    follow: _builtins.bool
+    """Go on as long as the attempt does."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        offset_bytes: _builtins.int = ...,
+        follow: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "follow", b"follow", "name", b"name", "offset_bytes", b"offset_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchLogRequest: _TypeAlias = WatchLogRequest  # noqa: Y015
+
+@_typing.final
+class WatchLogResponse(_message.Message):
+    """Some lines of a worker's log."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    NEXT_OFFSET_BYTES_FIELD_NUMBER: _builtins.int
+    attempt: _builtins.int
+    """The attempt."""
+    text: _builtins.str
+    """The lines."""
+    next_offset_bytes: _builtins.int
+    """Where the log goes on after them."""
+    def __init__(
+        self,
+        *,
+        attempt: _builtins.int = ...,
+        text: _builtins.str = ...,
+        next_offset_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "next_offset_bytes", b"next_offset_bytes", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchLogResponse: _TypeAlias = WatchLogResponse  # noqa: Y015
+
+@_typing.final
+class Checkpoint(_message.Message):
+    """A checkpoint that a job keeps."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    EVAL_LOSS_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    KEPT_AS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """"jobs/{id}/checkpoints/{step}"."""
+    step: _builtins.int
+    """At this step."""
+    digest: _builtins.str
+    """Its digest."""
+    size_bytes: _builtins.int
+    """Its size."""
+    eval_loss: _builtins.float
+    """The hold-out loss at this step, where it was evaluated."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was sealed."""
+
+    @_builtins.property
+    def kept_as(self) -> _containers.RepeatedScalarFieldContainer[Global___KeptAs.ValueType]:
+        """Why it is kept; the next one may end that."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        step: _builtins.int = ...,
+        digest: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        eval_loss: _builtins.float | None = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        kept_as: _abc.Iterable[Global___KeptAs.ValueType] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss", "create_time", b"create_time", "eval_loss", b"eval_loss"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss", "create_time", b"create_time", "digest", b"digest", "eval_loss", b"eval_loss", "kept_as", b"kept_as", "name", b"name", "size_bytes", b"size_bytes", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__eval_loss: _TypeAlias = _typing.Literal["eval_loss"]  # noqa: Y015
+    _WhichOneofArgType__eval_loss: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__eval_loss) -> _WhichOneofReturnType__eval_loss | None: ...
+
+Global___Checkpoint: _TypeAlias = Checkpoint  # noqa: Y015
+
+@_typing.final
+class ListCheckpointsRequest(_message.Message):
+    """Asks for a job's checkpoints."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """"jobs/{id}"."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListCheckpointsRequest: _TypeAlias = ListCheckpointsRequest  # noqa: Y015
+
+@_typing.final
+class ListCheckpointsResponse(_message.Message):
+    """A job's checkpoints."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKPOINTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def checkpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___Checkpoint]:
+        """Oldest first."""
+
+    def __init__(
+        self,
+        *,
+        checkpoints: _abc.Iterable[Global___Checkpoint] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoints", b"checkpoints"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListCheckpointsResponse: _TypeAlias = ListCheckpointsResponse  # noqa: Y015
+
+@_typing.final
+class PublishCheckpointRequest(_message.Message):
+    """Makes an adapter of a checkpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Same id and body, same answer."""
+    name: _builtins.str
+    """"jobs/{id}/checkpoints/{step}"."""
+    adapter: _builtins.str
+    """"adapters/{alias}" to point to it; optional."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        adapter: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PublishCheckpointRequest: _TypeAlias = PublishCheckpointRequest  # noqa: Y015
+
+@_typing.final
+class PublishCheckpointResponse(_message.Message):
+    """The adapter made."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """Its digest."""
+    adapter: _builtins.str
+    """The alias that points to it, where one was asked for."""
+    size_bytes: _builtins.int
+    """Its size."""
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        adapter: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "digest", b"digest", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PublishCheckpointResponse: _TypeAlias = PublishCheckpointResponse  # noqa: Y015
+
+@_typing.final
 class ListTemplatesRequest(_message.Message):
     """Asks for the templates."""
 
@@ -2741,3 +2998,78 @@ class ListTemplatesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListTemplatesResponse: _TypeAlias = ListTemplatesResponse  # noqa: Y015
+
+@_typing.final
+class ObjectiveKind(_message.Message):
+    """An objective."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    PACKAGE_FIELD_NUMBER: _builtins.int
+    PARAMETERS_SCHEMA_JSON_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name."""
+    description: _builtins.str
+    """What is learnt, for people."""
+    package: _builtins.str
+    """The package that brings it, with its version, as in "qlorad-services 0.1"."""
+    parameters_schema_json: _builtins.str
+    """A JSON Schema object of its parameters."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        description: _builtins.str = ...,
+        package: _builtins.str = ...,
+        parameters_schema_json: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "name", b"name", "package", b"package", "parameters_schema_json", b"parameters_schema_json"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ObjectiveKind: _TypeAlias = ObjectiveKind  # noqa: Y015
+
+@_typing.final
+class ListObjectivesRequest(_message.Message):
+    """Asks for the objectives."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListObjectivesRequest: _TypeAlias = ListObjectivesRequest  # noqa: Y015
+
+@_typing.final
+class ListObjectivesResponse(_message.Message):
+    """The objectives."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OBJECTIVES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def objectives(self) -> _containers.RepeatedCompositeFieldContainer[Global___ObjectiveKind]:
+        """By name."""
+
+    def __init__(
+        self,
+        *,
+        objectives: _abc.Iterable[Global___ObjectiveKind] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["objectives", b"objectives"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListObjectivesResponse: _TypeAlias = ListObjectivesResponse  # noqa: Y015

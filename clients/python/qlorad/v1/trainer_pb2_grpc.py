@@ -84,6 +84,26 @@ class TrainerServiceStub:
                 request_serializer=qlorad_dot_v1_dot_trainer__pb2.DeleteJobRequest.SerializeToString,
                 response_deserializer=qlorad_dot_v1_dot_trainer__pb2.DeleteJobResponse.FromString,
                 _registered_method=True)
+        self.ListObjectives = channel.unary_unary(
+                '/qlorad.v1.TrainerService/ListObjectives',
+                request_serializer=qlorad_dot_v1_dot_trainer__pb2.ListObjectivesRequest.SerializeToString,
+                response_deserializer=qlorad_dot_v1_dot_trainer__pb2.ListObjectivesResponse.FromString,
+                _registered_method=True)
+        self.WatchLog = channel.unary_stream(
+                '/qlorad.v1.TrainerService/WatchLog',
+                request_serializer=qlorad_dot_v1_dot_trainer__pb2.WatchLogRequest.SerializeToString,
+                response_deserializer=qlorad_dot_v1_dot_trainer__pb2.WatchLogResponse.FromString,
+                _registered_method=True)
+        self.ListCheckpoints = channel.unary_unary(
+                '/qlorad.v1.TrainerService/ListCheckpoints',
+                request_serializer=qlorad_dot_v1_dot_trainer__pb2.ListCheckpointsRequest.SerializeToString,
+                response_deserializer=qlorad_dot_v1_dot_trainer__pb2.ListCheckpointsResponse.FromString,
+                _registered_method=True)
+        self.PublishCheckpoint = channel.unary_unary(
+                '/qlorad.v1.TrainerService/PublishCheckpoint',
+                request_serializer=qlorad_dot_v1_dot_trainer__pb2.PublishCheckpointRequest.SerializeToString,
+                response_deserializer=qlorad_dot_v1_dot_trainer__pb2.PublishCheckpointResponse.FromString,
+                _registered_method=True)
         self.ListTemplates = channel.unary_unary(
                 '/qlorad.v1.TrainerService/ListTemplates',
                 request_serializer=qlorad_dot_v1_dot_trainer__pb2.ListTemplatesRequest.SerializeToString,
@@ -194,6 +214,46 @@ class TrainerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListObjectives(self, request, context):
+        """Lists what a job may learn (TrainSpec.objective), plug-ins too.
+        Errors: UNAVAILABLE WORKER_LOST (a plug-in could not be loaded; names it).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchLog(self, request, context):
+        """Streams what the worker of an attempt wrote, without what looks like a
+        credential: from offset_bytes to the end, and as long as the attempt goes on
+        where follow is set. Ends OK with the attempt.
+        Errors: NOT_FOUND (the job; or no such attempt has begun); INVALID_ARGUMENT
+        (offset_bytes is beyond the end); UNAVAILABLE (call again from next_offset_bytes).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListCheckpoints(self, request, context):
+        """Lists the checkpoints that a job keeps, oldest first.
+        Errors: NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PublishCheckpoint(self, request, context):
+        """Seals the adapter of a checkpoint as an adapter of its own, while the job runs
+        or later. It can be loaded at once. Publishing the same checkpoint again gives
+        the same digest; the alias moves.
+        Errors: INVALID_ARGUMENT (name, adapter); NOT_FOUND (the job; or it does not
+        keep a checkpoint of that step: ListCheckpoints); FAILED_PRECONDITION REJECTED
+        (the checkpoint is of before qlorad kept whole adapters); DATA_LOSS CORRUPT;
+        RESOURCE_EXHAUSTED DISK_FULL.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListTemplates(self, request, context):
         """Lists the named templates with their full text.
         Errors: none of its own.
@@ -249,6 +309,26 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     servicer.DeleteJob,
                     request_deserializer=qlorad_dot_v1_dot_trainer__pb2.DeleteJobRequest.FromString,
                     response_serializer=qlorad_dot_v1_dot_trainer__pb2.DeleteJobResponse.SerializeToString,
+            ),
+            'ListObjectives': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListObjectives,
+                    request_deserializer=qlorad_dot_v1_dot_trainer__pb2.ListObjectivesRequest.FromString,
+                    response_serializer=qlorad_dot_v1_dot_trainer__pb2.ListObjectivesResponse.SerializeToString,
+            ),
+            'WatchLog': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchLog,
+                    request_deserializer=qlorad_dot_v1_dot_trainer__pb2.WatchLogRequest.FromString,
+                    response_serializer=qlorad_dot_v1_dot_trainer__pb2.WatchLogResponse.SerializeToString,
+            ),
+            'ListCheckpoints': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListCheckpoints,
+                    request_deserializer=qlorad_dot_v1_dot_trainer__pb2.ListCheckpointsRequest.FromString,
+                    response_serializer=qlorad_dot_v1_dot_trainer__pb2.ListCheckpointsResponse.SerializeToString,
+            ),
+            'PublishCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.PublishCheckpoint,
+                    request_deserializer=qlorad_dot_v1_dot_trainer__pb2.PublishCheckpointRequest.FromString,
+                    response_serializer=qlorad_dot_v1_dot_trainer__pb2.PublishCheckpointResponse.SerializeToString,
             ),
             'ListTemplates': grpc.unary_unary_rpc_method_handler(
                     servicer.ListTemplates,
@@ -504,6 +584,114 @@ class TrainerService:
             '/qlorad.v1.TrainerService/DeleteJob',
             qlorad_dot_v1_dot_trainer__pb2.DeleteJobRequest.SerializeToString,
             qlorad_dot_v1_dot_trainer__pb2.DeleteJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListObjectives(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/qlorad.v1.TrainerService/ListObjectives',
+            qlorad_dot_v1_dot_trainer__pb2.ListObjectivesRequest.SerializeToString,
+            qlorad_dot_v1_dot_trainer__pb2.ListObjectivesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchLog(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/qlorad.v1.TrainerService/WatchLog',
+            qlorad_dot_v1_dot_trainer__pb2.WatchLogRequest.SerializeToString,
+            qlorad_dot_v1_dot_trainer__pb2.WatchLogResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListCheckpoints(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/qlorad.v1.TrainerService/ListCheckpoints',
+            qlorad_dot_v1_dot_trainer__pb2.ListCheckpointsRequest.SerializeToString,
+            qlorad_dot_v1_dot_trainer__pb2.ListCheckpointsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PublishCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/qlorad.v1.TrainerService/PublishCheckpoint',
+            qlorad_dot_v1_dot_trainer__pb2.PublishCheckpointRequest.SerializeToString,
+            qlorad_dot_v1_dot_trainer__pb2.PublishCheckpointResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -97,6 +97,30 @@ class TrainerServiceStub:
     """Removes an ended job, its events and its attempts. Artifacts stay.
     Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE (cancel it first).
     """
+    ListObjectives: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.ListObjectivesRequest, _trainer_pb2.ListObjectivesResponse]
+    """Lists what a job may learn (TrainSpec.objective), plug-ins too.
+    Errors: UNAVAILABLE WORKER_LOST (a plug-in could not be loaded; names it).
+    """
+    WatchLog: _grpc.UnaryStreamMultiCallable[_trainer_pb2.WatchLogRequest, _trainer_pb2.WatchLogResponse]
+    """Streams what the worker of an attempt wrote, without what looks like a
+    credential: from offset_bytes to the end, and as long as the attempt goes on
+    where follow is set. Ends OK with the attempt.
+    Errors: NOT_FOUND (the job; or no such attempt has begun); INVALID_ARGUMENT
+    (offset_bytes is beyond the end); UNAVAILABLE (call again from next_offset_bytes).
+    """
+    ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.ListCheckpointsRequest, _trainer_pb2.ListCheckpointsResponse]
+    """Lists the checkpoints that a job keeps, oldest first.
+    Errors: NOT_FOUND.
+    """
+    PublishCheckpoint: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.PublishCheckpointRequest, _trainer_pb2.PublishCheckpointResponse]
+    """Seals the adapter of a checkpoint as an adapter of its own, while the job runs
+    or later. It can be loaded at once. Publishing the same checkpoint again gives
+    the same digest; the alias moves.
+    Errors: INVALID_ARGUMENT (name, adapter); NOT_FOUND (the job; or it does not
+    keep a checkpoint of that step: ListCheckpoints); FAILED_PRECONDITION REJECTED
+    (the checkpoint is of before qlorad kept whole adapters); DATA_LOSS CORRUPT;
+    RESOURCE_EXHAUSTED DISK_FULL.
+    """
     ListTemplates: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.ListTemplatesRequest, _trainer_pb2.ListTemplatesResponse]
     """Lists the named templates with their full text.
     Errors: none of its own.
@@ -170,6 +194,30 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     DeleteJob: _aio.UnaryUnaryMultiCallable[_trainer_pb2.DeleteJobRequest, _trainer_pb2.DeleteJobResponse]  # type: ignore[assignment]
     """Removes an ended job, its events and its attempts. Artifacts stay.
     Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE (cancel it first).
+    """
+    ListObjectives: _aio.UnaryUnaryMultiCallable[_trainer_pb2.ListObjectivesRequest, _trainer_pb2.ListObjectivesResponse]  # type: ignore[assignment]
+    """Lists what a job may learn (TrainSpec.objective), plug-ins too.
+    Errors: UNAVAILABLE WORKER_LOST (a plug-in could not be loaded; names it).
+    """
+    WatchLog: _aio.UnaryStreamMultiCallable[_trainer_pb2.WatchLogRequest, _trainer_pb2.WatchLogResponse]  # type: ignore[assignment]
+    """Streams what the worker of an attempt wrote, without what looks like a
+    credential: from offset_bytes to the end, and as long as the attempt goes on
+    where follow is set. Ends OK with the attempt.
+    Errors: NOT_FOUND (the job; or no such attempt has begun); INVALID_ARGUMENT
+    (offset_bytes is beyond the end); UNAVAILABLE (call again from next_offset_bytes).
+    """
+    ListCheckpoints: _aio.UnaryUnaryMultiCallable[_trainer_pb2.ListCheckpointsRequest, _trainer_pb2.ListCheckpointsResponse]  # type: ignore[assignment]
+    """Lists the checkpoints that a job keeps, oldest first.
+    Errors: NOT_FOUND.
+    """
+    PublishCheckpoint: _aio.UnaryUnaryMultiCallable[_trainer_pb2.PublishCheckpointRequest, _trainer_pb2.PublishCheckpointResponse]  # type: ignore[assignment]
+    """Seals the adapter of a checkpoint as an adapter of its own, while the job runs
+    or later. It can be loaded at once. Publishing the same checkpoint again gives
+    the same digest; the alias moves.
+    Errors: INVALID_ARGUMENT (name, adapter); NOT_FOUND (the job; or it does not
+    keep a checkpoint of that step: ListCheckpoints); FAILED_PRECONDITION REJECTED
+    (the checkpoint is of before qlorad kept whole adapters); DATA_LOSS CORRUPT;
+    RESOURCE_EXHAUSTED DISK_FULL.
     """
     ListTemplates: _aio.UnaryUnaryMultiCallable[_trainer_pb2.ListTemplatesRequest, _trainer_pb2.ListTemplatesResponse]  # type: ignore[assignment]
     """Lists the named templates with their full text.
@@ -295,6 +343,54 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_trainer_pb2.DeleteJobResponse, _abc.Awaitable[_trainer_pb2.DeleteJobResponse]]:
         """Removes an ended job, its events and its attempts. Artifacts stay.
         Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE (cancel it first).
+        """
+
+    @_abc_1.abstractmethod
+    def ListObjectives(
+        self,
+        request: _trainer_pb2.ListObjectivesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_trainer_pb2.ListObjectivesResponse, _abc.Awaitable[_trainer_pb2.ListObjectivesResponse]]:
+        """Lists what a job may learn (TrainSpec.objective), plug-ins too.
+        Errors: UNAVAILABLE WORKER_LOST (a plug-in could not be loaded; names it).
+        """
+
+    @_abc_1.abstractmethod
+    def WatchLog(
+        self,
+        request: _trainer_pb2.WatchLogRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_trainer_pb2.WatchLogResponse], _abc.AsyncIterator[_trainer_pb2.WatchLogResponse]]:
+        """Streams what the worker of an attempt wrote, without what looks like a
+        credential: from offset_bytes to the end, and as long as the attempt goes on
+        where follow is set. Ends OK with the attempt.
+        Errors: NOT_FOUND (the job; or no such attempt has begun); INVALID_ARGUMENT
+        (offset_bytes is beyond the end); UNAVAILABLE (call again from next_offset_bytes).
+        """
+
+    @_abc_1.abstractmethod
+    def ListCheckpoints(
+        self,
+        request: _trainer_pb2.ListCheckpointsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_trainer_pb2.ListCheckpointsResponse, _abc.Awaitable[_trainer_pb2.ListCheckpointsResponse]]:
+        """Lists the checkpoints that a job keeps, oldest first.
+        Errors: NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def PublishCheckpoint(
+        self,
+        request: _trainer_pb2.PublishCheckpointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_trainer_pb2.PublishCheckpointResponse, _abc.Awaitable[_trainer_pb2.PublishCheckpointResponse]]:
+        """Seals the adapter of a checkpoint as an adapter of its own, while the job runs
+        or later. It can be loaded at once. Publishing the same checkpoint again gives
+        the same digest; the alias moves.
+        Errors: INVALID_ARGUMENT (name, adapter); NOT_FOUND (the job; or it does not
+        keep a checkpoint of that step: ListCheckpoints); FAILED_PRECONDITION REJECTED
+        (the checkpoint is of before qlorad kept whole adapters); DATA_LOSS CORRUPT;
+        RESOURCE_EXHAUSTED DISK_FULL.
         """
 
     @_abc_1.abstractmethod

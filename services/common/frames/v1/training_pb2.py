@@ -27,7 +27,7 @@ from qlorad.v1 import artifacts_pb2 as qlorad_dot_v1_dot_artifacts__pb2
 from qlorad.v1 import trainer_pb2 as qlorad_dot_v1_dot_trainer__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(services/common/frames/v1/training.proto\x12\x19services.common.frames.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19qlorad/v1/artifacts.proto\x1a\x17qlorad/v1/trainer.proto\"\xc7\x01\n\x05Order\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\"\n\x04spec\x18\x03 \x01(\x0b\x32\x14.qlorad.v1.TrainSpec\x12\r\n\x05store\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x19\n\x11\x63heckpoint_digest\x18\x06 \x01(\t\x12\x19\n\x0cseconds_left\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\x0e\x65valuated_step\x18\x08 \x01(\x03\x42\x0f\n\r_seconds_left\"\x1c\n\rWorkerStarted\x12\x0b\n\x03pid\x18\x01 \x01(\x03\"\x8d\x01\n\x11\x43heckpointWritten\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x0e\n\x06\x66older\x18\x02 \x01(\t\x12#\n\x05\x66iles\x18\x03 \x03(\x0b\x32\x14.qlorad.v1.FileEntry\x12\x16\n\teval_loss\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x42\x0c\n\n_eval_loss\"\x9b\x01\n\x08\x46inished\x12!\n\x03\x65nd\x18\x01 \x01(\x0e\x32\x14.qlorad.v1.EndReason\x12\x0e\n\x06\x66older\x18\x02 \x01(\t\x12#\n\x05\x66iles\x18\x03 \x03(\x0b\x32\x14.qlorad.v1.FileEntry\x12#\n\x07lineage\x18\x04 \x01(\x0b\x32\x12.qlorad.v1.Lineage\x12\x12\n\nfacts_json\x18\x05 \x01(\t\"\x17\n\x07Stopped\x12\x0c\n\x04step\x18\x01 \x01(\x03\"\xe6\x04\n\x04\x46\x61\x63t\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12;\n\x07started\x18\x02 \x01(\x0b\x32(.services.common.frames.v1.WorkerStartedH\x00\x12%\n\x07planned\x18\x03 \x01(\x0b\x32\x12.qlorad.v1.PlannedH\x00\x12\'\n\x08\x66\x61llback\x18\x04 \x01(\x0b\x32\x13.qlorad.v1.FallbackH\x00\x12&\n\x04step\x18\x05 \x01(\x0b\x32\x16.qlorad.v1.StepMetricsH\x00\x12)\n\tevaluated\x18\x06 \x01(\x0b\x32\x14.qlorad.v1.EvaluatedH\x00\x12\x42\n\ncheckpoint\x18\x07 \x01(\x0b\x32,.services.common.frames.v1.CheckpointWrittenH\x00\x12\x37\n\x08\x66inished\x18\x08 \x01(\x0b\x32#.services.common.frames.v1.FinishedH\x00\x12\x35\n\x07stopped\x18\t \x01(\x0b\x32\".services.common.frames.v1.StoppedH\x00\x12%\n\x06\x66\x61iled\x18\n \x01(\x0b\x32\x13.qlorad.v1.JobErrorH\x00\x12!\n\x03log\x18\x0b \x01(\x0b\x32\x12.qlorad.v1.LogLineH\x00\x12%\n\x07trouble\x18\x0c \x01(\x0b\x32\x12.qlorad.v1.TroubleH\x00\x12\'\n\x08\x61\x64mitted\x18\r \x01(\x0b\x32\x13.qlorad.v1.AdmittedH\x00\x42\x06\n\x04\x66\x61\x63t\"Z\n\x04Mark\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0e\n\x06tokens\x18\x03 \x01(\x03\x12\x16\n\teval_loss\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_eval_loss\"\xf0\x01\n\tJobRecord\x12\x1b\n\x03job\x18\x01 \x01(\x0b\x32\x0e.qlorad.v1.Job\x12.\n\x05marks\x18\x02 \x03(\x0b\x32\x1f.services.common.frames.v1.Mark\x12\x0c\n\x04lost\x18\x03 \x01(\r\x12\x15\n\rledger_digest\x18\x04 \x01(\t\x12\x0e\n\x06spared\x18\x05 \x01(\r\x12\x31\n\rresting_since\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0erested_seconds\x18\x07 \x01(\x01\x12\x16\n\x0e\x65valuated_step\x18\x08 \x01(\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(services/common/frames/v1/training.proto\x12\x19services.common.frames.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19qlorad/v1/artifacts.proto\x1a\x17qlorad/v1/trainer.proto\"\x93\x02\n\x05Order\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\"\n\x04spec\x18\x03 \x01(\x0b\x32\x14.qlorad.v1.TrainSpec\x12\r\n\x05store\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x19\n\x11\x63heckpoint_digest\x18\x06 \x01(\t\x12\x19\n\x0cseconds_left\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\x0e\x65valuated_step\x18\x08 \x01(\x03\x12\x1e\n\x16\x62\x65st_checkpoint_digest\x18\t \x01(\t\x12\x19\n\x11heartbeat_seconds\x18\n \x01(\x01\x12\x0f\n\x07\x64\x65vices\x18\x0b \x03(\tB\x0f\n\r_seconds_left\"\x1c\n\rWorkerStarted\x12\x0b\n\x03pid\x18\x01 \x01(\x03\"\x8d\x01\n\x11\x43heckpointWritten\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x0e\n\x06\x66older\x18\x02 \x01(\t\x12#\n\x05\x66iles\x18\x03 \x03(\x0b\x32\x14.qlorad.v1.FileEntry\x12\x16\n\teval_loss\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x42\x0c\n\n_eval_loss\"\x9b\x01\n\x08\x46inished\x12!\n\x03\x65nd\x18\x01 \x01(\x0e\x32\x14.qlorad.v1.EndReason\x12\x0e\n\x06\x66older\x18\x02 \x01(\t\x12#\n\x05\x66iles\x18\x03 \x03(\x0b\x32\x14.qlorad.v1.FileEntry\x12#\n\x07lineage\x18\x04 \x01(\x0b\x32\x12.qlorad.v1.Lineage\x12\x12\n\nfacts_json\x18\x05 \x01(\t\"\x17\n\x07Stopped\x12\x0c\n\x04step\x18\x01 \x01(\x03\"\xe6\x04\n\x04\x46\x61\x63t\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12;\n\x07started\x18\x02 \x01(\x0b\x32(.services.common.frames.v1.WorkerStartedH\x00\x12%\n\x07planned\x18\x03 \x01(\x0b\x32\x12.qlorad.v1.PlannedH\x00\x12\'\n\x08\x66\x61llback\x18\x04 \x01(\x0b\x32\x13.qlorad.v1.FallbackH\x00\x12&\n\x04step\x18\x05 \x01(\x0b\x32\x16.qlorad.v1.StepMetricsH\x00\x12)\n\tevaluated\x18\x06 \x01(\x0b\x32\x14.qlorad.v1.EvaluatedH\x00\x12\x42\n\ncheckpoint\x18\x07 \x01(\x0b\x32,.services.common.frames.v1.CheckpointWrittenH\x00\x12\x37\n\x08\x66inished\x18\x08 \x01(\x0b\x32#.services.common.frames.v1.FinishedH\x00\x12\x35\n\x07stopped\x18\t \x01(\x0b\x32\".services.common.frames.v1.StoppedH\x00\x12%\n\x06\x66\x61iled\x18\n \x01(\x0b\x32\x13.qlorad.v1.JobErrorH\x00\x12!\n\x03log\x18\x0b \x01(\x0b\x32\x12.qlorad.v1.LogLineH\x00\x12%\n\x07trouble\x18\x0c \x01(\x0b\x32\x12.qlorad.v1.TroubleH\x00\x12\'\n\x08\x61\x64mitted\x18\r \x01(\x0b\x32\x13.qlorad.v1.AdmittedH\x00\x42\x06\n\x04\x66\x61\x63t\"Z\n\x04Mark\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0e\n\x06tokens\x18\x03 \x01(\x03\x12\x16\n\teval_loss\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_eval_loss\"\xf0\x01\n\tJobRecord\x12\x1b\n\x03job\x18\x01 \x01(\x0b\x32\x0e.qlorad.v1.Job\x12.\n\x05marks\x18\x02 \x03(\x0b\x32\x1f.services.common.frames.v1.Mark\x12\x0c\n\x04lost\x18\x03 \x01(\r\x12\x15\n\rledger_digest\x18\x04 \x01(\t\x12\x0e\n\x06spared\x18\x05 \x01(\r\x12\x31\n\rresting_since\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0erested_seconds\x18\x07 \x01(\x01\x12\x16\n\x0e\x65valuated_step\x18\x08 \x01(\x03\"P\n\x10ObjectivesReport\x12,\n\nobjectives\x18\x01 \x03(\x0b\x32\x18.qlorad.v1.ObjectiveKind\x12\x0e\n\x06\x62roken\x18\x02 \x03(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,19 +35,21 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'services.common.frames.v1.t
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ORDER']._serialized_start=157
-  _globals['_ORDER']._serialized_end=356
-  _globals['_WORKERSTARTED']._serialized_start=358
-  _globals['_WORKERSTARTED']._serialized_end=386
-  _globals['_CHECKPOINTWRITTEN']._serialized_start=389
-  _globals['_CHECKPOINTWRITTEN']._serialized_end=530
-  _globals['_FINISHED']._serialized_start=533
-  _globals['_FINISHED']._serialized_end=688
-  _globals['_STOPPED']._serialized_start=690
-  _globals['_STOPPED']._serialized_end=713
-  _globals['_FACT']._serialized_start=716
-  _globals['_FACT']._serialized_end=1330
-  _globals['_MARK']._serialized_start=1332
-  _globals['_MARK']._serialized_end=1422
-  _globals['_JOBRECORD']._serialized_start=1425
-  _globals['_JOBRECORD']._serialized_end=1665
+  _globals['_ORDER']._serialized_end=432
+  _globals['_WORKERSTARTED']._serialized_start=434
+  _globals['_WORKERSTARTED']._serialized_end=462
+  _globals['_CHECKPOINTWRITTEN']._serialized_start=465
+  _globals['_CHECKPOINTWRITTEN']._serialized_end=606
+  _globals['_FINISHED']._serialized_start=609
+  _globals['_FINISHED']._serialized_end=764
+  _globals['_STOPPED']._serialized_start=766
+  _globals['_STOPPED']._serialized_end=789
+  _globals['_FACT']._serialized_start=792
+  _globals['_FACT']._serialized_end=1406
+  _globals['_MARK']._serialized_start=1408
+  _globals['_MARK']._serialized_end=1498
+  _globals['_JOBRECORD']._serialized_start=1501
+  _globals['_JOBRECORD']._serialized_end=1741
+  _globals['_OBJECTIVESREPORT']._serialized_start=1743
+  _globals['_OBJECTIVESREPORT']._serialized_end=1823
 # @@protoc_insertion_point(module_scope)

@@ -41,6 +41,9 @@ class Order(_message.Message):
     CHECKPOINT_DIGEST_FIELD_NUMBER: _builtins.int
     SECONDS_LEFT_FIELD_NUMBER: _builtins.int
     EVALUATED_STEP_FIELD_NUMBER: _builtins.int
+    BEST_CHECKPOINT_DIGEST_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_SECONDS_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """The job's id."""
     attempt: _builtins.int
@@ -55,9 +58,19 @@ class Order(_message.Message):
     """Seconds left of limits.max_seconds; absent = no limit."""
     evaluated_step: _builtins.int
     """The newest step after which the job was evaluated; 0 = none but before training."""
+    best_checkpoint_digest: _builtins.str
+    """Digest of the checkpoint of the lowest hold-out loss, where
+    evaluation.keep_best_adapter needs it.
+    """
+    heartbeat_seconds: _builtins.float
+    """It shows a sign of life several times in so long; 0 = it shows none."""
     @_builtins.property
     def spec(self) -> _trainer_pb2.TrainSpec:
         """The resolved spec."""
+
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The devices leased: one for each rank on CUDA, else one."""
 
     def __init__(
         self,
@@ -70,10 +83,13 @@ class Order(_message.Message):
         checkpoint_digest: _builtins.str = ...,
         seconds_left: _builtins.float | None = ...,
         evaluated_step: _builtins.int = ...,
+        best_checkpoint_digest: _builtins.str = ...,
+        heartbeat_seconds: _builtins.float = ...,
+        devices: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_seconds_left", b"_seconds_left", "seconds_left", b"seconds_left", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seconds_left", b"_seconds_left", "attempt", b"attempt", "checkpoint_digest", b"checkpoint_digest", "device", b"device", "evaluated_step", b"evaluated_step", "job", b"job", "seconds_left", b"seconds_left", "spec", b"spec", "store", b"store"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seconds_left", b"_seconds_left", "attempt", b"attempt", "best_checkpoint_digest", b"best_checkpoint_digest", "checkpoint_digest", b"checkpoint_digest", "device", b"device", "devices", b"devices", "evaluated_step", b"evaluated_step", "heartbeat_seconds", b"heartbeat_seconds", "job", b"job", "seconds_left", b"seconds_left", "spec", b"spec", "store", b"store"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seconds_left: _TypeAlias = _typing.Literal["seconds_left"]  # noqa: Y015
     _WhichOneofArgType__seconds_left: _TypeAlias = _typing.Literal["_seconds_left", b"_seconds_left"]  # noqa: Y015
@@ -398,3 +414,33 @@ class JobRecord(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JobRecord: _TypeAlias = JobRecord  # noqa: Y015
+
+@_typing.final
+class ObjectivesReport(_message.Message):
+    """What a describe worker tells: every objective, or which cannot be loaded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OBJECTIVES_FIELD_NUMBER: _builtins.int
+    BROKEN_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def objectives(self) -> _containers.RepeatedCompositeFieldContainer[_trainer_pb2.ObjectiveKind]:
+        """By name."""
+
+    @_builtins.property
+    def broken(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What is wrong with the others."""
+
+    def __init__(
+        self,
+        *,
+        objectives: _abc.Iterable[_trainer_pb2.ObjectiveKind] | None = ...,
+        broken: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["broken", b"broken", "objectives", b"objectives"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ObjectivesReport: _TypeAlias = ObjectivesReport  # noqa: Y015

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
+from services.common.parameters import parameter
 from services.datasets.worker.plain import Plain, body_of, text_of, texts
-from services.datasets.worker.steps.schema import parameter
 
 __all__ = [
     "ALL",

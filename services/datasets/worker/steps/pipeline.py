@@ -19,11 +19,12 @@ import orjson
 from google.protobuf import json_format
 
 from qlorad.v1 import datasets_pb2
+from services.common import parameters
 from services.common.errors import Violation, invalid, show
+from services.common.worker.plugins import Broken, Kind
 from services.datasets.worker.found import Problem
 from services.datasets.worker.plain import Plain
-from services.datasets.worker.steps import schema
-from services.datasets.worker.steps.kinds import Broken, Kind, Kinds
+from services.datasets.worker.steps.kinds import steps as known_steps
 
 log = logging.getLogger("qlorad.steps")
 
@@ -64,7 +65,7 @@ class Pipeline:
         """The pipeline of a request; INVALID_ARGUMENT with every violation, under `path`."""
         if not steps:
             return cls()
-        kinds, wrong = Kinds(), []
+        kinds, wrong = known_steps(), []
         stages: list[_Stage] = []
         applied: list[datasets_pb2.AppliedStep] = []
         for i, asked in enumerate(steps):
@@ -77,12 +78,12 @@ class Pipeline:
             if kind is None:
                 wrong.append(Violation(f"{field}.name", show(asked.name), _nearest(asked.name, kinds.names())))
                 continue
-            told, violations = schema.values(kind.schema, asked.parameters, f"{field}.parameters")
+            told, violations = parameters.values(kind.schema, asked.parameters, f"{field}.parameters")
             wrong += violations
             if violations:
                 continue
             try:
-                stages.append(_Stage(f"{i}:{kind.name}", kind, schema.made(kind.step, told)))
+                stages.append(_Stage(f"{i}:{kind.name}", kind, parameters.made(kind.type, told)))
             except ValueError as e:
                 given = ", ".join(f"{k} {show(v)}" for k, v in told.items())
                 wrong.append(Violation(f"{field}.parameters", given, str(e)))

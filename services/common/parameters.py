@@ -1,4 +1,4 @@
-"""Parameters of a step: declared as fields of a dataclass, told as JSON Schema, checked by it.
+"""Parameters of a plug-in: declared as fields of a dataclass, told as JSON Schema, checked by it.
 
 Law of this room: pure. What the schema tells is what is checked, nothing more
 and nothing less; all violations are found at once.
@@ -37,7 +37,7 @@ def parameter(
     maximum: float | None = None,
     choices: Sequence[str] = (),
 ) -> Any:
-    """A field of a step that a request may set.
+    """A field of a plug-in that a request may set.
 
     Its type is one of bool, int, float, str, tuple[str, ...] and
     Mapping[str, str]. Without a default it must be given. `choices` are what a
@@ -50,18 +50,18 @@ def parameter(
     return dataclasses.field(default=default, metadata={_RULES: rules})
 
 
-def schema_of(step: type) -> dict[str, Any]:
-    """The JSON Schema of a step's parameters; TypeError where the class is no step."""
-    if not (isinstance(step, type) and dataclasses.is_dataclass(step)):
+def schema_of(kind: type, method: str) -> dict[str, Any]:
+    """The JSON Schema of a plug-in's parameters; TypeError where the class is none with such a method."""
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
         raise TypeError("not a dataclass")
-    if not step.__dataclass_params__.frozen:  # type: ignore[attr-defined]
-        raise TypeError("not frozen: a step keeps no state between rows")
-    if not callable(getattr(step, "apply", None)):
-        raise TypeError("has no method apply(example)")
-    hints = typing.get_type_hints(step)
+    if not kind.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        raise TypeError("not frozen: it keeps no state from one call to the next")
+    if not callable(getattr(kind, method.partition("(")[0], None)):
+        raise TypeError(f"has no method {method}")
+    hints = typing.get_type_hints(kind)
     properties: dict[str, Any] = {}
     required = []
-    for field in dataclasses.fields(step):
+    for field in dataclasses.fields(kind):
         rules = field.metadata.get(_RULES)
         if rules is None:
             raise TypeError(f"the field {field.name} is not declared with parameter()")
@@ -109,7 +109,7 @@ def values(schema: Mapping[str, Any], given: struct_pb2.Struct, path: str) -> tu
         value = _value(given.fields[name])
         if name not in known:
             close = difflib.get_close_matches(name, known, 1, 0.5)
-            accepted = f"one of {', '.join(known)}" if known else "no parameter: the step has none"
+            accepted = f"one of {', '.join(known)}" if known else "no parameter: it has none"
             nearest = f"nearest {close[0]}; " if close else ""
             wrong.append(Violation(f"{path}.{name}", show(value), nearest + accepted))
             continue
@@ -127,9 +127,9 @@ def values(schema: Mapping[str, Any], given: struct_pb2.Struct, path: str) -> tu
     return {name: found[name] for name in known if name in found}, wrong
 
 
-def made(step: type, told: Mapping[str, Any]) -> Any:
-    """The step of checked parameters; ValueError where they do not go together."""
-    return step(**{k: tuple(v) if isinstance(v, list) else v for k, v in told.items()})
+def made(kind: type, told: Mapping[str, Any]) -> Any:
+    """The plug-in of checked parameters; ValueError where they do not go together."""
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in told.items()})
 
 
 def _value(value: struct_pb2.Value) -> Any:
@@ -159,18 +159,18 @@ def _fits(rules: Mapping[str, Any], value: Any) -> bool:
         right = isinstance(value, int) if kind == "integer" else isinstance(value, int | float)
         if not right or isinstance(value, bool) or not math.isfinite(value):
             return False
-        return rules.get("minimum", -math.inf) <= value <= rules.get("maximum", math.inf)
+        return bool(rules.get("minimum", -math.inf) <= value <= rules.get("maximum", math.inf))
     if kind == "string":
         if not isinstance(value, str) or value not in rules.get("enum", (value,)):
             return False
-        return rules.get("minLength", 0) <= len(value) <= rules.get("maxLength", math.inf)
+        return bool(rules.get("minLength", 0) <= len(value) <= rules.get("maxLength", math.inf))
     if kind == "array":
         if not isinstance(value, list) or not all(_fits({"type": "string", **rules["items"]}, v) for v in value):
             return False
-        return rules.get("minItems", 0) <= len(value) <= rules.get("maxItems", math.inf)
+        return bool(rules.get("minItems", 0) <= len(value) <= rules.get("maxItems", math.inf))
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
         return False
-    return rules.get("minProperties", 0) <= len(value) <= rules.get("maxProperties", math.inf)
+    return bool(rules.get("minProperties", 0) <= len(value) <= rules.get("maxProperties", math.inf))
 
 
 def _words(rules: Mapping[str, Any]) -> str:

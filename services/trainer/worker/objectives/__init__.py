@@ -1,0 +1,1 @@
+"""Objectives: what a job learns. Authors of plug-ins import `api` alone."""
