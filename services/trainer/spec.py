@@ -25,6 +25,8 @@ from services.trainer.agreement import within
 
 ALL_LINEAR = "all-linear"
 MAX_RANKS = 64
+DIVISIBLE = (trainer_pb2.OPTIMIZER_KIND_ADAMW, trainer_pb2.OPTIMIZER_KIND_SGD)
+"""Optimisers whose state is one number for each weight, so that it can be divided anywhere and put together again."""
 LABEL_KEY_RULE = "at most 32 labels; keys 1 to 63 of [a-z0-9_.-], values at most 255 characters"
 
 
@@ -379,6 +381,11 @@ def _ranks(train: trainer_pb2.TrainSpec, host: Host) -> Iterator[Violation]:
     elif p.offload == trainer_pb2.OFFLOAD_ALL and p.zero_stage != 3:
         accepted = "OFFLOAD_OPTIMIZER, or zero_stage 3: only that divides the weights"
         yield Violation(f"{field}.offload", name, accepted)
+    kind = train.optimizer.kind
+    if kind in trainer_pb2.OptimizerKind.values() and kind and kind not in DIVISIBLE:
+        nearest = "OPTIMIZER_KIND_ADAMW with parallelism.offload OFFLOAD_OPTIMIZER"
+        accepted = f"{nearest}, or ranks 1: its state lies in blocks, which cannot be divided anew among ranks"
+        yield Violation("spec.train.optimizer.kind", trainer_pb2.OptimizerKind.Name(kind), accepted)
 
 
 def _paths(descriptor: Any, prefix: str) -> Iterable[str]:

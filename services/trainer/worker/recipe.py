@@ -20,8 +20,8 @@ from services.common.frames.v1 import training_pb2
 from services.common.prompt import ledger, tally
 from services.common.shelf import Shelf
 from services.common.worker.load import load_base
+from services.trainer import launch
 from services.trainer.guards import SMOOTH
-from services.trainer.launch import threads_of, weight_bytes
 from services.trainer.plan import Form, chosen_of, decide, form_of, use
 from services.trainer.worker import checkpoint, device_facts, engines, losses
 from services.trainer.worker.aim import aim_of
@@ -48,7 +48,7 @@ def train(order: training_pb2.Order, teller: Teller) -> None:
     """Runs the whole order. Raises Cancelled when asked to stop."""
     spec, begun = trainer_pb2.TrainSpec(), time.monotonic()
     spec.CopyFrom(order.spec)  # what device and memory decide is written into it, and told by Planned
-    torch.set_num_threads(threads_of(spec))
+    torch.set_num_threads(launch.threads_of(spec))
     shelf = Shelf(pathlib.Path(order.store))
 
     # The rows: one sealed ledger, built here if nobody built it before.
@@ -193,9 +193,9 @@ def _settle(spec: trainer_pb2.TrainSpec, device: str, known: facts.ModelFacts, t
     def weights(form: Form) -> int:
         other = trainer_pb2.TrainSpec()
         use(other, form)
-        return weight_bytes(known, other)
+        return launch.weight_bytes(known, other)
 
-    decided = decide(form_of(spec), device_facts.gather(device), spec.parallelism.ranks, weights)
+    decided = decide(form_of(spec), device_facts.gather(device), weights)
     use(spec, decided.used)
     for fallback in decided.fallbacks:
         teller.tell(training_pb2.Fact(fallback=fallback))
