@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 
 from qlorad.v1 import trainer_pb2
 from services.trainer import launch
-from services.trainer.shape import Linear, ModelShape
+from services.trainer.activations import Run, activations, targeted
+from services.trainer.shape import ModelShape
 
 BLOCK, NESTED = 64, 256
 """Weights under one scale; scales under one scale of scales."""
@@ -33,36 +34,6 @@ FLOORS = {"cpu": 446_000_000, "cuda": 600_000_000}
 WORKSPACE = 38_000_000
 """What the libraries take once a model runs: 34 to 42 MB, measured over six runs on a CPU."""
 _NOT_TENSORS = ("holes", "workspace", "framework", "mapped files")
-_READS = {
-    "q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "o_proj": "",
-    "gate_proj": "feed-forward", "up_proj": "feed-forward",
-}  # fmt: skip
-"""Modules that read the same tensor; "" reads one that attention keeps anyway."""
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """What of a spec decides its cost."""
-
-    nf4: bool
-    double: bool
-    width: int
-    """Bytes of a number in the compute type."""
-    rank: int
-    dropout: bool
-    targets: frozenset[str]
-    tokens: int
-    """Of one micro-batch."""
-    length: int
-    """Longest row."""
-    packing: bool
-    ranks: int
-    device: str
-    """Its kind: "cpu" or "cuda"."""
-    checkpointing: bool = False
-    """Whether a layer's activations are made again in the backward pass."""
-    states: int = 2
-    """Numbers that the optimiser keeps of each weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +99,7 @@ def run_of(spec: trainer_pb2.TrainSpec, device: str) -> Run:
         device=device.partition(":")[0],
         checkpointing=spec.memory.gradient_checkpointing,
         states=_states(spec.optimizer),
+        zero3=spec.parallelism.zero_stage == 3,
     )
 
 
@@ -226,11 +198,6 @@ def nf4_bytes(weights: int, double: bool) -> int:
     return packed + blocks + 4 * -(-blocks // NESTED) + 4 + sum(TABLES)
 
 
-def targeted(shape: ModelShape, run: Run) -> list[Linear]:
-    """The modules that get LoRA weights."""
-    return [m for m in shape.linears if m.name in run.targets]
-
-
 def lora_numbers(shape: ModelShape, run: Run) -> int:
     """Weights that train."""
     return sum(run.rank * (m.outputs + m.inputs) for m in targeted(shape, run))
@@ -244,42 +211,6 @@ def _trained(count: int, tensors: int, run: Run) -> tuple[int, int, int]:
     if run.ranks == 1:
         return 4 * count, 4 * count, 4 * run.states * count + (4 * tensors if run.states == 2 else 0)
     return 4 * count, 4 * count, 4 * (1 + run.states) * -(-count // run.ranks)
-
-
-def activations(shape: ModelShape, run: Run) -> int:
-    """Bytes that the graph keeps between forward and backward, without the loss."""
-    whole = sum(layer_bytes(shape, run, n == 0) for n in range(min(shape.layers, 2)))
-    if shape.layers > 2:
-        whole += (shape.layers - 2) * layer_bytes(shape, run, False)
-    positions = run.tokens if run.packing else run.length  # rows under one another share them
-    ends = positions * 2 * shape.head * run.width + run.tokens * (4 * shape.hidden + 4)
-    if run.checkpointing:
-        whole = run.tokens * shape.hidden * run.width * shape.layers + layer_bytes(shape, run, False)
-    return whole + ends
-
-
-def layer_bytes(shape: ModelShape, run: Run, first: bool) -> int:
-    """What one layer keeps; the first one's input has no gradient, so its norm keeps nothing."""
-    across = run.tokens if run.packing else run.length
-    attention = 4 * shape.heads * shape.head * run.width + 4 * shape.heads + across * run.width
-    norms = (1 if first else 2) * (4 * shape.hidden + 4)
-    forward = (3 if shape.gated else 1) * shape.ffn * run.width
-    return run.tokens * (attention + norms + forward + _lora_kept(shape, run, first))
-
-
-def _lora_kept(shape: ModelShape, run: Run, first: bool) -> int:
-    """Bytes a token that one layer's LoRA branches keep: their inputs in fp32, what dropout drew, and A's output."""
-    layer = [m for m in shape.linears if m.name in run.targets][: len(targeted(shape, run)) // max(1, shape.layers)]
-    names = {m.name: m for m in layer}
-    kept = sum(4 * run.rank for m in layer)
-    if run.dropout:
-        noise = 4 if run.device == "cpu" else 1
-        drawn = sum(m.inputs for n, m in names.items() if not (first and _READS.get(n) == "attention"))
-        return kept + 4 * sum(m.inputs for m in layer) + noise * drawn
-    if run.width < 4:
-        return kept + 4 * sum(m.inputs for m in layer)
-    shared = {_READS.get(name, name): m.inputs for name, m in names.items()}
-    return kept + 4 * sum(inputs for reads, inputs in shared.items() if reads)
 
 
 def loss_bytes(shape: ModelShape, run: Run) -> int:

@@ -25,7 +25,7 @@ RESERVE = "reserve"
 """Space kept back for a worker's last word on a full disk."""
 BUCKET_NUMBERS = 50_000_000
 """Numbers that ranks exchange at a time; DeepSpeed's own choice would take 2 GB of a device for its buffer."""
-LOGITS_BYTES = 32 << 20
+LOGITS_BYTES = 8 << 20
 """Of logits in fp32 that a worker holds at a time."""
 
 

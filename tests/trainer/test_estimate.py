@@ -98,7 +98,7 @@ def test_what_fits_fits_and_a_little_more_does_not() -> None:
 
 
 def test_where_nothing_fits_it_says_what_would() -> None:
-    told = estimate.fit(SHAPES["7B"], replace(PLAIN, nf4=False, double=False, width=4), 8 * estimate.GB)
+    told = estimate.fit(SHAPES["7B"], replace(PLAIN, nf4=False, double=False, width=4), 7_700_000_000)
     assert told.tokens == 0
     for word in ("method=nf4", "compute_type=bf16", "double_quantization=true"):
         assert word in told.advice
@@ -142,6 +142,7 @@ def test_base_weights_are_counted_to_the_byte(
     assert estimate.base_bytes(shape, run) == weight_bytes(load_base(payload, method, double, compute))
 
 
+@pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize(
     ("method", "compute", "targets", "dropout", "packing"),
     [
@@ -161,6 +162,7 @@ def test_a_step_holds_the_tensors_that_were_told(
     targets: str,
     dropout: float,
     packing: bool,
+    fast: bool,
 ) -> None:
     """Every tensor that the graph keeps, every gradient, every number of the optimiser, and a checkpoint's files."""
     import torch
@@ -168,6 +170,7 @@ def test_a_step_holds_the_tensors_that_were_told(
     from services.common.worker.load import load_base
     from services.trainer.worker import checkpoint, lora, losses
     from services.trainer.worker.engines import Solo
+    from services.trainer.worker.fast.install import install
 
     shape, payload = starter_shape(starter_home)
     spec = small().train
@@ -177,8 +180,10 @@ def test_a_step_holds_the_tensors_that_were_told(
     run = replace(
         PLAIN, nf4=method == "nf4", width=4 if compute == "fp32" else 2, rank=4, dropout=dropout > 0,
         targets=frozenset(targets.split()), tokens=192, length=96, packing=packing,
+        zero3=not fast,  # the plain way
     )  # fmt: skip
     model = lora.with_lora(load_base(payload, method, True, compute), spec)
+    assert not fast or install(model, spec) == ""
     model.train()
     engine = Solo(model, spec)
     ids = torch.randint(5, shape.vocabulary, (2, 96))
@@ -194,7 +199,8 @@ def test_a_step_holds_the_tensors_that_were_told(
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         where = tensor.untyped_storage().data_ptr()
-        of_loss = tensor.dtype in (torch.int64, torch.bool) or tensor.shape[-1:] == (shape.vocabulary,)
+        mask = tensor.dtype == torch.bool and tensor.shape[-1] in (95, 96, 191, 192)
+        of_loss = tensor.dtype == torch.int64 or mask or tensor.shape[-1:] == (shape.vocabulary,)
         if where not in frozen and tensor.dim() and not of_loss:
             kept[where] = tensor
         return tensor
@@ -228,7 +234,8 @@ import bitsandbytes, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from qlorad.v1 import trainer_pb2
 from services.common.worker.load import load_base
-from services.trainer.worker import engines, lora, losses, step, tensors
+from services.trainer.worker import engines, lora, losses
+from services.trainer.worker.fast.install import install
 
 def told(key):
     line = next(l for l in open("/proc/self/status") if l.startswith(key))
@@ -238,6 +245,7 @@ def train(folder, method, compute, spec, steps):
     before = told("VmRSS")
     open("/proc/self/clear_refs", "w").write("5")
     model = lora.with_lora(load_base(folder, method, True, compute), spec)
+    assert install(model, spec) == ""
     model.train()
     engine = engines.Solo(model, spec)
     tokens, loss_of = spec.data.micro_batch_tokens, losses.of(model)[0]

@@ -61,18 +61,22 @@ def peft_model(
     rslora: bool = False,
     momentum: float = 0.0,
     rank: int = RANK,
+    fast: bool = True,
+    targets: str = "q_proj v_proj down_proj",
+    dropout: float = 0.0,
 ) -> types.SimpleNamespace:
     import torch
 
     from services.common.worker.load import load_base
     from services.trainer.worker import evaluation, lora, losses, step, tensors
     from services.trainer.worker.engines import Solo
+    from services.trainer.worker.fast import install
 
     torch.set_num_threads(1)
     payload = Shelf(home / "store").open("models", MODEL.removeprefix("models/")).payload
     spec = trainer_pb2.TrainSpec()
-    spec.lora.rank, spec.lora.alpha, spec.lora.rslora = rank, 8, rslora
-    spec.lora.target_modules.names.extend(["q_proj", "v_proj", "down_proj"])
+    spec.lora.rank, spec.lora.alpha, spec.lora.rslora, spec.lora.dropout = rank, 8, rslora, dropout
+    spec.lora.target_modules.names.extend(targets.split())
     spec.optimizer.learning_rate, spec.optimizer.beta1, spec.optimizer.beta2 = 1e-2, 0.9, 0.999
     spec.data.packing, spec.data.micro_batch_tokens = True, 128
     spec.optimizer.momentum = momentum if kind == trainer_pb2.OPTIMIZER_KIND_SGD else 0.0
@@ -80,6 +84,7 @@ def peft_model(
     base = load_base(payload, method, True, compute, "cpu")
     torch.manual_seed(1)
     model = lora.with_lora(base, spec)
+    assert not fast or install.install(model, spec) == ""
     if live_b:  # a fresh B is zero, which hides A's gradient
         with torch.no_grad():
             for name, parameter in model.named_parameters():

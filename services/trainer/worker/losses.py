@@ -20,6 +20,7 @@ Batch: TypeAlias = dict[str, torch.Tensor]
 TokenLosses: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 CHUNK_BYTES = LOGITS_BYTES
+ROUND_TOKENS = 64
 _PROBE_TOKENS = 6
 _NEAR = 1e-3
 """Of the largest logit; another head, or a cap on logits, is farther away by far."""
@@ -39,6 +40,23 @@ def of(model: Any, aim: Aim | None = None) -> tuple[Loss, str]:
     return (Plain(model, aim), why) if why else (Chunked(model, aim), "")
 
 
+def filled(batch: Batch) -> Batch:
+    """A packed batch filled up to a round length by a sample without labels.
+
+    On a CPU the libraries prepare themselves anew for every length they meet: that takes time, and memory that is
+    never given back.
+    """
+    more = -batch["input_ids"].shape[1] % ROUND_TOKENS
+    if "position_ids" not in batch or not more or batch["input_ids"].device.type != "cpu":
+        return batch
+    rest = torch.arange(more).expand(len(batch["input_ids"]), -1)
+    return {
+        "input_ids": F.pad(batch["input_ids"], (0, more)),
+        "labels": F.pad(batch["labels"], (0, more), value=-100),
+        "position_ids": torch.cat((batch["position_ids"], rest), 1),
+    }
+
+
 class Plain:
     """By the model's own logits, all of them."""
 
@@ -46,6 +64,7 @@ class Plain:
         self._model, self.aim = model, aim or Aim()
 
     def __call__(self, batch: Batch) -> torch.Tensor:
+        batch = batch if self.aim.predicts_itself else filled(batch)
         inputs = {name: t for name, t in batch.items() if name != "labels"}
         logits, labels = self._model(**inputs, **self.aim.extras).logits, batch["labels"]
         if not self.aim.predicts_itself:
@@ -67,6 +86,7 @@ class Chunked:
         self._token_losses = None if self.aim.is_plain else self.aim.token_losses
 
     def __call__(self, batch: Batch) -> torch.Tensor:
+        batch = batch if self.aim.predicts_itself else filled(batch)
         inputs = {name: t for name, t in batch.items() if name != "labels"}
         hidden, labels = self._decoder(**inputs, **self.aim.extras).last_hidden_state, batch["labels"]
         if not self.aim.predicts_itself:
@@ -87,18 +107,17 @@ class _Sum(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for begin in range(0, len(hidden), chunk):
             part, wanted = hidden[begin : begin + chunk], labels[begin : begin + chunk, None]
-            logits = F.linear(part, weight, bias).float()
+            logits = F.linear(part, weight, bias)
             if token_losses is not None:
-                value, slope = _by_objective(token_losses, logits, wanted[:, 0], gradient is not None)
+                value, slope = _by_objective(token_losses, logits.float(), wanted[:, 0], gradient is not None)
                 total += value
                 if gradient is not None:
                     gradient[begin : begin + chunk] = slope.to(weight.dtype) @ weight
                 continue
-            whole = logits.logsumexp(-1, keepdim=True)
-            total += (whole - logits.gather(1, wanted)).sum()
+            slope = torch.log_softmax(logits, -1, dtype=torch.float32)
+            total -= slope.gather(1, wanted).sum()
             if gradient is not None:
-                slope = logits.sub_(whole).exp_()
-                slope.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=slope.dtype))
+                slope.exp_().scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=slope.dtype))
                 gradient[begin : begin + chunk] = slope.to(weight.dtype) @ weight
         ctx.save_for_backward(gradient)
         return total

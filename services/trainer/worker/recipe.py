@@ -28,6 +28,7 @@ from services.trainer.worker.aim import aim_of
 from services.trainer.worker.batches import Plan, per_step_of
 from services.trainer.worker.evaluation import ends_early, evaluate, judged
 from services.trainer.worker.facts import Cancelled, Teller
+from services.trainer.worker.fast.install import install
 from services.trainer.worker.lora import with_lora
 from services.trainer.worker.results import describe, finish, write_checkpoint
 from services.trainer.worker.step import BadData, Troubled, after_step, check_epoch, one_step, tell_step
@@ -81,6 +82,9 @@ def train(order: training_pb2.Order, teller: Teller) -> None:
     )
     torch.manual_seed(spec.seed)
     model = with_lora(base, spec)
+    slow = install(model, spec)
+    if slow:
+        teller.say(f"the model's own forward is used: {slow}")
     loss_of, why = losses.of(model, aim_of(spec, base_artifact.payload, known.vocabulary))
     if why:
         teller.say(f"all logits are held at once: {why}")
