@@ -111,6 +111,8 @@ def deepspeed_of(spec: trainer_pb2.TrainSpec, device: str = "cpu") -> dict[str, 
         zero["stage3_prefetch_bucket_size"] = BUCKET_NUMBERS
         # Small weights are divided too: what the stage says is what is held.
         zero["stage3_param_persistence_threshold"] = 0
+        # What was gathered is let go of soon: DeepSpeed's own choice keeps a thousand million numbers.
+        zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = BUCKET_NUMBERS
         if spec.parallelism.offload == trainer_pb2.OFFLOAD_ALL:
             zero["offload_param"] = host
     return {

@@ -11,8 +11,8 @@ import pytest
 
 from qlorad.v1 import trainer_pb2 as pb
 from services.common.shelf import Shelf
-from tests.faults.test_trainer import Follower, small_home  # noqa: F401
 from tests.house import clone_store, eventually, house
+from tests.trainer.following import Follower
 from tests.trainer.kit import create, get, small, stub_of
 
 STEPS, EVERY = 80, 4
@@ -42,7 +42,7 @@ def processes(home: pathlib.Path, name: str) -> dict[int, int]:
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("template", ["zero2", "zero3"])
 def test_p3_kills_of_ranks_change_no_loss(
-    small_home: pathlib.Path,  # noqa: F811
+    small_home: pathlib.Path,
     tmp_path: pathlib.Path,
     template: str,
 ) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -144,6 +145,13 @@ class Ran:
     def losses(self) -> dict[int, float]:
         return {f.step.step: f.step.loss for f in self.facts if f.HasField("step")}
 
+    @property
+    def held(self) -> float:
+        """The share of the weights that rank 0 holds, as it says."""
+        (line,) = [f.log.text for f in self.facts if f.HasField("log") and "each holds" in f.log.text]
+        own, whole = re.findall(r"holds (\d+) of (\d+) bytes", line)[0]
+        return int(own) / int(whole)
+
     def tensors(self, file: str = "adapter/adapter_model.safetensors") -> dict[str, Any]:
         with safe_open(self.folder / file, "pt") as f:
             return {name: f.get_tensor(name) for name in f.keys()}
@@ -254,6 +262,7 @@ def test_a_checkpoint_is_read_by_any_number_of_ranks(small_home: pathlib.Path) -
         "two-zero3": work(small_home, "two-zero3", ranked("zero3-offload", optimizer__learning_rate=2e-3), middle),
         "two-one": one,
     }
+    assert others["two-zero3"].held == pytest.approx(0.5, abs=0.01) and two.held == 1, "what ZeRO-3 divides"
     for name, other in others.items():
         assert min(other.losses) == 11, name
         for step, loss in other.losses.items():

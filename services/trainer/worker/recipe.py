@@ -93,6 +93,8 @@ def train(order: training_pb2.Order, teller: Teller) -> None:
     plan = _plan(spec, rows.lengths().tolist(), teller)
     engine = engines.of(model, spec, loss_of)
     loss_of = engine.loss
+    if engine.world > 1:
+        teller.say(engine.holds())
     total = plan.total_steps()
     teller.tell(
         training_pb2.Fact(

@@ -74,13 +74,20 @@ class Ranked:
         )
         self.engine.aim = loss_of.aim
         self.loss = self.engine
-        self._thirds = spec.parallelism.zero_stage == 3
+        self._stage = spec.parallelism.zero_stage
+        self._thirds = self._stage == 3
         wanted = "DeepSpeedZeroOptimizer_Stage3" if self._thirds else "DeepSpeedZeroOptimizer"
         assert type(self.optimizer).__name__ == wanted, type(self.optimizer)
         self.optimizer.check_grad_overflow = True  # a step whose gradient is no number changes nothing
         self._rounds = 0
         # Dropout must not be the same on all ranks.
         torch.manual_seed((spec.seed + _SEED_STRIDE * (self.rank + 1)) % (1 << 63))
+
+    def holds(self) -> str:
+        """How much of the weights this rank holds, as people read it."""
+        whole = sum((p.ds_numel if self._thirds else p.numel()) * p.element_size() for p in self.model.parameters())
+        own = sum((p.ds_tensor if self._thirds else p).nbytes for p in self.model.parameters())
+        return f"ZeRO-{self._stage} over {self.world} ranks: each holds {own} of {whole} bytes of weights"
 
     def mine(self, micro_batches):
         """This rank's share; what is missing to a full round is repeated with weight 0."""
