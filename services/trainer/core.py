@@ -7,6 +7,7 @@ here, once; everything later goes by digest.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import pathlib
 import secrets
@@ -219,6 +220,8 @@ class Trainer:
             raise rejected(train.model, str(error)) from None
         device = self._rules.host.device
         run = estimate.run_of(train, device)
+        if not run.tokens:
+            run = dataclasses.replace(run, tokens=estimate.largest(made, run, train.memory.budget_bytes) or run.length)
         answer = estimate.to_proto(
             estimate.estimate(made, run, sum(dataset.rows.values()), train.checkpoints.keep_last)
         )
