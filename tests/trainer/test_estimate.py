@@ -82,6 +82,16 @@ def test_t15_tensors_of_known_shapes_stay_in_bounds(
     assert saved + tables == pytest.approx(quantised * (4 / 64 - 1 / 64 - 4 / 64 / 256), rel=0.001)
 
 
+def test_t1_weights_in_nf4_take_at_most_half_of_those_in_bf16() -> None:
+    """The 97M model; what is counted is what is held: see test_base_weights_are_counted_to_the_byte."""
+    shape = llama(12, 768, 12, 12, 2048, 8192, False)
+    run = replace(PLAIN, targets=frozenset(MODULES))
+    assert shape.weights == 97_536_768
+    plain = estimate.base_bytes(shape, replace(run, nf4=False, double=False))
+    assert plain == pytest.approx(2 * shape.weights, rel=0.001)
+    assert estimate.base_bytes(shape, run) <= 0.5 * plain
+
+
 def test_what_fits_fits_and_a_little_more_does_not() -> None:
     seen = 0
     for shape in SHAPES.values():
