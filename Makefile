@@ -13,7 +13,7 @@ CODE   := services clients protos/generate.py tests benchmarks examples
 QUICK  := not slow and not storm and not gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup proto fresh fmt lint types test test-slow test-storm bench bench-full demo check clean
+.PHONY: help setup proto fresh fmt lint types test test-slow test-storm test-gpu bench bench-full demo check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -67,6 +67,9 @@ test-slow: $(STAMP) $(RANKS) ## storms in short form and the DeepSpeed matrix; F
 
 test-storm: $(STAMP) $(RANKS) ## storms in long form; FILTER=trainer narrows
 	$(BIN)/python -m pytest -m storm --timeout 14400 tests/$(FILTER)
+
+test-gpu: $(STAMP) ## what needs a CUDA device; torch in .venv must be a CUDA build
+	$(BIN)/python -m pytest -m gpu --timeout 600 tests/gpu
 
 bench: $(STAMP) ## what is quick to measure, against peers it installs; writes benchmarks/results
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'

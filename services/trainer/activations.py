@@ -41,13 +41,12 @@ class Run:
     """Whether a layer's activations are made again in the backward pass."""
     states: int = 2
     """Numbers that the optimiser keeps of each weight."""
-    dora: bool = False
     zero3: bool = False
 
     @property
     def fast(self) -> bool:
         """Whether the worker's own forward is taken; see worker/fast."""
-        return self.device == "cpu" and not self.dora and not self.zero3
+        return self.device == "cpu" and not self.zero3
 
 
 def targeted(shape: ModelShape, run: Run) -> list[Linear]:

@@ -87,24 +87,13 @@ def _judged(train: trainer_pb2.TrainSpec) -> Iterator[Violation]:
             yield Violation(f"spec.train.{path}", show(value), accepted)
 
 
-_BITSANDBYTES = (
-    trainer_pb2.OPTIMIZER_KIND_ADAMW_8BIT,
-    trainer_pb2.OPTIMIZER_KIND_PAGED_ADAMW,
-    trainer_pb2.OPTIMIZER_KIND_PAGED_ADAMW_8BIT,
-)
-
-
 def _alone(train: trainer_pb2.TrainSpec) -> Iterator[Violation]:
-    """What one process can do and several cannot."""
+    """What one process can do and several cannot; of their optimiser see spec.py."""
     if train.parallelism.ranks <= 1:
         return
-    if train.optimizer.kind in _BITSANDBYTES:
-        name = trainer_pb2.OptimizerKind.Name(train.optimizer.kind)
-        accepted = "OPTIMIZER_KIND_ADAMW or OPTIMIZER_KIND_SGD where ranks > 1: its state cannot be divided"
-        yield Violation("spec.train.optimizer.kind", name, accepted)
     if train.quantization.method == trainer_pb2.QUANTIZATION_METHOD_INT8:
         accepted = "QUANTIZATION_METHOD_NF4 or QUANTIZATION_METHOD_NONE where ranks > 1"
         yield Violation("spec.train.quantization.method", "QUANTIZATION_METHOD_INT8", accepted)
     if train.quantization.compute_type == trainer_pb2.COMPUTE_TYPE_FP16:
-        accepted = "COMPUTE_TYPE_BF16 where ranks > 1"
+        accepted = "COMPUTE_TYPE_BF16 or COMPUTE_TYPE_FP32 where ranks > 1"
         yield Violation("spec.train.quantization.compute_type", "COMPUTE_TYPE_FP16", accepted)

@@ -99,7 +99,6 @@ def run_of(spec: trainer_pb2.TrainSpec, device: str) -> Run:
         device=device.partition(":")[0],
         checkpointing=spec.memory.gradient_checkpointing,
         states=_states(spec.optimizer),
-        dora=spec.lora.dora,
         zero3=spec.parallelism.zero_stage == 3,
     )
 
@@ -152,8 +151,8 @@ def memory(shape: ModelShape, run: Run) -> tuple[Part, ...]:
     shown = "made again layer by layer" if run.checkpointing else f"of {shape.layers} layers"
     return (
         Part("base weights", base_bytes(shape, run), _base_words(shape, run)),
-        Part("adapter", held, f"{numbers} weights, {places}, {'bf16' if run.ranks > 1 else 'fp32'}"),
-        Part("gradients", grown, f"one for each of the adapter's weights, {'bf16' if run.ranks > 1 else 'fp32'}"),
+        Part("adapter", held, f"{numbers} weights, {places}, fp32"),
+        Part("gradients", grown, "one for each of the adapter's weights, fp32"),
         Part("optimizer", state, _state_words(run)),
         Part("activations", kept, f"what the backward pass needs {shown}, {run.tokens} tokens"),
         Part(
@@ -211,7 +210,7 @@ def _trained(count: int, tensors: int, run: Run) -> tuple[int, int, int]:
     """
     if run.ranks == 1:
         return 4 * count, 4 * count, 4 * run.states * count + (4 * tensors if run.states == 2 else 0)
-    return 2 * count, 2 * count, 4 * (1 + run.states) * -(-count // run.ranks)
+    return 4 * count, 4 * count, 4 * (1 + run.states) * -(-count // run.ranks)
 
 
 def loss_bytes(shape: ModelShape, run: Run) -> int:
@@ -278,7 +277,7 @@ def _size(count: int) -> str:
 def disk(shape: ModelShape, run: Run, rows: int, keep_last: int) -> tuple[Part, ...]:
     """What a job writes, at most."""
     one = checkpoint_bytes(shape, run)
-    kept = keep_last + 1 if run.ranks == 1 else 0
+    kept = keep_last + 1
     adapter = 4 * lora_numbers(shape, run) + _headers(shape, run) + 4096
     most = f"at most: {rows} rows of {run.length} tokens; less where rows are shorter"
     return (

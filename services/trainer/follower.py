@@ -52,6 +52,9 @@ class Follower:
         try:
             attempt, stuck = await self._tail(await self._book.turn(lambda page: page.attempt(job, number)), child)
             await self._conclude(attempt, child, stuck)
+        except Fault as fault:
+            log.warning("following attempt %d of %s waits: %s", number, job, fault)
+            return False
         except Exception:  # a full disk, a broken store: the attempt is followed on when it is mended
             log.exception("following attempt %d of %s stumbled", number, job)
             return False

@@ -317,10 +317,6 @@ def wish_to_pause(record: training_pb2.JobRecord) -> trainer_pb2.Event | None:
         raise _not_now(record, PAUSABLE | {_S.JOB_STATE_PAUSING, _S.JOB_STATE_PAUSED})
     if job.state == _S.JOB_STATE_QUEUED:
         return moved(record, _S.JOB_STATE_PAUSED, ASKED)
-    ranks = job.spec.train.parallelism.ranks
-    if ranks > 1:
-        now = f"{word(job.state)} in {ranks} ranks, which write no checkpoints"
-        raise wrong_state(job.name, now, ("QUEUED", "or CancelJob instead"))
     return moved(record, _S.JOB_STATE_PAUSING, ASKED)
 
 

@@ -23,6 +23,8 @@ STOP = "cancel"
 """The wish to stop, be it to cancel or to pause. Its name on disk is that of its first use: workers outlive daemons."""
 RESERVE = "reserve"
 """Space kept back for a worker's last word on a full disk."""
+BUCKET_NUMBERS = 50_000_000
+"""Numbers that ranks exchange at a time; DeepSpeed's own choice would take 2 GB of a device for its buffer."""
 LOGITS_BYTES = 8 << 20
 """Of logits in fp32 that a worker holds at a time."""
 
@@ -71,22 +73,52 @@ def _linear_weights(model: ModelFacts) -> int:
     return max(0, round((2 * model.parameters - model.nf4_bytes) / (2 - 0.516)))
 
 
-def environ_of(spec: trainer_pb2.TrainSpec, extensions: str) -> dict[str, str]:
+def threads_of(spec: trainer_pb2.TrainSpec) -> int:
+    """Of each process: ranks share what the job may have."""
+    return max(1, spec.threads // max(1, spec.parallelism.ranks))
+
+
+def environ_of(spec: trainer_pb2.TrainSpec, extensions: str, device: str = "cpu") -> dict[str, str]:
     """What its environment holds beside the daemon's."""
-    threads = str(1 if spec.parallelism.ranks > 1 else spec.threads)
+    threads = str(threads_of(spec))
     environ = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "BITSANDBYTES_NOWELCOME": "1"}
     if spec.parallelism.ranks > 1:
-        environ |= {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": extensions, "GLOO_SOCKET_IFNAME": "lo"}
+        kind = device.partition(":")[0]
+        environ |= {"DS_ACCELERATOR": kind, "TORCH_EXTENSIONS_DIR": extensions, "GLOO_SOCKET_IFNAME": "lo"}
     return environ
 
 
-def deepspeed_of(spec: trainer_pb2.TrainSpec) -> dict[str, Any]:
-    """DeepSpeed's configuration; no "optimizer": torch's AdamW is handed over."""
+def deepspeed_of(spec: trainer_pb2.TrainSpec, device: str = "cpu") -> dict[str, Any]:
+    """DeepSpeed's configuration.
+
+    No "optimizer": torch's own is handed over, which also runs where state lies in host memory. No "bf16": trained
+    weights are fp32 as in one process, and the frozen base keeps its type. Batches are cut by the recipe, which says
+    itself where a step ends.
+    """
+    ranks, stage = spec.parallelism.ranks, spec.parallelism.zero_stage
+    accumulation = max(1, spec.data.accumulation)
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "contiguous_gradients": True,
+        "overlap_comm": device != "cpu",
+        "reduce_bucket_size": BUCKET_NUMBERS,
+        "allgather_bucket_size": BUCKET_NUMBERS,
+    }
+    host = {"device": "cpu", "pin_memory": device != "cpu"}
+    if spec.parallelism.offload in (trainer_pb2.OFFLOAD_OPTIMIZER, trainer_pb2.OFFLOAD_ALL):
+        zero["offload_optimizer"] = host
+    if stage == 3:
+        zero["stage3_prefetch_bucket_size"] = BUCKET_NUMBERS
+        # Small weights are divided too: what the stage says is what is held.
+        zero["stage3_param_persistence_threshold"] = 0
+        if spec.parallelism.offload == trainer_pb2.OFFLOAD_ALL:
+            zero["offload_param"] = host
     return {
+        "train_batch_size": accumulation * ranks,
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": spec.data.accumulation,
+        "gradient_accumulation_steps": accumulation,
         "gradient_clipping": spec.optimizer.max_grad_norm,
-        "zero_optimization": {"stage": spec.parallelism.zero_stage},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": True},
+        "zero_force_ds_cpu_optimizer": False,
     }

@@ -66,33 +66,33 @@ def form_of(spec: trainer_pb2.TrainSpec) -> Form:
     return Form(spec.quantization.method, spec.quantization.compute_type, spec.optimizer.kind)
 
 
-def decide(asked: Form, facts: DeviceFacts, ranks: int, weights: Callable[[Form], int]) -> Plan:
+def decide(asked: Form, facts: DeviceFacts, weights: Callable[[Form], int]) -> Plan:
     """What the device can do of it; `weights` tells about what the base takes in a form."""
     used, told = asked, list[trainer_pb2.Fallback]()
     for step in (_compute, _method, _smaller, _optimizer):
-        after, why = step(used, facts, ranks, weights)
+        after, why = step(used, facts, weights)
         if why:
             told.append(trainer_pb2.Fallback(asked=_words(used, after), used=_words(after, used), why=why))
         used = after
     return Plan(used, tuple(told))
 
 
-def _compute(form: Form, facts: DeviceFacts, ranks: int, _: Callable[[Form], int]) -> tuple[Form, str]:
+def _compute(form: Form, facts: DeviceFacts, _: Callable[[Form], int]) -> tuple[Form, str]:
     if form.compute == FP16 and facts.kind != "cuda":
         return replace(form, compute=BF16 if facts.bf16 else FP32), f"fp16 is for CUDA, the device is {facts.kind}"
-    if form.compute == BF16 and not facts.bf16 and ranks == 1:
+    if form.compute == BF16 and not facts.bf16:
         other = FP16 if facts.kind == "cuda" else FP32
         return replace(form, compute=other), f"the {facts.kind} device has no bf16 in its hardware"
     return form, ""
 
 
-def _method(form: Form, facts: DeviceFacts, _: int, __: Callable[[Form], int]) -> tuple[Form, str]:
+def _method(form: Form, facts: DeviceFacts, _: Callable[[Form], int]) -> tuple[Form, str]:
     if form.method != NONE and not facts.quantizes:
         return replace(form, method=NONE), f"bitsandbytes does not work on {facts.kind} here"
     return form, ""
 
 
-def _smaller(form: Form, facts: DeviceFacts, _: int, weights: Callable[[Form], int]) -> tuple[Form, str]:
+def _smaller(form: Form, facts: DeviceFacts, weights: Callable[[Form], int]) -> tuple[Form, str]:
     room = int(ROOM * facts.memory_bytes)
     if not room or not facts.quantizes or weights(form) <= room:
         return form, ""
@@ -104,7 +104,7 @@ def _smaller(form: Form, facts: DeviceFacts, _: int, weights: Callable[[Form], i
     return form, ""  # nothing is small enough: whoever admits the job says so
 
 
-def _optimizer(form: Form, facts: DeviceFacts, _: int, __: Callable[[Form], int]) -> tuple[Form, str]:
+def _optimizer(form: Form, facts: DeviceFacts, _: Callable[[Form], int]) -> tuple[Form, str]:
     if form.optimizer in PAGED and facts.kind != "cuda":
         other = PAGED[form.optimizer]
         if other == ADAMW_8BIT and not facts.quantizes:

@@ -182,7 +182,8 @@ class Runner:
 
     def _take(self, record: training_pb2.JobRecord) -> list[devices.Lease] | trainer_pb2.QueuePlace:
         """All the devices that a job needs, or what stands against it."""
-        if shutil.disk_usage(self._places.jobs).free < self._places.min_free_bytes:
+        free = min(shutil.disk_usage(folder).free for folder in (self._places.jobs, self._shelf.root))
+        if free < self._places.min_free_bytes:
             return trainer_pb2.QueuePlace(reason=trainer_pb2.QUEUE_REASON_DISK_FULL)
         leases: list[devices.Lease] = []
         busy = trainer_pb2.QueuePlace(reason=trainer_pb2.QUEUE_REASON_DEVICE_BUSY)
@@ -250,7 +251,7 @@ class Runner:
                 ["--attempt", str(folder), "--hold", ",".join(map(str, held))],
                 folder / launch.LOG,
                 held,
-                launch.environ_of(order.spec, self._places.extensions),
+                launch.environ_of(order.spec, self._places.extensions, order.device),
             )
         finally:
             os.close(lock)

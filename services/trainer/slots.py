@@ -63,15 +63,14 @@ def starts(total: int, running: Iterable[Claim], queue: Sequence[Claim], now: fl
     for claim in running:
         for slot in sorted(range(total), key=free.__getitem__)[: claim.slots]:
             free[slot] = now + claim.seconds
-    found: list[float | None] = []
-    before = now
-    for claim in queue:
+    found: list[float | None] = [None] * len(queue)
+    for place in sorted(range(len(queue)), key=lambda n: max(now, queue[n].not_before)):  # back-off lets others pass
+        claim = queue[place]
         order = sorted(range(total), key=free.__getitem__)[: claim.slots]
-        start = inf if claim.slots > total else max(free[order[-1]], before, claim.not_before)
-        found.append(None if start == inf else start)
+        start = inf if claim.slots > total else max(free[order[-1]], claim.not_before)
+        found[place] = None if start == inf else start
         for slot in order:
             free[slot] = start + claim.seconds
-        before = start
     return found
 
 

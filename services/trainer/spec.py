@@ -24,7 +24,9 @@ from services.trainer import agreement, objective
 from services.trainer.agreement import within
 
 ALL_LINEAR = "all-linear"
-MAX_RANKS = 8
+MAX_RANKS = 64
+DIVISIBLE = (trainer_pb2.OPTIMIZER_KIND_ADAMW, trainer_pb2.OPTIMIZER_KIND_SGD)
+"""Optimisers whose state is one number for each weight, so that it can be divided anywhere and put together again."""
 LABEL_KEY_RULE = "at most 32 labels; keys 1 to 63 of [a-z0-9_.-], values at most 255 characters"
 
 
@@ -229,10 +231,10 @@ def _bend(train: trainer_pb2.TrainSpec, given: frozenset[str], model: ModelKnown
             quantization.double_quantization = False
     if train.parallelism.ranks == 1 and "spec.train.parallelism.zero_stage" not in given:
         train.parallelism.zero_stage = 0
+    if train.parallelism.ranks == 1 and "spec.train.parallelism.offload" not in given:
+        train.parallelism.offload = trainer_pb2.OFFLOAD_UNSPECIFIED
     if train.parallelism.ranks > 1 and "spec.train.parallelism.zero_stage" not in given:
-        train.parallelism.zero_stage = 2
-    if train.parallelism.ranks > 1 and "spec.train.checkpoints.every_steps" not in given:
-        train.checkpoints.every_steps = 0
+        train.parallelism.zero_stage = train.parallelism.zero_stage or 2
     if train.threads == 0:
         train.threads = host.cores
 
@@ -358,25 +360,32 @@ def _targets(train: trainer_pb2.TrainSpec, model: ModelKnown | None) -> Iterator
 
 
 def _ranks(train: trainer_pb2.TrainSpec, host: Host) -> Iterator[Violation]:
-    ranks, stage = train.parallelism.ranks, train.parallelism.zero_stage
-    if ranks <= 1:
-        if stage:
-            yield Violation("spec.train.parallelism.zero_stage", show(stage), "0 where ranks is 1; or ranks above 1")
+    """Violations of what several processes, or one alone, cannot do."""
+    field, p = "spec.train.parallelism", train.parallelism
+    offload = trainer_pb2.Offload
+    if p.offload not in offload.values():
+        yield Violation(f"{field}.offload", show(p.offload), ", ".join(offload.keys()))
+        return
+    name = offload.Name(p.offload)
+    if p.ranks <= 1:
+        if p.zero_stage:
+            yield Violation(f"{field}.zero_stage", show(p.zero_stage), "0 where ranks is 1; or ranks above 1")
+        if p.offload:
+            yield Violation(f"{field}.offload", name, "OFFLOAD_UNSPECIFIED where ranks is 1; or ranks above 1")
         return
     if host.device != "cpu":
-        yield Violation("spec.train.parallelism.ranks", show(ranks), f"1 on {host.device}")
-    if stage != 2:
-        yield Violation("spec.train.parallelism.zero_stage", show(stage), "2 where ranks is above 1")
-    if train.checkpoints.every_steps:
-        yield Violation(
-            "spec.train.checkpoints.every_steps",
-            show(train.checkpoints.every_steps),
-            "0 where ranks is above 1: such a job starts anew after a lost attempt",
-        )
-    if train.quantization.compute_type == trainer_pb2.COMPUTE_TYPE_FP32:
-        yield Violation(
-            "spec.train.quantization.compute_type", "COMPUTE_TYPE_FP32", "COMPUTE_TYPE_BF16 where ranks > 1"
-        )
+        accepted = f"1 on {host.device}: a job leases one device, and each rank needs its own"
+        yield Violation(f"{field}.ranks", show(p.ranks), accepted)
+    if p.zero_stage not in (1, 2, 3):
+        yield Violation(f"{field}.zero_stage", show(p.zero_stage), "1, 2 or 3 where ranks is above 1")
+    elif p.offload == trainer_pb2.OFFLOAD_ALL and p.zero_stage != 3:
+        accepted = "OFFLOAD_OPTIMIZER, or zero_stage 3: only that divides the weights"
+        yield Violation(f"{field}.offload", name, accepted)
+    kind = train.optimizer.kind
+    if kind in trainer_pb2.OptimizerKind.values() and kind and kind not in DIVISIBLE:
+        nearest = "OPTIMIZER_KIND_ADAMW with parallelism.offload OFFLOAD_OPTIMIZER"
+        accepted = f"{nearest}, or ranks 1: its state lies in blocks, which cannot be divided anew among ranks"
+        yield Violation("spec.train.optimizer.kind", trainer_pb2.OptimizerKind.Name(kind), accepted)
 
 
 def _paths(descriptor: Any, prefix: str) -> Iterable[str]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from services.common import devices
+from tests.house import clone_store
 from tests.trainer.kit import seal_dataset
 
 
@@ -24,3 +25,10 @@ def held(small_home: pathlib.Path) -> Iterator[None]:
     lease = devices.acquire(small_home / "state" / "devices", devices.devices_here()[0], "the test")
     yield
     lease.release()
+
+
+def lives_home(home: pathlib.Path, starter_home: pathlib.Path) -> pathlib.Path:
+    """A fresh home with the test starter and datasets/small, for tests that need many."""
+    clone_store(starter_home, home)
+    seal_dataset(home, "small", {"train": 12, "validation": 4})
+    return home

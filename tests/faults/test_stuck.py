@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import pathlib
 import re
+import shutil
 import signal
 from collections.abc import Iterator
 
+import psutil
 import pytest
 
 from qlorad.v1 import trainer_pb2
@@ -121,6 +123,36 @@ def test_p9_a_daemon_that_was_stopped_itself_ends_no_healthy_worker(small_home: 
         done = get(stub_of(made), job.name)
         assert done.attempt == 1 and metric(made, "qlorad_job_attempts_stuck_total") == 0
         check_log(job, follower.events, done)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its shared-memory part with g++")
+def test_p9_one_stopped_rank_of_two_is_named_and_all_are_ended(small_home: pathlib.Path, frozen: list[int]) -> None:
+    with house(small_home) as made:
+        made.start("trainer", "--retry-backoff-seconds", "0", "--worker-heartbeat-seconds", "6")
+        spec = small(20_000, evaluation__max_rows=1, data__micro_batch_tokens=128, parallelism__ranks=2)
+        job = create(stub_of(made), spec, "two", job_id="two", template="zero2")
+        follower = Follower(made, job.name)
+        eventually(lambda: follower.step() >= 3, 120, "step 3")
+        both = {number: rank_of(small_home, number) for number in "01"}
+        os.kill(both["1"], signal.SIGSTOP)
+        frozen.append(both["1"])
+        eventually(lambda: interruptions(follower), 60, "an interruption")
+        assert interruptions(follower)[0].startswith("stuck: no sign of life of life.1 for "), interruptions(follower)
+        assert all(ended(pid) for pid in both.values())
+        stub_of(made).CancelJob(trainer_pb2.CancelJobRequest(request_id="c", name=job.name), timeout=10)
+        follower.join()
+        check_log(job, follower.events, get(stub_of(made), job.name))
+
+
+def rank_of(home: pathlib.Path, number: str) -> int:
+    """Pid of a rank of the only job of several."""
+    for process in psutil.process_iter():
+        try:
+            if str(home) in " ".join(process.cmdline()) and process.environ().get("QLORAD_RANK") == number:
+                return process.pid
+        except psutil.Error:
+            continue
+    raise AssertionError(f"no rank {number} runs")
 
 
 def test_p9_a_worker_that_lives_but_gets_nowhere_is_ended_too(small_home: pathlib.Path) -> None:

@@ -148,7 +148,14 @@ def test_cancel_keeps_the_work_and_sigterm_leaves_the_worker_running(small_home:
         assert done.state == trainer_pb2.JOB_STATE_CANCELLED and done.attempt == 1
         kept = Shelf(small_home / "store").open("checkpoints", done.result.checkpoint_digest, verify=True)
         files = sorted(f.path for f in kept.manifest.files)
-        assert files == ["adapter.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"]
+        assert files == [
+            "adapter.json",
+            "adapter/adapter_config.json",
+            "adapter/adapter_model.safetensors",
+            "optimizer-00001-of-00001.safetensors",
+            "rng-00001-of-00001.safetensors",
+            "state.json",
+        ]
         check_log(job, follower.events, done)
         assert [e.checkpoint_sealed.step for e in follower.events if e.HasField("checkpoint_sealed")] == [
             done.result.steps

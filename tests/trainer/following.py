@@ -61,6 +61,10 @@ class Follower:
         """The newest step seen."""
         return max((e.step.step for e in list(self.events) if e.HasField("step")), default=0)
 
+    def alive(self) -> bool:
+        """Whether the job has not ended yet, as far as it was told."""
+        return self._thread.is_alive()
+
     def join(self) -> None:
         self._thread.join(170)
         assert not self._thread.is_alive()

@@ -60,7 +60,7 @@ def overfits(**more: object) -> trainer_pb2.JobSpec:
         "evaluation__keep_best_adapter": True,
         "checkpoints__every_steps": 3,
         "checkpoints__keep_last": 1,
-        "optimizer__learning_rate": 0.1,
+        "optimizer__learning_rate": 0.03,
     }
     return small(60, **{**fields, **more})
 

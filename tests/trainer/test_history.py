@@ -1,62 +1,70 @@
-"""What jobs before tell of the next: time and the correction of memory, and the door that asks."""
+"""A job's history is bounded: the job is whole, the oldest events are gone, and nobody is told less than he thinks."""
 
 from __future__ import annotations
 
+import asyncio
 import pathlib
 
 import pytest
 
-from qlorad.v1 import trainer_pb2
-from services.trainer import history
-from tests.house import House
-from tests.trainer.kit import create, small, stub_of, watch
+from qlorad.v1 import errors_pb2, trainer_pb2
+from services.common.errors import Fault
+from services.common.frames.v1 import training_pb2
+from services.common.store import Store
+from services.trainer import jobs
+from services.trainer.book import MIGRATIONS, Book, Page
+from services.trainer.notify import Hub
+
+KEPT = 100
 
 
-def ended(steps: int, seconds: float, **fields: object) -> trainer_pb2.Job:
-    """A job that took five seconds to start, a second a step of 100 tokens."""
-    job = trainer_pb2.Job(spec=small(steps, **fields), state=trainer_pb2.JOB_STATE_SUCCEEDED, total_steps=steps)
-    job.start_time.FromSeconds(1000)
-    job.end_time.FromSeconds(int(1000 + seconds))
-    job.result.steps, job.result.tokens = steps, 100 * steps
-    job.result.predicted_memory_bytes, job.result.measured_memory_bytes = 1000, 1200
-    job.metrics.tokens_per_second, job.metrics.epoch = 100.0, steps / 10
-    return job
+def step(number: int) -> trainer_pb2.Event:
+    return trainer_pb2.Event(step=trainer_pb2.StepMetrics(step=number, tokens=10))
 
 
-def test_jobs_of_the_same_shape_tell_the_time() -> None:
-    before = [ended(20, 25), ended(40, 45), ended(20, 25, lora__rank=64)]
-    told = history.judge(small(100, seed=9).train, 1, 10**6, before)
-    assert told.seconds == pytest.approx(105) and "2 jobs of the same shape" in told.judged_from
-    by_epochs = small(0)
-    by_epochs.train.schedule.epochs = 3.0
-    assert history.judge(by_epochs.train, 1, 10**6, before).seconds == pytest.approx(5 + 30)
-    assert told.correction == pytest.approx(1.2) and "3 jobs took 1.20" in told.judged_from
+def made(page: Page) -> None:
+    record = training_pb2.JobRecord()
+    record.job.name = "jobs/a"
+    record.job.spec.train.checkpoints.keep_last = 2
+    record = page.add("a", record)
+    record = page.append("a", [jobs.moved(record, trainer_pb2.JOB_STATE_PREPARING)])
+    page.append("a", [jobs.moved(record, trainer_pb2.JOB_STATE_RUNNING)])
 
 
-def test_another_shape_is_told_at_most_and_an_unknown_one_not_at_all() -> None:
-    other = small(10, data__max_length_tokens=64).train
-    told = history.judge(other, 10**6, 10**6, [ended(20, 25)])
-    assert told.seconds == pytest.approx(10 * 256 / 100) and "time, at most" in told.judged_from
-    nothing = history.judge(other, 10**6, 10**6, [])
-    assert (nothing.seconds, nothing.correction, nothing.judged_from) == (None, 1.0, "")
-    failed = ended(20, 25)
-    failed.state = trainer_pb2.JOB_STATE_FAILED
-    assert history.judge(other, 10**6, 10**6, [failed]) == nothing
+async def test_the_oldest_events_go_and_the_job_stays_whole(tmp_path: pathlib.Path) -> None:
+    hub = Hub(16)
+    book = Book(Store.open(tmp_path / "b.sqlite", MIGRATIONS), hub, KEPT)
 
+    async def watch(after: int, limit: int) -> list[int]:
+        seen: list[int] = []
+        stream = hub.watch(
+            "a",
+            after,
+            lambda: book.turn(lambda page: page.read("a")),
+            lambda a, n: book.turn(lambda page: page.events("a", a, n)),
+            5.0,
+        )
+        async for update in stream:
+            if update.HasField("event"):
+                seen.append(update.event.sequence)
+            if len(seen) == limit:
+                break
+        await stream.aclose()  # type: ignore[attr-defined]
+        return seen
 
-def test_a_correction_has_bounds() -> None:
-    wild = ended(20, 25)
-    wild.result.measured_memory_bytes = 10**9
-    assert history.judge(wild.spec.train, 1, 1, [wild]).correction == history.MOST
-
-
-@pytest.mark.slow
-def test_an_estimate_learns_from_the_job_before(trainer: House, small_home: pathlib.Path) -> None:
-    stub = stub_of(trainer)
-    request = trainer_pb2.EstimateJobRequest(spec=small(6))
-    first = stub.EstimateJob(request, timeout=20)
-    assert not first.HasField("seconds") and first.correction == 1.0
-    list(watch(stub, create(stub, small(6), "one").name))
-    second = stub.EstimateJob(request, timeout=20)
-    assert second.seconds > 0 and "1 jobs of the same shape" in second.judged_from
-    assert second.correction != 1.0 and second.needed_bytes == round(first.needed_bytes * second.correction)
+    await book.turn(made)
+    for first in range(1, 400, 40):
+        await book.turn(lambda page, first=first: page.append("a", [step(first + n) for n in range(40)]))  # type: ignore[misc]
+    record = await book.turn(lambda page: page.read("a"))
+    assert record is not None and record.job.state == trainer_pb2.JOB_STATE_RUNNING
+    last = record.job.last_sequence
+    assert last == 403 and record.job.result.tokens == 4000 and record.job.result.steps == 400
+    oldest = await book.turn(lambda page: page.oldest("a"))
+    assert oldest == last - KEPT + 1
+    assert await watch(oldest - 1, KEPT) == list(range(oldest, last + 1))
+    with pytest.raises(Fault) as caught:
+        await watch(oldest - 2, 1)
+    assert caught.value.reason == errors_pb2.REASON_HISTORY_GONE
+    assert caught.value.metadata["oldest_sequence"] == str(oldest)
+    await book.close()
+    await asyncio.sleep(0)

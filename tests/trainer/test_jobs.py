@@ -144,14 +144,6 @@ def test_a_pause_costs_no_attempt_and_no_time(lost: bool) -> None:
     assert record.job.state == trainer_pb2.JOB_STATE_FAILED and "attempt 1 of 1" in record.job.error.message
 
 
-def test_a_job_of_several_ranks_is_paused_only_in_the_queue() -> None:
-    record = queued()
-    record.job.spec.train.parallelism.ranks = 2
-    assert write(record, wished(jobs.wish_to_pause, record)).job.state == trainer_pb2.JOB_STATE_PAUSED
-    with pytest.raises(Fault, match="PREPARING in 2 ranks, which write no checkpoints; the call needs: QUEUED"):
-        jobs.wish_to_pause(started(record))
-
-
 WISHES = {"pause": jobs.wish_to_pause, "resume": jobs.wish_to_resume, "cancel": jobs.wish_to_cancel}
 DEEDS = ("start", "plan", "step", "step", "checkpoint", "stop", "lose", "finish", "pause", "resume", "resume")
 

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlorad.v1 import trainer_pb2
+from qlorad.v1 import artifacts_pb2, trainer_pb2
 from services.common import errors
 from services.common.shelf import Shelf
-from services.trainer.worker.batches import Plan, pack, pad
+from services.trainer.worker.batches import Plan, pack, pad, per_step_of
 from tests.trainer.kit import MODEL
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -60,6 +60,7 @@ def peft_model(
     kind: int = trainer_pb2.OPTIMIZER_KIND_ADAMW,
     rslora: bool = False,
     momentum: float = 0.0,
+    rank: int = RANK,
     fast: bool = True,
     targets: str = "q_proj v_proj down_proj",
     dropout: float = 0.0,
@@ -74,7 +75,7 @@ def peft_model(
     torch.set_num_threads(1)
     payload = Shelf(home / "store").open("models", MODEL.removeprefix("models/")).payload
     spec = trainer_pb2.TrainSpec()
-    spec.lora.rank, spec.lora.alpha, spec.lora.rslora, spec.lora.dropout = RANK, 8, rslora, dropout
+    spec.lora.rank, spec.lora.alpha, spec.lora.rslora, spec.lora.dropout = rank, 8, rslora, dropout
     spec.lora.target_modules.names.extend(targets.split())
     spec.optimizer.learning_rate, spec.optimizer.beta1, spec.optimizer.beta2 = 1e-2, 0.9, 0.999
     spec.data.packing, spec.data.micro_batch_tokens = True, 128
@@ -158,6 +159,19 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradient(
     assert kept[1] < kept[0], kept
 
 
+def test_the_gradient_through_int8_is_near_that_of_the_whole_weights(starter_home: pathlib.Path) -> None:
+    from services.common.worker.load import weight_bytes
+
+    rows = made_rows(5, seed=8)
+    whole, eighth = (peft_model(starter_home, method, "bf16") for method in ("none", "int8"))
+    batch = whole.tensors.packed(rows, range(5), "cpu")
+    left, right = gradients(whole, [batch], 50), gradients(eighth, [batch], 50)
+    for name in left:
+        near = whole.torch.nn.functional.cosine_similarity(left[name].flatten(), right[name].flatten(), dim=0)
+        assert float(near) > 0.98, (name, float(near))
+    assert weight_bytes(eighth.model) < 0.75 * weight_bytes(whole.model)
+
+
 def test_a_rank_stabilised_update_is_larger_by_the_root_of_the_rank(starter_home: pathlib.Path) -> None:
     rows = made_rows(3, seed=5)
     plain = peft_model(starter_home, "none", "fp32")
@@ -184,7 +198,10 @@ def test_plain_descent_moves_against_the_gradient(starter_home: pathlib.Path) ->
     assert not it.engine.optimizer.state or all(not s for s in it.engine.optimizer.state.values())
 
 
-@pytest.mark.parametrize("kind", [trainer_pb2.OPTIMIZER_KIND_ADAMW, trainer_pb2.OPTIMIZER_KIND_SGD])
+EIGHT_BITS = (trainer_pb2.OPTIMIZER_KIND_ADAMW_8BIT, trainer_pb2.OPTIMIZER_KIND_PAGED_ADAMW_8BIT)
+
+
+@pytest.mark.parametrize("kind", [n for n in trainer_pb2.OptimizerKind.values() if n])
 def test_an_optimiser_goes_on_from_a_checkpoint_as_if_it_had_not_been_cut(
     starter_home: pathlib.Path, tmp_path: pathlib.Path, kind: int
 ) -> None:
@@ -192,20 +209,22 @@ def test_an_optimiser_goes_on_from_a_checkpoint_as_if_it_had_not_been_cut(
 
     rows = made_rows(4, seed=11)
     trained = sum(int(rows.mask(n)[1:].sum()) for n in range(4))
-    it, other = (peft_model(starter_home, "none", "fp32", kind=kind, momentum=0.9) for _ in range(2))
+    it, other = (peft_model(starter_home, "none", "fp32", kind=kind, momentum=0.9, rank=64) for _ in range(2))
 
     def step(one: types.SimpleNamespace) -> None:
         gradients(one, [one.tensors.packed(rows, range(4), "cpu")], trained)
         one.engine.step(0.1)
 
     step(it)
-    checkpoint.write(
-        tmp_path, checkpoint.Progress("j", step=1), it.engine.parameters, it.engine.optimizer, checkpoint.get_rng("cpu")
-    )
-    assert checkpoint.read(tmp_path, "j", other.engine.parameters, other.engine.optimizer).step == 1
-    step(it), step(other)
+    about = checkpoint.About(it.spec.lora, {}, artifacts_pb2.Lineage())
+    checkpoint.write(tmp_path, checkpoint.Progress("j", step=1), it.engine, checkpoint.get_rng("cpu"), about)
+    assert checkpoint.read(tmp_path, "j", other.engine).step == 1
+    for _ in range(3):
+        step(it), step(other)
     for name, p in it.engine.parameters.items():
         assert it.torch.equal(p, other.engine.parameters[name])
+        if kind in EIGHT_BITS:  # else the test would be of something else
+            assert it.engine.optimizer.state[p]["state1"].dtype == it.torch.uint8
 
 
 @pytest.mark.parametrize(("method", "compute", "near"), [("none", "fp32", 1e-5), ("nf4", "bf16", 2e-2)])
@@ -308,9 +327,10 @@ def test_the_rows_of_an_epoch_add_up_over_steps_and_begin_anew() -> None:
     assert unknown.epoch_rows == "" and unknown.epoch_tokens == 20
 
 
-def test_gradient_flow_through_nf4(starter_home: pathlib.Path) -> None:
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_gradient_flow_through_a_quantised_base(starter_home: pathlib.Path, method: str) -> None:
     """After two steps every A and every B moved, and every byte of the base is where it was."""
-    it = peft_model(starter_home, "nf4", "bf16", live_b=False)
+    it = peft_model(starter_home, method, "bf16", live_b=False)
 
     def raw() -> dict:
         # As bytes: nf4 codes lie in bf16 storage, where some of them read as NaN.
@@ -328,10 +348,13 @@ def test_gradient_flow_through_nf4(starter_home: pathlib.Path) -> None:
     assert moved == set(it.engine.parameters) and len(before) > len(moved)
 
 
-def test_an_evaluation_changes_no_later_gradient(starter_home: pathlib.Path, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_an_evaluation_changes_no_later_gradient(
+    starter_home: pathlib.Path, tmp_path: pathlib.Path, method: str
+) -> None:
     from services.trainer.worker.facts import Teller
 
-    it = peft_model(starter_home, "nf4", "bf16")
+    it = peft_model(starter_home, method, "bf16")
     rows = made_rows(4, seed=6)
     batch = it.tensors.packed(rows, range(4), "cpu")
     random = it.torch.get_rng_state()
@@ -382,11 +405,11 @@ def test_every_error_of_a_worker_has_its_word(error: Exception, reason: str) -> 
 LENGTHS = st.lists(st.integers(1, 64), min_size=1, max_size=60)
 
 
-@given(LENGTHS, st.integers(64, 200), st.integers(0, 9), st.integers(1, 4), st.booleans())
+@given(LENGTHS, st.integers(64, 200), st.integers(0, 9), st.integers(1, 4), st.booleans(), st.booleans())
 def test_every_row_is_consumed_once_an_epoch_and_fits(
-    lengths: list[int], room: int, seed: int, per_step: int, packing: bool
+    lengths: list[int], room: int, seed: int, per_step: int, packing: bool, grouped: bool
 ) -> None:
-    plan = Plan(lengths, seed, packing, room, per_step, 0, 2.0)
+    plan = Plan(lengths, seed, packing, room, per_step, 0, 2.0, grouped)
     total = plan.total_steps()
     steps = list(plan.steps(total))
     assert [s.number for s in steps] == list(range(1, total + 1))
@@ -406,3 +429,32 @@ def test_every_row_is_consumed_once_an_epoch_and_fits(
 def test_best_fit_fills_bins() -> None:
     assert pack(range(4), [60, 50, 40, 30], 100) == [(0, 2), (1, 3)]
     assert pad(range(4), [10, 10, 30, 10], 60) == [(0, 1), (2, 3)]
+
+
+def test_rows_of_like_length_waste_less_and_meet_others_in_the_next_epoch() -> None:
+    lengths = np.random.default_rng(0).lognormal(4.5, 0.8, 2000).clip(8, 512).astype(int).tolist()
+    plain, grouped = (Plan(lengths, 1, False, 2048, 1, 0, 2.0, on) for on in (False, True))
+    assert plain.efficiency() < 0.55 and grouped.efficiency() > 0.9
+    assert len(grouped.epoch(0)) < 0.6 * len(plain.epoch(0))
+    assert grouped.epoch(0) == Plan(lengths, 1, False, 2048, 1, 0, 2.0, True).epoch(0)
+    met = [{frozenset((a, b)) for rows in grouped.epoch(n) for a in rows for b in rows if a < b} for n in (0, 1)]
+    assert len(met[0] & met[1]) < 0.4 * len(met[0])
+    widths = [max(lengths[r] for r in rows) for rows in grouped.epoch(0)]
+    assert widths != sorted(widths) and widths != sorted(widths, reverse=True), "short and long ones in turn"
+
+
+@given(LENGTHS, st.integers(64, 200), st.integers(1, 600), st.integers(1, 3), st.booleans(), st.integers(0, 20))
+def test_a_step_has_at_least_the_tokens_that_were_asked_for(
+    lengths: list[int], room: int, tokens: int, ranks: int, packing: bool, max_steps: int
+) -> None:
+    def poorest(per_step: int) -> int:
+        """Tokens of the poorest step that is not the last of its epoch."""
+        plan = Plan(lengths, 3, packing, room, per_step, max_steps, 3.0)
+        whole = [s for s in plan.steps(plan.total_steps()) if s.index + 1 < s.of]
+        return min((sum(lengths[r] for rows in s.micro_batches for r in rows) for s in whole), default=1 << 30)
+
+    found, enough = per_step_of(Plan(lengths, 3, packing, room, 0, max_steps, 3.0), tokens, ranks)
+    assert found % ranks == 0 and enough == (sum(lengths) >= tokens)
+    assert poorest(found) >= tokens
+    if enough and found > ranks:
+        assert poorest(found - ranks) < tokens, "no more micro-batches than that takes"

@@ -41,7 +41,9 @@ def test_what_cannot_be_judged_is_not_told() -> None:
     assert slots.starts(1, [one], [slots.Claim(1, inf), one], 0.0) == [10.0, None]
     assert slots.starts(2, [slots.Claim(1, inf)], [one, one], 0.0) == [0.0, 10.0]
     assert slots.starts(2, [one], [slots.Claim(3, 1.0), one], 0.0) == [None, None]
-    assert slots.starts(1, [], [slots.Claim(1, 5.0, not_before=30.0), one], 0.0) == [30.0, 35.0]
+    assert slots.starts(1, [], [slots.Claim(1, 5.0, not_before=30.0), one], 0.0) == [30.0, 0.0]
+    three, two = slots.Claim(3, 5.0), slots.Claim(2, 5.0)
+    assert slots.starts(3, [slots.Claim(1, 20.0)], [three, two, one], 0.0) == [20.0, 25.0, 25.0], "nobody overtakes"
 
 
 def ended(model: str, seconds: int, steps: int) -> training_pb2.JobRecord:

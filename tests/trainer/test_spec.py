@@ -18,7 +18,19 @@ MODEL = spec.ModelKnown("sha256:" + "a" * 64, 256, LLAMA)
 DATASET = spec.DatasetKnown("sha256:" + "b" * 64, {"train": 9, "validation": 2})
 BERT = spec.ModelKnown("sha256:" + "c" * 64, 256, ("query", "key", "value", "dense"), "BertForMaskedLM")
 HOST = spec.Host("cpu", 4)
-SHIPPED = ("all-linear", "bert-mlm", "full-attention", "minimal-q", "mlp", "standard", "zero2")
+SHIPPED = (
+    "7b-8gb",
+    "all-linear",
+    "bert-mlm",
+    "full-attention",
+    "m1-max-32gb",
+    "minimal-q",
+    "mlp",
+    "standard",
+    "zero2",
+    "zero3",
+    "zero3-offload",
+)
 
 
 def wanted() -> trainer_pb2.JobSpec:
@@ -104,12 +116,19 @@ def test_all_violations_at_once() -> None:
     train.quantization.method = 99  # type: ignore[assignment]
     train.lora.rank, train.lora.alpha, train.lora.dropout = 0, 0, 1
     train.lora.target_modules.names.extend(["q_prj", "v_proj", "v_proj"])
-    train.data.max_length_tokens, train.data.micro_batch_tokens, train.data.accumulation = 4096, 8, 0
+    train.data.max_length_tokens, train.data.micro_batch_tokens, train.data.accumulation = 4096, 8, 1
     train.data.prompt_format = 99  # type: ignore[assignment]
     train.optimizer.learning_rate, train.optimizer.beta1 = float("nan"), 1
     train.schedule.max_steps, train.schedule.warmup_steps = 10, 10
     train.evaluation.every_steps = 5
-    train.checkpoints.keep_last = 0
+    train.checkpoints.keep_last, train.checkpoints.keep_best, train.checkpoints.keep_every_steps = 0, 1001, 1 << 31
+    train.evaluation.min_improvement, train.evaluation.patience = -1, 1 << 31
+    train.schedule.warmup_share, train.schedule.floor_share, train.schedule.decay_share = 1, 2, 0
+    train.schedule.kind = trainer_pb2.SCHEDULE_KIND_STABLE_DECAY
+    train.guards.not_finite = trainer_pb2.TROUBLE_POLICY_CONTINUE
+    train.guards.all_masked = trainer_pb2.TROUBLE_POLICY_CONTINUE
+    train.guards.spike, train.guards.spike_factor, train.guards.max_skips = 99, 1, 0  # type: ignore[assignment]
+    train.data.step_tokens, train.data.length_grouping = 1 << 31, True
     train.limits.max_attempts = 0
     train.adapter = "adapters/Bad Name"
     train.threads = 64
@@ -129,30 +148,127 @@ def test_all_violations_at_once() -> None:
         "optimizer.beta1",
         "schedule.warmup_steps",
         "evaluation.every_steps",
+        "evaluation.patience",
+        "evaluation.min_improvement",
         "checkpoints.keep_last",
+        "checkpoints.keep_best",
+        "checkpoints.keep_every_steps",
+        "schedule.warmup_share",
+        "schedule.floor_share",
+        "schedule.decay_share",
+        "guards.not_finite",
+        "guards.spike",
+        "guards.spike_factor",
+        "guards.all_masked",
+        "guards.max_skips",
+        "data.step_tokens",
+        "data.length_grouping",
         "limits.max_attempts",
         "adapter",
         "threads",
     }
     assert "did you mean 'q_proj'" in found["lora.target_modules.names"][1]
+    assert found["guards.not_finite"] == ("3", "TROUBLE_POLICY_STOP, TROUBLE_POLICY_SKIP")
+    assert "TROUBLE_POLICY_CONTINUE" in found["guards.spike"][1]
     assert "256 (the model's context)" in found["data.max_length_tokens"][1]
     assert "PROMPT_FORMAT_CHATML" in found["data.prompt_format"][1]
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "field", "nearest"),
+    ("template", "given_", "field", "nearest"),
     [
-        ("checkpoints.every_steps", 5, "checkpoints.every_steps", "0 where ranks is above 1"),
-        ("parallelism.zero_stage", 3, "parallelism.zero_stage", "2 where ranks is above 1"),
-        ("parallelism.ranks", 9, "parallelism.ranks", "1 to 8"),
-        ("parallelism.ranks", 1, "", ""),
+        ("standard", {"evaluation.patience": 3}, "evaluation.patience", "every_steps above 0"),
+        ("standard", {"evaluation.keep_best_adapter": True}, "evaluation.keep_best_adapter", "False where"),
+        ("standard", {"checkpoints.keep_best": 1}, "checkpoints.keep_best", "0 where evaluation.every_steps is 0"),
+        ("standard", {"evaluation.patience": 3, "evaluation.every_steps": 2}, "", ""),
+        ("standard", {"data.length_grouping": True}, "data.length_grouping", "or packing False"),
+        ("standard", {"data.length_grouping": True, "data.packing": False}, "", ""),
+        ("standard", {"data.step_tokens": 4096}, "", ""),
+        ("standard", {"data.step_tokens": 4096, "data.accumulation": 2}, "data.accumulation", "or step_tokens 0"),
+        ("standard", {"data.accumulation": 0}, "data.accumulation", "0 with data.step_tokens"),
+        ("standard", {"data.micro_batch_tokens": 0}, "", ""),
+        ("standard", {"schedule.floor_share": 0.1}, "", ""),
+        ("standard", {"schedule.floor_share": 0.1, "schedule.kind": 1}, "schedule.floor_share", "0 where kind"),
+        ("standard", {"schedule.kind": 5, "schedule.decay_share": 0.0}, "schedule.decay_share", "above 0"),
+        ("standard", {"quantization.method": 3}, "", ""),
+        ("standard", {"quantization.compute_type": 3, "optimizer.kind": 5}, "", ""),
+        ("standard", {"optimizer.kind": 3, "optimizer.momentum": 0.5}, "optimizer.momentum", "AdamW's momentum"),
+        ("zero2", {"quantization.method": 3}, "quantization.method", "QUANTIZATION_METHOD_NF4 or"),
+        (
+            "zero2",
+            {"quantization.compute_type": 3},
+            "quantization.compute_type",
+            "or COMPUTE_TYPE_FP32 where",
+        ),
     ],
 )
-def test_what_several_ranks_cannot_do_is_refused(path: str, value: int, field: str, nearest: str) -> None:
+def test_values_that_do_not_fit_one_another_are_refused(
+    template: str, given_: dict[str, object], field: str, nearest: str
+) -> None:
+    override = wanted()
+    for path, value in given_.items():
+        group, name = path.split(".")
+        setattr(getattr(override.train, group), name, value)
+    found = faults(template, override)
+    assert set(found) == ({field} if field else set())
+    assert not field or nearest in found[field][1]
+
+
+def test_inherited_values_bend_to_given_ones() -> None:
+    shipped = read_templates(TEMPLATES)["standard"]
+    train = shipped.spec.train
+    train.data.packing, train.data.length_grouping = False, True
+    train.data.accumulation, train.data.step_tokens = 0, 4096
+    train.schedule.floor_share, train.data.micro_batch_tokens = 0.1, 0
+    override = wanted()
+    override.train.data.packing = True
+    override.train.schedule.kind = trainer_pb2.SCHEDULE_KIND_CONSTANT
+    override.train.data.accumulation = 2
+    found = spec.resolve(shipped, override, MODEL, DATASET, HOST)
+    after = found.spec.train
+    assert not found.violations and not after.data.length_grouping and after.schedule.floor_share == 0
+    assert (after.data.step_tokens, after.data.micro_batch_tokens) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("template", "path", "value", "field", "nearest"),
+    [
+        ("zero2", "parallelism.zero_stage", 4, "parallelism.zero_stage", "1, 2 or 3 where ranks is above 1"),
+        ("zero2", "parallelism.zero_stage", 0, "parallelism.zero_stage", "1, 2 or 3 where ranks is above 1"),
+        ("zero2", "parallelism.ranks", 65, "parallelism.ranks", "1 to 64"),
+        (
+            "zero2",
+            "parallelism.offload",
+            trainer_pb2.OFFLOAD_ALL,
+            "parallelism.offload",
+            "or zero_stage 3",
+        ),
+        ("zero2", "parallelism.offload", 7, "parallelism.offload", "OFFLOAD_OPTIMIZER, OFFLOAD_ALL"),
+        ("standard", "parallelism.offload", trainer_pb2.OFFLOAD_ALL, "parallelism.offload", "where ranks is 1"),
+        ("standard", "parallelism.zero_stage", 2, "parallelism.zero_stage", "0 where ranks is 1"),
+        (
+            "zero2",
+            "optimizer.kind",
+            trainer_pb2.OPTIMIZER_KIND_ADAMW_8BIT,
+            "optimizer.kind",
+            "OPTIMIZER_KIND_ADAMW",
+        ),
+        ("zero3", "optimizer.kind", trainer_pb2.OPTIMIZER_KIND_PAGED_ADAMW, "optimizer.kind", "cannot be divided anew"),
+        ("zero2", "checkpoints.every_steps", 5, "", ""),
+        ("zero2", "quantization.compute_type", trainer_pb2.COMPUTE_TYPE_FP32, "", ""),
+        ("zero2", "optimizer.kind", trainer_pb2.OPTIMIZER_KIND_SGD, "", ""),
+        ("zero2", "parallelism.offload", trainer_pb2.OFFLOAD_OPTIMIZER, "", ""),
+        ("zero2", "parallelism.zero_stage", 1, "", ""),
+        ("zero3-offload", "parallelism.ranks", 1, "", ""),
+    ],
+)
+def test_what_several_ranks_cannot_do_is_refused(
+    template: str, path: str, value: int, field: str, nearest: str
+) -> None:
     override = wanted()
     group, name = path.split(".")
     setattr(getattr(override.train, group), name, value)
-    found = faults("zero2", override)
+    found = faults(template, override)
     assert set(found) == ({field} if field else set())
     if field:
         assert nearest in found[field][1]

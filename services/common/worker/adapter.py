@@ -52,13 +52,17 @@ def canonical_config(rank: int, alpha: float, dropout: float, target_modules: li
     return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 
 
+def plain_name(name: str) -> str:
+    """The name that peft saves a parameter of a wrapped model by."""
+    return name.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.")
+
+
 def lora_tensors(model) -> dict[str, torch.Tensor]:
     """The adapter's tensors of a peft model under the names that peft saves them by, fp32, on the CPU."""
     found = {}
     for name, parameter in model.named_parameters():
         if ".lora_A." in name or ".lora_B." in name:
-            key = name.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.")
-            found[key] = parameter.detach().to("cpu", torch.float32).contiguous()
+            found[plain_name(name)] = parameter.detach().to("cpu", torch.float32).contiguous()
     return dict(sorted(found.items()))
 
 

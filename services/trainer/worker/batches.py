@@ -15,7 +15,7 @@ import numpy as np
 
 from services.common.packing import Rows, pack
 
-LIKE = 0.1
+LIKE = 0.2
 """Lengths that differ by less than this share may meet in a micro-batch."""
 LOOKED_AT = 1000
 """Epochs whose steps are measured when their size is chosen."""

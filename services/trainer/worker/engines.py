@@ -1,16 +1,19 @@
-"""What turns gradients into new weights: one process, or several by DeepSpeed ZeRO-2.
+"""What turns gradients into new weights: one process, or several (zero.py).
 
 Law of this room: the loss of a step is the sum over its tokens divided by their
-number, however it was cut into micro-batches and ranks.
+number, however it was cut into micro-batches and ranks. What an engine gives and
+takes as state is whole for each parameter, so that any number of ranks can go on
+from it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 
 from qlorad.v1 import trainer_pb2
 from services.common.worker.libraries import spare_the_compiler
-from services.trainer import launch
 
 _BITSANDBYTES = {
     trainer_pb2.OPTIMIZER_KIND_ADAMW_8BIT: "AdamW8bit",
@@ -37,19 +40,30 @@ def optimizer_of(parameters, spec) -> torch.optim.Optimizer:
     )
 
 
+def of(model, spec, loss_of):
+    """The engine of the spec. `loss_of` gives a batch's summed loss; from here on ask the engine for it (`loss`)."""
+    if spec.parallelism.ranks > 1:
+        from services.trainer.worker.zero import Ranked
+
+        return Ranked(model, spec, loss_of)
+    return Solo(model, spec, loss_of)
+
+
 class Solo:
     """One process."""
 
     rank, world = 0, 1
 
-    def __init__(self, model, spec) -> None:
+    def __init__(self, model, spec, loss_of=None) -> None:
         self.model = model
+        self.loss = loss_of
         self.parameters = {n: p for n, p in sorted(model.named_parameters()) if p.requires_grad}
+        self.trained = sum(p.numel() for p in self.parameters.values())
         self.optimizer = optimizer_of(list(self.parameters.values()), spec)
         self._cut = spec.optimizer.max_grad_norm or float("inf")
 
     def mine(self, micro_batches):
-        """The micro-batches of this rank, with their weights."""
+        """The micro-batches of this rank, with their weights; backward() must follow for each."""
         return [(rows, 1.0) for rows in micro_batches]
 
     def backward(self, loss_sum, trained_tokens: int) -> None:
@@ -59,6 +73,9 @@ class Solo:
     def total(self, *numbers: float) -> list[float]:
         """Sums over ranks."""
         return list(numbers)
+
+    def barrier(self) -> None:
+        """Waits for the other ranks."""
 
     def step(self, rate: float, scale: float = 1.0) -> float:
         """Moves the weights, but not where the gradient is no number; returns its norm before it was cut.
@@ -80,63 +97,27 @@ class Solo:
         """Drops gradients of a step that is not finished."""
         self.optimizer.zero_grad(set_to_none=True)
 
+    @torch.no_grad()
+    def parameter_norm(self) -> float:
+        """Of all trained weights together."""
+        return sum([float(p.float().pow(2).sum()) for p in self.parameters.values()]) ** 0.5
+
     def weights(self) -> dict[str, torch.Tensor]:
-        """The adapter's weights, fp32, on every rank."""
+        """The trained weights, whole, fp32, on every rank."""
         return {n: p.detach().float() for n, p in self.parameters.items()}
 
+    def state(self) -> Iterator[tuple[str, dict]]:
+        """The optimiser's state of each parameter, whole, in the order of names, on every rank."""
+        for name, p in self.parameters.items():
+            yield name, {k: v for k, v in self.optimizer.state.get(p, {}).items() if v is not None}
 
-class Ranked:
-    """One of several processes; gradients and optimiser state are divided by ZeRO-2.
-
-    DeepSpeed holds the adapter in bf16 with an fp32 master; weights() gives the master.
-    """
-
-    def __init__(self, model, spec) -> None:
-        import deepspeed
-        import torch.distributed as dist
-
-        self._dist = dist
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self._accumulation = spec.data.accumulation
-        trained = [p for p in model.parameters() if p.requires_grad]
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer_of(trained, spec),
-            model_parameters=trained,
-            config=launch.deepspeed_of(spec),
-        )
-        assert type(self.optimizer).__name__ == "DeepSpeedZeroOptimizer", type(self.optimizer)
-        self.model = self.engine.module
-        self.parameters = {n: p for n, p in sorted(self.model.named_parameters()) if p.requires_grad}
-
-    def mine(self, micro_batches):
-        """This rank's share; what is missing to a full round is repeated with weight 0."""
-        wanted = self._accumulation * self.world
-        whole = [(rows, 1.0) for rows in micro_batches]
-        whole += [(micro_batches[0], 0.0)] * (wanted - len(whole))
-        return whole[self.rank :: self.world]
-
-    def backward(self, loss_sum, trained_tokens: int) -> None:
-        # DeepSpeed divides by accumulation and by ranks; the loss is a sum over the whole step.
-        self.engine.backward(loss_sum * (self._accumulation * self.world / trained_tokens))
-        if not self.engine.is_gradient_accumulation_boundary():
-            self.engine.step()
-
-    def total(self, *numbers: float) -> list[float]:
-        tensor = torch.tensor(numbers, dtype=torch.float64)
-        self._dist.all_reduce(tensor)
-        return tensor.tolist()
-
-    def step(self, rate: float, scale: float = 1.0) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.engine.step()
-        return float(self.engine.get_global_grad_norm() or 0.0)
-
-    def forget(self) -> None:
-        self.engine.zero_grad()
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return {n: safe_get_full_fp32_param(p).detach().cpu() for n, p in self.parameters.items()}
+    @torch.no_grad()
+    def restore(self, weights: dict[str, torch.Tensor], state: dict[str, dict]) -> None:
+        """Puts weights and state back, whoever gave them."""
+        for name, p in self.parameters.items():
+            p.copy_(weights[name])
+            own = state.get(name, {})
+            if own:
+                self.optimizer.state[p] = {
+                    k: v.to(p.device) if isinstance(v, torch.Tensor) and k != "step" else v for k, v in own.items()
+                }

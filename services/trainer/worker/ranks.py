@@ -19,11 +19,13 @@ import warnings
 
 from services.common import process
 from services.common.frames.v1 import training_pb2
+from services.common.shelf import write_durable
 from services.trainer import pulse
 from services.trainer.worker.facts import Teller
 from services.trainer.worker.train import read_arguments, run
 
 RANK = "QLORAD_RANK"
+FAILURE = "failed-"
 LOOK_SECONDS = 0.1
 _PR_SET_PDEATHSIG = 1
 
@@ -38,10 +40,42 @@ def clear_stale_locks(extensions: str) -> None:
             lock.unlink(missing_ok=True)
 
 
-def die_with_parent() -> None:
-    """The kernel kills this process when the one that started it is gone."""
+def die_with_parent(parent: int) -> None:
+    """The kernel kills this process when the one that started it is gone, also if that was before this call."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+class RankTeller(Teller):
+    """Lays its failure beside the facts: whether it is the cause, or only saw another rank go, the leader knows."""
+
+    def __init__(self, attempt: pathlib.Path, rank: int, heartbeat_seconds: float) -> None:
+        super().__init__(attempt, rank == 0, heartbeat_seconds, f"{pulse.SIGN}.{rank}")
+        self._failure = attempt / f"{FAILURE}{rank}"
+
+    def tell(self, fact: training_pb2.Fact) -> None:
+        if not fact.HasField("failed"):
+            return super().tell(fact)
+        fact.time.FromNanoseconds(time.time_ns())
+        write_durable(self._failure, fact.SerializeToString())
+
+
+def outcome(codes: list[int | None], failures: list[training_pb2.Fact]) -> tuple[str, training_pb2.Fact | None]:
+    """How ranks ended together, once one has failed: a line for people, and the failure to tell.
+
+    A rank that was killed is a loss, whatever the others say of it: nothing is told, and the job begins anew from its
+    checkpoint. Else the first failure is the cause; the others may only have missed that rank. Rank 0 tells of its
+    own ending where it came to one.
+    """
+    lost = [(rank, -code) for rank, code in enumerate(codes) if code is not None and code < 0]
+    if lost:
+        told = ", ".join(f"rank {rank} was ended by signal {number}" for rank, number in lost)
+        return f"{told}; the others are ended too", None
+    if codes[0] == 0 or not failures:
+        return "", None
+    return "", min(failures, key=lambda f: f.time.ToNanoseconds())
 
 
 def lead(attempt: pathlib.Path, order: training_pb2.Order, hold: str) -> int:
@@ -73,23 +107,32 @@ def lead(attempt: pathlib.Path, order: training_pb2.Order, hold: str) -> int:
         if any(codes) or all(c == 0 for c in codes):
             break
         time.sleep(LOOK_SECONDS)
+    codes = [r.poll() for r in ranks]  # again: who failed because another was lost is seen after the loss
     for r in ranks:
         r.kill()
         r.wait()
-    return next((c for c in codes if c), 0)
+    if not any(codes):
+        return 0
+    written = sorted(attempt.glob(f"{FAILURE}*"))
+    line, failure = outcome(codes, [training_pb2.Fact.FromString(path.read_bytes()) for path in written])
+    if line:
+        teller.say(line, "ERROR")
+    if failure is not None:
+        teller.tell(failure)
+    return next(c for c in codes if c)
 
 
 def follow(attempt: pathlib.Path, order: training_pb2.Order, rank: int) -> int:
     """One rank: joins the others, then the same recipe."""
-    die_with_parent()
-    teller = Teller(attempt, rank == 0, order.heartbeat_seconds, f"{pulse.SIGN}.{rank}")
+    die_with_parent(int(os.environ["MASTER_PORT"]))
+    teller = RankTeller(attempt, rank, order.heartbeat_seconds)
+    if rank < len(order.devices):
+        order.device = order.devices[rank]
     warnings.filterwarnings("ignore")
     import deepspeed
-    import torch
 
-    torch.set_num_threads(1)
     deepspeed.init_distributed(
-        "gloo",
+        "nccl" if order.device.startswith("cuda") else "gloo",
         auto_mpi_discovery=False,
         init_method=f"file://{attempt / 'rendezvous'}",
         rank=rank,

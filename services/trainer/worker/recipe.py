@@ -20,19 +20,18 @@ from services.common.frames.v1 import training_pb2
 from services.common.prompt import ledger, tally
 from services.common.shelf import Shelf
 from services.common.worker.load import load_base
+from services.trainer import launch
 from services.trainer.guards import SMOOTH
-from services.trainer.launch import weight_bytes
 from services.trainer.plan import Form, chosen_of, decide, form_of, use
-from services.trainer.worker import checkpoint, device_facts, losses
+from services.trainer.worker import checkpoint, device_facts, engines, losses
 from services.trainer.worker.admission import admit
 from services.trainer.worker.aim import aim_of
 from services.trainer.worker.batches import Plan, per_step_of
-from services.trainer.worker.engines import Ranked, Solo
 from services.trainer.worker.evaluation import ends_early, evaluate, judged
 from services.trainer.worker.facts import Cancelled, Teller
 from services.trainer.worker.fast.install import install
 from services.trainer.worker.lora import with_lora
-from services.trainer.worker.results import finish, write_checkpoint
+from services.trainer.worker.results import describe, finish, write_checkpoint
 from services.trainer.worker.step import BadData, Troubled, after_step, check_epoch, one_step, tell_step
 
 METHODS = {
@@ -51,7 +50,7 @@ def train(order: training_pb2.Order, teller: Teller) -> None:
     """Runs the whole order. Raises Cancelled when asked to stop."""
     spec, begun = trainer_pb2.TrainSpec(), time.monotonic()
     spec.CopyFrom(order.spec)  # what device and memory decide is written into it, and told by Planned
-    torch.set_num_threads(1 if spec.parallelism.ranks > 1 else spec.threads)
+    torch.set_num_threads(launch.threads_of(spec))
     shelf = Shelf(pathlib.Path(order.store))
 
     # The rows: one sealed ledger, built here if nobody built it before.
@@ -97,14 +96,15 @@ def train(order: training_pb2.Order, teller: Teller) -> None:
 
     # The plan: fixed before the first step, the same on every attempt.
     plan = _plan(spec, rows.lengths().tolist(), teller)
-    engine = (Ranked if spec.parallelism.ranks > 1 else Solo)(model, spec)
+    engine = engines.of(model, spec, loss_of)
+    loss_of = engine.loss
     total = plan.total_steps()
     teller.tell(
         training_pb2.Fact(
             planned=trainer_pb2.Planned(
                 ledger=told,
                 total_steps=total,
-                trainable_parameters=sum(p.numel() for p in engine.parameters.values()),
+                trainable_parameters=engine.trained,
                 base_parameters=known.parameters,
                 device=order.device,
                 threads=torch.get_num_threads(),
@@ -113,13 +113,7 @@ def train(order: training_pb2.Order, teller: Teller) -> None:
             )
         )
     )
-    if engine.world > 1:
-        fallback = trainer_pb2.Fallback(
-            asked="adapter weights in fp32",
-            used="bf16 with an fp32 master",
-            why="DeepSpeed ZeRO-2 computes in one type",
-        )
-        teller.tell(training_pb2.Fact(fallback=fallback))
+    about = describe(order, base_artifact, told, known, engine.trained)
 
     # The start: from nothing, or from the last sealed checkpoint.
     progress, best = checkpoint.Progress(job=order.job), None
@@ -137,7 +131,7 @@ def train(order: training_pb2.Order, teller: Teller) -> None:
 
     if order.checkpoint_digest:
         saved = shelf.open("checkpoints", order.checkpoint_digest, verify=True)
-        progress = checkpoint.read(saved.payload, order.job, engine.parameters, engine.optimizer)
+        progress = checkpoint.read(saved.payload, order.job, engine)
         teller.say(f"goes on from step {progress.step}")
         if progress.evaluated < 0:  # it was written before this was noted
             progress = dataclasses.replace(progress, evaluated=min(order.evaluated_step, progress.step))
@@ -149,7 +143,6 @@ def train(order: training_pb2.Order, teller: Teller) -> None:
         assess()
 
     # The loop, and the last evaluation. Whoever asks to stop finds the newest whole step in a checkpoint.
-    keeps = engine.world == 1  # a checkpoint of several ranks is not written yet: such a job starts anew
     end = trainer_pb2.END_REASON_STEPS
     saved_at = progress.step if order.checkpoint_digest else -1
     mean, rng = 0.0, checkpoint.get_rng(order.device)
@@ -176,29 +169,29 @@ def train(order: training_pb2.Order, teller: Teller) -> None:
             if step.index + 1 == step.of:
                 teller.say(check_epoch(step.epoch, progress, counts, tally.text_of(rows.rows_number())))
             lowest = _due(wishes.every_steps, step.number) and len(held_out) > 0 and assess()
-            if keeps and (lowest or _due(spec.checkpoints.every_steps, step.number)):
-                write_checkpoint(progress, engine, rng, teller)
+            if lowest or _due(spec.checkpoints.every_steps, step.number):
+                write_checkpoint(progress, engine, rng, about, teller)
                 saved_at = step.number
         if len(held_out) and progress.evaluated != progress.step:
             assess()
     except (Cancelled, Troubled) as stop:
         engine.forget()
-        if keeps and saved_at != progress.step and (progress.step or isinstance(stop, Cancelled)):
-            write_checkpoint(progress, engine, rng, teller)
+        if saved_at != progress.step and (progress.step or isinstance(stop, Cancelled)):
+            write_checkpoint(progress, engine, rng, about, teller)
         if isinstance(stop, Troubled):
             raise
         teller.tell(training_pb2.Fact(stopped=training_pb2.Stopped(step=progress.step)))
         return
 
     # The end: last checkpoint, the adapter.
-    if keeps and saved_at != progress.step:
-        write_checkpoint(progress, engine, rng, teller)
+    if saved_at != progress.step:
+        write_checkpoint(progress, engine, rng, about, teller)
     weights = engine.weights()
     if best is not None and progress.best_step != progress.step:
         weights = best
         teller.say(f"the adapter is that of step {progress.best_step}, hold-out loss {progress.best_loss:.6g}")
     if engine.rank == 0:
-        finish(order, end, weights, base_artifact, told, known, teller)
+        finish(end, weights, about, base_artifact, teller)
 
 
 def _settle(spec: trainer_pb2.TrainSpec, device: str, known: facts.ModelFacts, teller: Teller) -> None:
@@ -207,9 +200,9 @@ def _settle(spec: trainer_pb2.TrainSpec, device: str, known: facts.ModelFacts, t
     def weights(form: Form) -> int:
         other = trainer_pb2.TrainSpec()
         use(other, form)
-        return weight_bytes(known, other)
+        return launch.weight_bytes(known, other)
 
-    decided = decide(form_of(spec), device_facts.gather(device), spec.parallelism.ranks, weights)
+    decided = decide(form_of(spec), device_facts.gather(device), weights)
     use(spec, decided.used)
     for fallback in decided.fallbacks:
         teller.tell(training_pb2.Fact(fallback=fallback))
@@ -240,9 +233,9 @@ def _best_so_far(shelf: Shelf, order: training_pb2.Order, progress: checkpoint.P
     if progress.best_step == progress.step:
         return {name: weight.cpu().clone() for name, weight in engine.weights().items()}
     saved = shelf.open("checkpoints", order.best_checkpoint_digest, verify=True)
-    weights, of = checkpoint.read_weights(saved.payload)
-    if of.step != progress.best_step:
-        raise corrupt("checkpoint", f"is of step {of.step}, the lowest hold-out loss was at {progress.best_step}")
+    weights, step = checkpoint.read_weights(saved.payload)
+    if step != progress.best_step:
+        raise corrupt("checkpoint", f"is of step {step}, the lowest hold-out loss was at {progress.best_step}")
     return weights
 
 

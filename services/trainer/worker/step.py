@@ -115,10 +115,8 @@ def one_step(
         skipped, overflowed = wrong is not None, wrong is not None and scale > 1.0
         if wrong is not None and not overflowed:
             _told(wrong, progress, rules, teller)
-    with torch.no_grad():
-        squares = [float(p.float().pow(2).sum()) for p in engine.parameters.values()]
     return Done(
-        value, norm, sum(squares) ** 0.5, learning_rate, int(tokens), trained, int(marked), tally.joined(pieces),
+        value, norm, engine.parameter_norm(), learning_rate, int(tokens), trained, int(marked), tally.joined(pieces),
         skipped=skipped, overflowed=overflowed, loss_scale=scale,
     )  # fmt: skip
 

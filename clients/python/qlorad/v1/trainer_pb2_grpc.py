@@ -188,8 +188,7 @@ class TrainerServiceServicer:
         what it needs stays on the shelf. Answers when the wish is on disk; pausing a
         job that is PAUSING or PAUSED answers with it.
         Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE (it is being finished or
-        cancelled, or has ended; or it runs in several ranks, which write no
-        checkpoints: such a job is paused while QUEUED, or cancelled).
+        cancelled, or has ended).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

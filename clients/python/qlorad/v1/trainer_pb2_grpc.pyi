@@ -83,8 +83,7 @@ class TrainerServiceStub:
     what it needs stays on the shelf. Answers when the wish is on disk; pausing a
     job that is PAUSING or PAUSED answers with it.
     Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE (it is being finished or
-    cancelled, or has ended; or it runs in several ranks, which write no
-    checkpoints: such a job is paused while QUEUED, or cancelled).
+    cancelled, or has ended).
     """
     ResumeJob: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.ResumeJobRequest, _trainer_pb2.ResumeJobResponse]
     """Puts a paused job back in the queue, at the place of its priority and age. It
@@ -182,8 +181,7 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     what it needs stays on the shelf. Answers when the wish is on disk; pausing a
     job that is PAUSING or PAUSED answers with it.
     Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE (it is being finished or
-    cancelled, or has ended; or it runs in several ranks, which write no
-    checkpoints: such a job is paused while QUEUED, or cancelled).
+    cancelled, or has ended).
     """
     ResumeJob: _aio.UnaryUnaryMultiCallable[_trainer_pb2.ResumeJobRequest, _trainer_pb2.ResumeJobResponse]  # type: ignore[assignment]
     """Puts a paused job back in the queue, at the place of its priority and age. It
@@ -320,8 +318,7 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         what it needs stays on the shelf. Answers when the wish is on disk; pausing a
         job that is PAUSING or PAUSED answers with it.
         Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE (it is being finished or
-        cancelled, or has ended; or it runs in several ranks, which write no
-        checkpoints: such a job is paused while QUEUED, or cancelled).
+        cancelled, or has ended).
         """
 
     @_abc_1.abstractmethod
