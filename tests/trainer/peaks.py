@@ -1,4 +1,5 @@
-"""Estimates against measured peaks: `python -m tests.trainer.peaks` prints the table of docs/estimate.md.
+"""Estimates against measured peaks: `python -m tests.trainer.peaks` prints the table of docs/estimate.md
+(`1 3`: every third line, from the second).
 
 A configuration is a model of random weights and a job's settings. What is measured is the peak of resident
 memory over that before the model was loaded, four steps, each run a process of its own.
@@ -174,7 +175,8 @@ def predicted(parts: tuple[estimate.Part, ...]) -> int:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        for case in CASES:
+        part, of = (int(w) for w in sys.argv[1:3]) if len(sys.argv) > 2 else (0, 1)
+        for case in CASES[part::of]:
             measured, parts = peak(case, pathlib.Path(folder))
             told = predicted(parts)
             print(
