@@ -13,7 +13,7 @@ CODE   := services clients protos/generate.py tests benchmarks examples
 QUICK  := not slow and not storm and not gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup proto fresh fmt lint types test test-slow test-storm test-gpu bench demo check clean
+.PHONY: help setup proto fresh fmt lint types test test-slow test-storm test-gpu bench bench-full demo check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -73,7 +73,11 @@ test-gpu: $(STAMP) ## what needs a CUDA device; torch in .venv must be a CUDA bu
 
 bench: $(STAMP) ## what is quick to measure, against peers it installs; writes benchmarks/results
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
-	@missed=; for name in control datasets ledger neardup; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name || missed="$$missed $$name"; done; \
+	@missed=; for name in control datasets ledger neardup "train --quick"; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name || missed="$$missed $$name"; done; \
+	  test -z "$$missed" || { echo "bars not met by:$$missed"; exit 1; }
+
+bench-full: bench ## everything: training takes hours, on a machine that does nothing else
+	@missed=; for name in train "train --checkpointing"; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name || missed="$$missed $$name"; done; \
 	  test -z "$$missed" || { echo "bars not met by:$$missed"; exit 1; }
 
 demo: $(STAMP) ## the whole way, from documents to a tuned answer; SIZE=test is the quick one

@@ -19,6 +19,19 @@ def violations(train: trainer_pb2.TrainSpec) -> Iterator[Violation]:
     yield from _schedule(train)
     yield from _judged(train)
     yield from _alone(train)
+    yield from _measured(train)
+
+
+def _measured(train: trainer_pb2.TrainSpec) -> Iterator[Violation]:
+    """A micro-batch that is to be found by measuring needs a budget, and one process."""
+    if train.data.micro_batch_tokens:
+        return
+    if not train.memory.budget_bytes:
+        accepted = "above 0 where data.micro_batch_tokens is 0"
+        yield Violation("spec.train.memory.budget_bytes", show(train.memory.budget_bytes), accepted)
+    if train.parallelism.ranks > 1:
+        accepted = f"{train.data.max_length_tokens} (max_length_tokens) or more where there are several ranks"
+        yield Violation("spec.train.data.micro_batch_tokens", "0", accepted)
 
 
 def within(low: float, high: float, above: bool = False, below: bool = False) -> Callable[[Any], bool]:

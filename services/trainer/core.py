@@ -7,6 +7,7 @@ here, once; everything later goes by digest.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import pathlib
 import secrets
@@ -32,7 +33,7 @@ from services.common.errors import (
 from services.common.frames.v1 import training_pb2
 from services.common.safetensors_header import read_model_headers
 from services.common.shelf import Shelf
-from services.trainer import estimate, jobs, launch, objective, published, shape, slots, spec
+from services.trainer import estimate, history, jobs, launch, objective, published, shape, slots, spec
 from services.trainer.book import Book, Page
 from services.trainer.logs import lines
 from services.trainer.notify import Hub, going, gone
@@ -43,6 +44,10 @@ from services.trainer.runner import Runner
 T = TypeVar("T")
 Wish = trainer_pb2.CancelJobRequest | trainer_pb2.PauseJobRequest | trainer_pb2.ResumeJobRequest
 Answer = TypeVar("Answer", trainer_pb2.CancelJobResponse, trainer_pb2.PauseJobResponse, trainer_pb2.ResumeJobResponse)
+
+
+_BEFORE = 200
+"""Jobs that an estimate learns from, the newest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,10 +202,16 @@ class Trainer:
 
     async def estimate(self, request: trainer_pb2.EstimateJobRequest) -> trainer_pb2.EstimateJobResponse:
         """What a job would take; loads nothing."""
-        return await asyncio.to_thread(self._estimate, request, await self._schemas(request.template, request.spec))
+        schemas = await self._schemas(request.template, request.spec)
+        ended = [trainer_pb2.JOB_STATE_SUCCEEDED]
+        found = await self._book.turn(lambda page: page.listed(0, _BEFORE, ended, ""))
+        return await asyncio.to_thread(self._estimate, request, schemas, [record.job for _, record in found])
 
     def _estimate(
-        self, request: trainer_pb2.EstimateJobRequest, schemas: objective.Schemas | None
+        self,
+        request: trainer_pb2.EstimateJobRequest,
+        schemas: objective.Schemas | None,
+        before: Sequence[trainer_pb2.Job],
     ) -> trainer_pb2.EstimateJobResponse:
         wrong = list(spec.unknown(request, "request"))
         _, resolved, dataset = self._settle(request.template, request.spec, wrong, schemas)
@@ -219,9 +230,16 @@ class Trainer:
             raise rejected(train.model, str(error)) from None
         device = self._rules.host.device
         run = estimate.run_of(train, device)
-        answer = estimate.to_proto(
-            estimate.estimate(made, run, sum(dataset.rows.values()), train.checkpoints.keep_last)
-        )
+        if not run.tokens:
+            run = dataclasses.replace(run, tokens=estimate.largest(made, run, train.memory.budget_bytes) or run.length)
+        rows = sum(dataset.rows.values())
+        answer = estimate.to_proto(estimate.estimate(made, run, rows, train.checkpoints.keep_last))
+        judged = history.judge(train, made.weights, rows * train.data.max_length_tokens, before)
+        answer.correction, answer.judged_from = judged.correction, judged.judged_from
+        answer.memory_bytes = round(answer.memory_bytes * judged.correction)
+        answer.needed_bytes = round(answer.needed_bytes * judged.correction)
+        if judged.seconds is not None:
+            answer.seconds = judged.seconds
         answer.device = device
         answer.spec.CopyFrom(resolved)
         return answer

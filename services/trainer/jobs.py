@@ -96,6 +96,7 @@ def fold(record: training_pb2.JobRecord, event: trainer_pb2.Event) -> training_p
                 plan.stand(job.spec.train, event.planned.chosen)
         case "step":
             job.metrics.CopyFrom(event.step)
+            _held(job.result, event.step.device_memory_bytes or event.step.host_memory_bytes)
             if not event.step.skipped:
                 job.result.final_loss = event.step.loss
             job.result.steps = event.step.step
@@ -116,11 +117,16 @@ def fold(record: training_pb2.JobRecord, event: trainer_pb2.Event) -> training_p
             job.queue.CopyFrom(event.queue)
         case "admitted":
             job.result.predicted_memory_bytes = event.admitted.predicted_bytes
+            _held(job.result, event.admitted.measured_bytes)
         case "fallback" | "log" | "trouble":
             pass
         case other:
             raise Unlawful(f"{job.name}: event {event.sequence} tells nothing that is known: {other}")
     return after
+
+
+def _held(result: trainer_pb2.JobResult, memory: int) -> None:
+    result.measured_memory_bytes = max(result.measured_memory_bytes, memory)
 
 
 def _move(after: training_pb2.JobRecord, event: trainer_pb2.Event) -> None:

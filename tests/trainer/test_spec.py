@@ -186,7 +186,13 @@ def test_all_violations_at_once() -> None:
         ("standard", {"data.step_tokens": 4096}, "", ""),
         ("standard", {"data.step_tokens": 4096, "data.accumulation": 2}, "data.accumulation", "or step_tokens 0"),
         ("standard", {"data.accumulation": 0}, "data.accumulation", "0 with data.step_tokens"),
-        ("standard", {"data.micro_batch_tokens": 0}, "", ""),
+        ("standard", {"data.micro_batch_tokens": 0, "memory.budget_bytes": 10**9}, "", ""),
+        (
+            "standard",
+            {"data.micro_batch_tokens": 0},
+            "memory.budget_bytes",
+            "above 0 where data.micro_batch_tokens is 0",
+        ),
         ("standard", {"schedule.floor_share": 0.1}, "", ""),
         ("standard", {"schedule.floor_share": 0.1, "schedule.kind": 1}, "schedule.floor_share", "0 where kind"),
         ("standard", {"schedule.kind": 5, "schedule.decay_share": 0.0}, "schedule.decay_share", "above 0"),
@@ -219,7 +225,7 @@ def test_inherited_values_bend_to_given_ones() -> None:
     train = shipped.spec.train
     train.data.packing, train.data.length_grouping = False, True
     train.data.accumulation, train.data.step_tokens = 0, 4096
-    train.schedule.floor_share, train.data.micro_batch_tokens = 0.1, 0
+    train.schedule.floor_share, train.data.micro_batch_tokens, train.memory.budget_bytes = 0.1, 0, 10**9
     override = wanted()
     override.train.data.packing = True
     override.train.schedule.kind = trainer_pb2.SCHEDULE_KIND_CONSTANT

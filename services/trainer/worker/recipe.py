@@ -24,6 +24,7 @@ from services.trainer import launch
 from services.trainer.guards import SMOOTH
 from services.trainer.plan import Form, chosen_of, decide, form_of, use
 from services.trainer.worker import checkpoint, device_facts, engines, losses
+from services.trainer.worker.admission import admit
 from services.trainer.worker.aim import aim_of
 from services.trainer.worker.batches import Plan, per_step_of
 from services.trainer.worker.evaluation import ends_early, evaluate, judged
@@ -88,6 +89,10 @@ def train(order: training_pb2.Order, teller: Teller) -> None:
     loss_of, why = losses.of(model, aim_of(spec, base_artifact.payload, known.vocabulary))
     if why:
         teller.say(f"all logits are held at once: {why}")
+
+    # The memory: what a full micro-batch takes is measured before the first step.
+    if spec.parallelism.ranks <= 1 and not order.checkpoint_digest:
+        admit(model, loss_of, rows, spec, base_artifact.payload, known, order.device, teller)
 
     # The plan: fixed before the first step, the same on every attempt.
     plan = _plan(spec, rows.lengths().tolist(), teller)

@@ -35,6 +35,7 @@ _OWN = {
     "BadData": "BAD_DATA",
     "AllMasked": "BAD_DATA",
     "NotFinite": "NOT_FINITE",
+    "OverBudget": "OUT_OF_MEMORY",
     "Spike": "SPIKE",
     "NotTheLedger": "NOT_THE_LEDGER",
     "ObjectiveFailed": "OBJECTIVE_FAILED",
