@@ -14,7 +14,7 @@ import secrets
 import shutil
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from qlorad.v1 import errors_pb2, trainer_pb2
 from services.common import facts, idempotency, names, shards
@@ -33,7 +33,7 @@ from services.common.errors import (
 from services.common.frames.v1 import training_pb2
 from services.common.safetensors_header import read_model_headers
 from services.common.shelf import Shelf
-from services.trainer import estimate, history, jobs, launch, objective, published, shape, slots, spec
+from services.trainer import estimate, history, jobs, launch, objective, published, resize, shape, slots, spec
 from services.trainer.book import Book, Page
 from services.trainer.logs import lines
 from services.trainer.notify import Hub, going, gone
@@ -42,6 +42,7 @@ from services.trainer.places import Places
 from services.trainer.runner import Runner
 
 T = TypeVar("T")
+Events: TypeAlias = list[trainer_pb2.Event]
 Wish = trainer_pb2.CancelJobRequest | trainer_pb2.PauseJobRequest | trainer_pb2.ResumeJobRequest
 Answer = TypeVar("Answer", trainer_pb2.CancelJobResponse, trainer_pb2.PauseJobResponse, trainer_pb2.ResumeJobResponse)
 
@@ -364,22 +365,35 @@ class Trainer:
 
     async def cancel(self, request: trainer_pb2.CancelJobRequest) -> trainer_pb2.CancelJobResponse:
         """Notes the wish to stop; on disk when it returns."""
-        return await self._wished("CancelJob", request, trainer_pb2.CancelJobResponse, jobs.wish_to_cancel)
+        return await self._wished(
+            "CancelJob", request, trainer_pb2.CancelJobResponse, lambda r: _one(jobs.wish_to_cancel(r))
+        )
 
     async def pause(self, request: trainer_pb2.PauseJobRequest) -> trainer_pb2.PauseJobResponse:
         """Notes the wish to hold a job back; on disk when it returns."""
-        return await self._wished("PauseJob", request, trainer_pb2.PauseJobResponse, jobs.wish_to_pause)
+        return await self._wished(
+            "PauseJob", request, trainer_pb2.PauseJobResponse, lambda r: _one(jobs.wish_to_pause(r))
+        )
 
     async def resume(self, request: trainer_pb2.ResumeJobRequest) -> trainer_pb2.ResumeJobResponse:
         """Puts a paused job back in the queue; on disk when it returns."""
-        return await self._wished("ResumeJob", request, trainer_pb2.ResumeJobResponse, jobs.wish_to_resume)
+
+        def decide(record: training_pb2.JobRecord) -> Events:
+            events = _one(jobs.wish_to_resume(record, request.HasField("ranks")))
+            if request.HasField("ranks"):
+                host, devices = self._rules.host, self._rules.places.devices
+                told = resize.resized(record.job.spec.train, request.ranks, host, devices)
+                events[:0] = [trainer_pb2.Event(attempt=record.job.attempt, resized=told)] if told else []
+            return events
+
+        return await self._wished("ResumeJob", request, trainer_pb2.ResumeJobResponse, decide)
 
     async def _wished(
         self,
         method: str,
         request: Wish,
         kind: type[Answer],
-        decide: Callable[[training_pb2.JobRecord], trainer_pb2.Event | None],
+        decide: Callable[[training_pb2.JobRecord], Events],
     ) -> Answer:
         """Writes a wish and its answer in one transaction, then tells the worker and the queue."""
         ident = self._named(request.request_id, request.name)
@@ -392,12 +406,12 @@ class Trainer:
             record = page.read(ident)
             if record is None:
                 raise not_found(request.name, [f"jobs/{i}" for i in page.ids()])
-            event = decide(record)
-            if event is not None:
-                if event.state_changed.to == trainer_pb2.JOB_STATE_QUEUED:
+            events = decide(record)
+            if events:
+                if events[-1].state_changed.to == trainer_pb2.JOB_STATE_QUEUED:
                     self._room(page)
                     page.wait_until(ident, 0.0)  # whoever resumes it wants it now, whatever was lost before
-                record = page.append(ident, [event])
+                record = page.append(ident, events)
             answer = kind(job=record.job).SerializeToString()
             idempotency.note(page.db, method, request.request_id, body, answer)
             return answer, record
@@ -443,6 +457,10 @@ class Trainer:
         if wrong:
             raise invalid(wrong)
         return names.parse_job("name", name)
+
+
+def _one(event: trainer_pb2.Event | None) -> Events:
+    return [] if event is None else [event]
 
 
 def _erase(folder: pathlib.Path) -> int:

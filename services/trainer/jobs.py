@@ -118,6 +118,8 @@ def fold(record: training_pb2.JobRecord, event: trainer_pb2.Event) -> training_p
         case "admitted":
             job.result.predicted_memory_bytes = event.admitted.predicted_bytes
             _held(job.result, event.admitted.measured_bytes)
+        case "resized":
+            _resize(job.spec.train, event.resized)
         case "fallback" | "log" | "trouble":
             pass
         case other:
@@ -235,6 +237,13 @@ def _at(fact: training_pb2.Fact, event: trainer_pb2.Event) -> trainer_pb2.Event:
     return event
 
 
+def _resize(train: trainer_pb2.TrainSpec, told: trainer_pb2.Resized) -> None:
+    train.parallelism.ranks, train.parallelism.zero_stage = told.ranks, told.zero_stage
+    train.data.accumulation = told.accumulation
+    if told.ranks == 1:
+        train.parallelism.ClearField("offload")
+
+
 def is_outcome(fact: training_pb2.Fact) -> bool:
     """Whether a fact ends its attempt."""
     return fact.WhichOneof("fact") in ("finished", "stopped", "failed")
@@ -320,12 +329,12 @@ def wish_to_pause(record: training_pb2.JobRecord) -> trainer_pb2.Event | None:
     return moved(record, _S.JOB_STATE_PAUSING, ASKED)
 
 
-def wish_to_resume(record: training_pb2.JobRecord) -> trainer_pb2.Event | None:
-    """To let it go on."""
-    if record.job.state in GOING_ON:
+def wish_to_resume(record: training_pb2.JobRecord, resizes: bool = False) -> trainer_pb2.Event | None:
+    """To let it go on; in another number of processes only from PAUSED."""
+    if record.job.state in GOING_ON and not resizes:
         return None
     if record.job.state != _S.JOB_STATE_PAUSED:
-        raise _not_now(record, GOING_ON | {_S.JOB_STATE_PAUSED})
+        raise _not_now(record, {_S.JOB_STATE_PAUSED} if resizes else GOING_ON | {_S.JOB_STATE_PAUSED})
     step = resume_from(record).step
     return moved(record, _S.JOB_STATE_QUEUED, f"{ASKED}; goes on from step {step}" if step else ASKED)
 

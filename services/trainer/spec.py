@@ -323,7 +323,7 @@ def _together(
         yield Violation("spec.train.optimizer.momentum", show(train.optimizer.momentum), accepted)
     yield from _targets(train, model)
     yield from agreement.violations(train)
-    yield from _ranks(train, host)
+    yield from of_ranks(train, host)
     if train.threads > host.cores:
         yield Violation("spec.train.threads", show(train.threads), f"0 (all) to {host.cores} (cores of this host)")
     if train.quantization.double_quantization and train.quantization.method != trainer_pb2.QUANTIZATION_METHOD_NF4:
@@ -359,7 +359,7 @@ def _targets(train: trainer_pb2.TrainSpec, model: ModelKnown | None) -> Iterator
         yield Violation(field, show(name), accepted + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
-def _ranks(train: trainer_pb2.TrainSpec, host: Host) -> Iterator[Violation]:
+def of_ranks(train: trainer_pb2.TrainSpec, host: Host) -> Iterator[Violation]:
     """Violations of what several processes, or one alone, cannot do."""
     field, p = "spec.train.parallelism", train.parallelism
     offload = trainer_pb2.Offload
@@ -373,9 +373,8 @@ def _ranks(train: trainer_pb2.TrainSpec, host: Host) -> Iterator[Violation]:
         if p.offload:
             yield Violation(f"{field}.offload", name, "OFFLOAD_UNSPECIFIED where ranks is 1; or ranks above 1")
         return
-    if host.device != "cpu":
-        accepted = f"1 on {host.device}: a job leases one device, and each rank needs its own"
-        yield Violation(f"{field}.ranks", show(p.ranks), accepted)
+    if host.device == "mps":
+        yield Violation(f"{field}.ranks", show(p.ranks), "1 on mps: DeepSpeed does not work there")
     if p.zero_stage not in (1, 2, 3):
         yield Violation(f"{field}.zero_stage", show(p.zero_stage), "1, 2 or 3 where ranks is above 1")
     elif p.offload == trainer_pb2.OFFLOAD_ALL and p.zero_stage != 3:

@@ -385,3 +385,29 @@ def test_ranks_share_the_threads_of_a_job(ranks: int, threads: int, each: int) -
     environ = launch.environ_of(train, "/somewhere", "cuda:0")
     assert environ["OMP_NUM_THREADS"] == environ["MKL_NUM_THREADS"] == str(each)
     assert environ.get("DS_ACCELERATOR", "") == ("cuda" if ranks > 1 else "")
+
+
+@COMPILED
+@pytest.mark.slow
+def test_a_job_of_two_ranks_is_paused_and_goes_on_in_one(trainer: House) -> None:
+    """The way a user has when a card is gone: the steps hold the same rows, the losses stay near."""
+    stub, losses = stub_of(trainer), {}
+    for name, pauses in (("whole", False), ("shrunk", True)):
+        wanted = small(16, lora__dropout=0.0, data__micro_batch_tokens=128, checkpoints__every_steps=4)
+        job = create(stub, wanted, name, template="zero2")
+        if pauses:
+            next(e for e in watch(stub, job.name) if e.HasField("step") and e.step.step >= 6)
+            pause(trainer, job.name, "p")
+            until(trainer, job.name, pb.JOB_STATE_PAUSED)
+            request = pb.ResumeJobRequest(request_id="r", name=job.name, ranks=1)
+            train = stub.ResumeJob(request, timeout=20).job.spec.train
+            assert (train.parallelism.ranks, train.parallelism.zero_stage, train.data.accumulation) == (1, 0, 2)
+        events = list(watch(stub, job.name))
+        assert get(stub, job.name).state == pb.JOB_STATE_SUCCEEDED, get(stub, job.name).error
+        losses[name] = {e.step.step: (e.step.tokens, e.step.loss) for e in events if e.HasField("step")}
+        assert any(e.HasField("resized") for e in events) == pauses
+    assert sorted(losses["whole"]) == sorted(losses["shrunk"]) == list(range(1, 17))
+    for step, (tokens, loss) in losses["whole"].items():
+        other = losses["shrunk"][step]
+        assert other[0] == tokens, "a step keeps its rows"
+        assert other[1] == pytest.approx(loss, rel=5e-3)

@@ -219,9 +219,11 @@ class Jobs:
         request = pb.PauseJobRequest(request_id=request_id or new_request_id(), name=full_name("jobs", job))
         return (self._wire.call(self._stub.PauseJob, request)).job
 
-    def resume(self, job: str, *, request_id: str = "") -> pb.Job:
-        """Puts a paused job back in the queue; it goes on from its newest checkpoint."""
-        request = pb.ResumeJobRequest(request_id=request_id or new_request_id(), name=full_name("jobs", job))
+    def resume(self, job: str, *, ranks: int | None = None, request_id: str = "") -> pb.Job:
+        """Puts a paused job back in the queue; it goes on from its newest checkpoint, in so many processes if told."""
+        request = pb.ResumeJobRequest(
+            request_id=request_id or new_request_id(), name=full_name("jobs", job), ranks=ranks
+        )
         return (self._wire.call(self._stub.ResumeJob, request)).job
 
     def delete(self, job: str, *, request_id: str = "") -> int:

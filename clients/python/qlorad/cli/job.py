@@ -208,10 +208,14 @@ def pause(name: Name, output: Output = Format.table) -> None:
 
 
 @app.command("resume")
-def resume(name: Name, output: Output = Format.table) -> None:
+def resume(
+    name: Name,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Go on in so many processes.")] = None,
+    output: Output = Format.table,
+) -> None:
     """Puts a paused job back in the queue; it goes on where it was."""
     with connected() as client:
-        _show(output, client.jobs.resume(name))
+        _show(output, client.jobs.resume(name, ranks=ranks))
 
 
 @app.command("delete")

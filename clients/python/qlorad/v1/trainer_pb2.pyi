@@ -1719,6 +1719,36 @@ class Admitted(_message.Message):
 Global___Admitted: _TypeAlias = Admitted  # noqa: Y015
 
 @_typing.final
+class Resized(_message.Message):
+    """The job goes on in another number of processes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANKS_FIELD_NUMBER: _builtins.int
+    ACCUMULATION_FIELD_NUMBER: _builtins.int
+    ZERO_STAGE_FIELD_NUMBER: _builtins.int
+    ranks: _builtins.int
+    """Processes."""
+    accumulation: _builtins.int
+    """Micro-batches of each for one step."""
+    zero_stage: _builtins.int
+    """DeepSpeed ZeRO stage; 0 = one process."""
+    def __init__(
+        self,
+        *,
+        ranks: _builtins.int = ...,
+        accumulation: _builtins.int = ...,
+        zero_stage: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accumulation", b"accumulation", "ranks", b"ranks", "zero_stage", b"zero_stage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Resized: _TypeAlias = Resized  # noqa: Y015
+
+@_typing.final
 class Trouble(_message.Message):
     """Something was wrong with a step."""
 
@@ -1937,6 +1967,7 @@ class Event(_message.Message):
     QUEUE_FIELD_NUMBER: _builtins.int
     TROUBLE_FIELD_NUMBER: _builtins.int
     ADMITTED_FIELD_NUMBER: _builtins.int
+    RESIZED_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """The number."""
     attempt: _builtins.int
@@ -1993,6 +2024,10 @@ class Event(_message.Message):
     def admitted(self) -> Global___Admitted:
         """The memory that a step takes was measured."""
 
+    @_builtins.property
+    def resized(self) -> Global___Resized:
+        """The number of processes changed."""
+
     def __init__(
         self,
         *,
@@ -2011,12 +2046,13 @@ class Event(_message.Message):
         queue: Global___QueuePlace | None = ...,
         trouble: Global___Trouble | None = ...,
         admitted: Global___Admitted | None = ...,
+        resized: Global___Resized | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter_sealed", b"adapter_sealed", "admitted", b"admitted", "attempt_started", b"attempt_started", "checkpoint_sealed", b"checkpoint_sealed", "evaluated", b"evaluated", "fact", b"fact", "fallback", b"fallback", "log", b"log", "planned", b"planned", "queue", b"queue", "state_changed", b"state_changed", "step", b"step", "time", b"time", "trouble", b"trouble"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter_sealed", b"adapter_sealed", "admitted", b"admitted", "attempt_started", b"attempt_started", "checkpoint_sealed", b"checkpoint_sealed", "evaluated", b"evaluated", "fact", b"fact", "fallback", b"fallback", "log", b"log", "planned", b"planned", "queue", b"queue", "resized", b"resized", "state_changed", b"state_changed", "step", b"step", "time", b"time", "trouble", b"trouble"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_sealed", b"adapter_sealed", "admitted", b"admitted", "attempt", b"attempt", "attempt_started", b"attempt_started", "checkpoint_sealed", b"checkpoint_sealed", "evaluated", b"evaluated", "fact", b"fact", "fallback", b"fallback", "log", b"log", "planned", b"planned", "queue", b"queue", "sequence", b"sequence", "state_changed", b"state_changed", "step", b"step", "time", b"time", "trouble", b"trouble"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_sealed", b"adapter_sealed", "admitted", b"admitted", "attempt", b"attempt", "attempt_started", b"attempt_started", "checkpoint_sealed", b"checkpoint_sealed", "evaluated", b"evaluated", "fact", b"fact", "fallback", b"fallback", "log", b"log", "planned", b"planned", "queue", b"queue", "resized", b"resized", "sequence", b"sequence", "state_changed", b"state_changed", "step", b"step", "time", b"time", "trouble", b"trouble"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_fact: _TypeAlias = _typing.Literal["state_changed", "attempt_started", "planned", "fallback", "step", "evaluated", "checkpoint_sealed", "adapter_sealed", "log", "queue", "trouble", "admitted"]  # noqa: Y015
+    _WhichOneofReturnType_fact: _TypeAlias = _typing.Literal["state_changed", "attempt_started", "planned", "fallback", "step", "evaluated", "checkpoint_sealed", "adapter_sealed", "log", "queue", "trouble", "admitted", "resized"]  # noqa: Y015
     _WhichOneofArgType_fact: _TypeAlias = _typing.Literal["fact", b"fact"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_fact) -> _WhichOneofReturnType_fact | None: ...
 
@@ -2608,21 +2644,30 @@ class ResumeJobRequest(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Same id and body, same answer."""
     name: _builtins.str
     """"jobs/{id}"."""
+    ranks: _builtins.int
+    """Go on in so many processes; absent = as many as before. A step keeps its
+    micro-batches: accumulation times ranks stays what it is, so ranks must divide
+    it. With 1 there is no ZeRO; from 1 on it is ZeRO-2.
+    """
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         name: _builtins.str = ...,
+        ranks: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ranks", b"_ranks", "ranks", b"ranks"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ranks", b"_ranks", "name", b"name", "ranks", b"ranks", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__ranks: _TypeAlias = _typing.Literal["ranks"]  # noqa: Y015
+    _WhichOneofArgType__ranks: _TypeAlias = _typing.Literal["_ranks", b"_ranks"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ranks) -> _WhichOneofReturnType__ranks | None: ...
 
 Global___ResumeJobRequest: _TypeAlias = ResumeJobRequest  # noqa: Y015
 

@@ -199,8 +199,9 @@ class TrainerServiceServicer:
         goes on from its newest checkpoint, in the same bytes as if it had not been
         paused. Resuming a job that goes on already answers with it.
         Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE (PAUSING: call again when
-        it is PAUSED; or it is being cancelled, or has ended); RESOURCE_EXHAUSTED
-        QUEUE_FULL (retry later).
+        it is PAUSED; or it is being cancelled, or has ended; or, with ranks, it goes
+        on already); INVALID_ARGUMENT (ranks); RESOURCE_EXHAUSTED QUEUE_FULL (retry
+        later).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

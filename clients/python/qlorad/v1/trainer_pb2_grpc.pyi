@@ -90,8 +90,9 @@ class TrainerServiceStub:
     goes on from its newest checkpoint, in the same bytes as if it had not been
     paused. Resuming a job that goes on already answers with it.
     Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE (PAUSING: call again when
-    it is PAUSED; or it is being cancelled, or has ended); RESOURCE_EXHAUSTED
-    QUEUE_FULL (retry later).
+    it is PAUSED; or it is being cancelled, or has ended; or, with ranks, it goes
+    on already); INVALID_ARGUMENT (ranks); RESOURCE_EXHAUSTED QUEUE_FULL (retry
+    later).
     """
     DeleteJob: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.DeleteJobRequest, _trainer_pb2.DeleteJobResponse]
     """Removes an ended job, its events and its attempts. Artifacts stay.
@@ -188,8 +189,9 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     goes on from its newest checkpoint, in the same bytes as if it had not been
     paused. Resuming a job that goes on already answers with it.
     Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE (PAUSING: call again when
-    it is PAUSED; or it is being cancelled, or has ended); RESOURCE_EXHAUSTED
-    QUEUE_FULL (retry later).
+    it is PAUSED; or it is being cancelled, or has ended; or, with ranks, it goes
+    on already); INVALID_ARGUMENT (ranks); RESOURCE_EXHAUSTED QUEUE_FULL (retry
+    later).
     """
     DeleteJob: _aio.UnaryUnaryMultiCallable[_trainer_pb2.DeleteJobRequest, _trainer_pb2.DeleteJobResponse]  # type: ignore[assignment]
     """Removes an ended job, its events and its attempts. Artifacts stay.
@@ -331,8 +333,9 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         goes on from its newest checkpoint, in the same bytes as if it had not been
         paused. Resuming a job that goes on already answers with it.
         Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE (PAUSING: call again when
-        it is PAUSED; or it is being cancelled, or has ended); RESOURCE_EXHAUSTED
-        QUEUE_FULL (retry later).
+        it is PAUSED; or it is being cancelled, or has ended; or, with ranks, it goes
+        on already); INVALID_ARGUMENT (ranks); RESOURCE_EXHAUSTED QUEUE_FULL (retry
+        later).
         """
 
     @_abc_1.abstractmethod
