@@ -43,6 +43,11 @@ def test_a_job_trains_and_seals_its_adapter(trainer: House) -> None:
     even = list(range(2, total + 1, 2))
     assert [e.evaluated.step for e in events if e.HasField("evaluated")] == [0, *even]
     assert [e.checkpoint_sealed.step for e in events if e.HasField("checkpoint_sealed")] == even
+    found = {e.evaluated.step: e.evaluated.loss for e in events if e.HasField("evaluated")}
+    sealed_at = [e.checkpoint_sealed for e in events if e.HasField("checkpoint_sealed")]
+    assert all(c.eval_loss == found[c.step] for c in sealed_at), "evaluated first, then written"
+    assert done.result.best_eval_loss == min(found[n] for n in even) == found[done.result.best_step]
+    assert planned.chosen.accumulation == 2 and planned.chosen.micro_batch_tokens == 256
     assert done.end == trainer_pb2.END_REASON_STEPS and done.last_sequence == len(events)
     assert done.result.adapter == "adapters/made" and done.result.eval_loss_after < done.result.eval_loss_before
     assert done.result.steps == total and done.result.tokens == sum(s.tokens for s in steps)
@@ -103,7 +108,8 @@ def test_padding_and_lora_without_quantisation_train_too(trainer: House) -> None
     stub = stub_of(trainer)
     spec = small(
         data__packing=False,
-        data__accumulation=2,
+        data__length_grouping=True,
+        data__step_tokens=400,
         quantization__method=trainer_pb2.QUANTIZATION_METHOD_NONE,
         quantization__compute_type=trainer_pb2.COMPUTE_TYPE_FP32,
         schedule__max_steps=0,
@@ -114,7 +120,11 @@ def test_padding_and_lora_without_quantisation_train_too(trainer: House) -> None
         optimizer__momentum=0.5,
         checkpoints__every_steps=2,
     )
-    events = list(watch(stub, create(stub, spec, "padded").name))
+    job = create(stub, spec, "padded")
+    assert job.spec.train.data.accumulation == 0
+    events = list(watch(stub, job.name))
+    (planned,) = [e.planned for e in events if e.HasField("planned")]
+    assert get(stub, job.name).spec.train.data.accumulation == planned.chosen.accumulation >= 2, "it stands there now"
     last = [e.step for e in events if e.HasField("step")][-1]
     assert facts(events)[-1] == "SUCCEEDED"
     assert last.step == last.total_steps and 1 < last.epoch <= 2
