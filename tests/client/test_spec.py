@@ -13,7 +13,7 @@ from qlorad.cli import spec
 from qlorad.errors import InvalidArgument
 from qlorad.v1 import trainer_pb2 as pb
 
-PATHS = spec.paths(pb.TrainSpec())
+PATHS = [path for path in spec.paths(pb.TrainSpec()) if not path.endswith(".NAME")]
 
 
 def filled(*words: str) -> pb.TrainSpec:
@@ -50,6 +50,21 @@ def test_values_are_typed_by_the_proto() -> None:
 
 def test_the_inner_list_may_be_named_too() -> None:
     assert list(filled("lora.target_modules.names=all-linear").lora.target_modules.names) == ["all-linear"]
+
+
+def test_parameters_of_a_plugin_go_by_their_own_names() -> None:
+    train = filled("objective.name=focal", "objective.parameters.gamma=2", "objective.parameters.how=as a text")
+    assert dict(train.objective.parameters) == {"gamma": 2, "how": "as a text"}
+    tree = {"objective": {"parameters": {"gamma": 0.5, "on": True, "terms": {"a": "b"}, "names": ["x", "y"]}}}
+    told = pb.TrainSpec()
+    spec.fill(told, spec.leaves(tree))
+    assert told.objective.parameters["gamma"] == 0.5 and told.objective.parameters["on"] is True
+    assert dict(told.objective.parameters["terms"]) == {"a": "b"}
+    assert list(told.objective.parameters["names"]) == ["x", "y"]
+    with pytest.raises(InvalidArgument, match=r"accepted: objective\.parameters\.NAME"):
+        filled("objective.parameters=3")
+    with pytest.raises(InvalidArgument, match="a number, true or false"):
+        spec.fill(pb.TrainSpec(), [("objective.parameters.x", object())])
 
 
 @pytest.mark.parametrize(

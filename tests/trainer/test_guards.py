@@ -217,26 +217,24 @@ def test_a_guard_that_stops_a_job_keeps_its_last_good_step(
     """Cut and resumed before it, it stops at the same step for the same reason: what is usual is in the checkpoint."""
     from services.trainer.worker import losses, recipe
 
-    done_before = [0]
+    now, whole = [0], recipe.one_step
+
+    def watched(engine: Any, loss_of: Any, rows: Any, step: Any, *more: Any) -> Any:
+        now[0] = step.number
+        return whole(engine, loss_of, rows, step, *more)
 
     def spoil(model: Any, aim: Any) -> tuple[Any, str]:
-        steps = done_before.copy()
+        inner = losses.Chunked(model, aim)
+        return Spoilt(inner, lambda loss: loss * (40.0 if model.training and now[0] == 14 else 1.0)), ""
 
-        def change(loss: Any) -> Any:
-            steps[0] += model.training
-            return loss * (40.0 if model.training and steps[0] == 14 else 1.0)
-
-        return Spoilt(losses.Chunked(model, aim), change), ""
-
+    monkeypatch.setattr(recipe, "one_step", watched)
     monkeypatch.setattr(recipe.losses, "of", spoil)
     spec = small(30, guards__spike=guards.STOP, checkpoints__every_steps=5, data__micro_batch_tokens=4096)
     messages = []
     for cut in (False, True):
         life = Life(small_home, tmp_path / str(cut), spec)
-        done_before[0] = 0
         if cut:
             life.attempt(killed=at("step", 12))
-            done_before[0] = 10
         life.attempt()
         assert life.job.state == trainer_pb2.JOB_STATE_FAILED and life.job.error.reason == "SPIKE"
         assert [m.step for m in life.record.marks] == [10, 13], "the newest whole step before it"

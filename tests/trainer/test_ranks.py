@@ -98,19 +98,6 @@ def test_two_ranks_train_one_adapter(trainer: House) -> None:
     assert len(told) == 1 and told[0].startswith("epoch 1 consumed what the ledger says: 12 rows"), told
     assert not any(e.HasField("fallback") for e in events), "trained weights are fp32 here too"
     assert done.result.eval_loss_after < done.result.eval_loss_before
-    alone = pb.TrainSpec()
-    alone.CopyFrom(train)
-    alone.data.accumulation = 2
-    solo = [e.step for e in watch(stub, create(stub, pb.JobSpec(train=alone), "solo").name) if e.HasField("step")]
-    for one, two in zip(solo, (e.step for e in events if e.HasField("step")), strict=True):
-        assert (one.tokens, one.trained_tokens, one.learning_rate) == (
-            two.tokens,
-            two.trained_tokens,
-            two.learning_rate,
-        )
-        assert two.loss == pytest.approx(one.loss, rel=0.005), "one process over both micro-batches says the same"
-        assert two.grad_norm == pytest.approx(one.grad_norm, rel=0.05)
-        assert two.parameter_norm == pytest.approx(one.parameter_norm, rel=1e-3)
     config = adapter_config(trainer.home, done.result.adapter_digest)
     assert config["r"] == 4 and config["target_modules"] == ["q_proj", "v_proj"]
     shelf = Shelf(trainer.home / "store")

@@ -6,7 +6,9 @@ and of what type. Every wrong path and value is reported at once, with near matc
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -64,11 +66,18 @@ def _paths(descriptor: Any, before: str) -> list[str]:
     found: list[str] = []
     for field in descriptor.fields:
         path = f"{before}.{field.name}" if before else field.name
-        if _list_inside(field) is not None or field.message_type is None:
+        if _is_free(field):
+            found.append(f"{path}.NAME")
+        elif _list_inside(field) is not None or field.message_type is None:
             found.append(path)
         else:
             found += _paths(field.message_type, path)
     return found
+
+
+def _is_free(field: FieldDescriptor) -> bool:
+    """Whether a field holds values under names of their own, as parameters of a plug-in."""
+    return field.message_type is not None and field.message_type.full_name == "google.protobuf.Struct"
 
 
 def _list_inside(field: FieldDescriptor) -> FieldDescriptor | None:
@@ -87,6 +96,8 @@ def _set(message: Message, path: str, value: Any) -> str:
         field = target.DESCRIPTOR.fields_by_name.get(name)
         if field is None:
             return _unknown(message, path)
+        if _is_free(field):
+            return _set_free(getattr(target, name), names[depth + 1 :], value, path)
         listed = _list_inside(field)
         last = depth == len(names) - 1
         if last and listed is not None:
@@ -103,6 +114,21 @@ def _set(message: Message, path: str, value: Any) -> str:
             _assign(target, field, value)
         except ValueError as e:
             return f"got {value!r}; accepted: {e}"
+    return ""
+
+
+def _set_free(target: Any, names: list[str], value: Any, path: str) -> str:
+    if not names or not all(names):
+        return f"holds values by name; accepted: {path.rstrip('.')}.NAME"
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):  # what is no JSON is a text
+            value = json.loads(value)
+    for name in names[:-1]:
+        target = target.get_or_create_struct(name)
+    try:
+        target[names[-1]] = value
+    except ValueError:
+        return f"got {value!r}; accepted: a number, true or false, a text, or a list of them"
     return ""
 
 
