@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import sys
 from dataclasses import dataclass, field
 
 import yaml
@@ -21,7 +22,7 @@ from services.trainer.core import Rules, Trainer
 from services.trainer.metrics import Meters, add_metrics
 from services.trainer.notify import Hub
 from services.trainer.objectives import objectives_of
-from services.trainer.places import Places
+from services.trainer.places import Places, extensions_folder
 from services.trainer.runner import Runner
 from services.trainer.servicer import TrainerServicer
 
@@ -70,7 +71,8 @@ class Config:
     )
     torch_extensions: str = setting(
         "",
-        "folder of DeepSpeed's compiled parts; empty = QLORAD_TORCH_EXTENSIONS, else ~/.cache/qlorad/torch_extensions",
+        "folder of DeepSpeed's compiled parts; empty = QLORAD_TORCH_EXTENSIONS, else one for this Python environment "
+        "in ~/.cache/qlorad/torch_extensions",
     )
 
     def __post_init__(self) -> None:
@@ -99,7 +101,7 @@ def build(config: Config) -> server.App:
         jobs=state / "jobs",
         leases=state / "devices",
         devices=places_to_run,
-        extensions=str(pathlib.Path(extensions or "~/.cache/qlorad/torch_extensions").expanduser().absolute()),
+        extensions=str(extensions_folder(extensions, sys.prefix)),
         backoff_seconds=config.retry_backoff_seconds,
         exit_grace_seconds=config.exit_grace_seconds,
         heartbeat_seconds=config.worker_heartbeat_seconds,

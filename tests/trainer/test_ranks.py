@@ -23,13 +23,14 @@ from services.common.frames.v1 import training_pb2
 from services.common.shelf import Shelf
 from services.trainer import launch, spec
 from services.trainer.app import TEMPLATES, read_templates
+from services.trainer.places import extensions_folder
 from services.trainer.worker.ranks import outcome
 from tests.house import ROOT, House
 from tests.trainer.kit import MODEL, adapter_config, create, get, small, stub_of, watch
 from tests.trainer.test_pause import pause, resume, until
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-EXTENSIONS = str(pathlib.Path("~/.cache/qlorad/torch_extensions").expanduser())
+EXTENSIONS = str(extensions_folder("", sys.prefix))
 COMPILED = pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its shared-memory part with g++")
 STEPS = 20
 

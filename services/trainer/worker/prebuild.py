@@ -13,10 +13,11 @@ import shutil
 import sys
 import warnings
 
+from services.trainer.places import extensions_folder
+
 
 def main() -> None:
-    wanted = os.environ.get("QLORAD_TORCH_EXTENSIONS") or "~/.cache/qlorad/torch_extensions"
-    folder = pathlib.Path(wanted).expanduser().absolute()
+    folder = extensions_folder(os.environ.get("QLORAD_TORCH_EXTENSIONS", ""), sys.prefix)
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     os.environ["DS_ACCELERATOR"] = "cpu"
