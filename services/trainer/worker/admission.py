@@ -50,7 +50,12 @@ def admit(
         model.train()
         batch = (packed if data.packing else padded)(rows, numbers, "cpu")
         batch = loss_of.aim.shown(batch, rows, numbers, 0)
-        took = _peak(device, lambda: loss_of({n: t.to(device) for n, t in batch.items()}).backward())
+
+        def twice() -> None:  # what is freed in between is not always there for the next
+            for _ in range(1 if data.micro_batch_tokens else 2):
+                loss_of({n: t.to(device) for n, t in batch.items()}).backward()
+
+        took = _peak(device, twice)
         for p in trained:
             p.grad = None
         checkpoint.set_rng(rng)
@@ -60,7 +65,8 @@ def admit(
         found = admission.Found(data.micro_batch_tokens, measure(data.micro_batch_tokens))
     else:
         least, most = max(lengths), min(max(sum(lengths), max(lengths)), estimate.MOST_TOKENS)
-        found = admission.fill(measure, least, most, budget)
+        cost = [_predicted(payload, known, replace(run, tokens=n)) for n in (least, least + 1024)]
+        found = admission.fill(measure, least, most, budget, (cost[1] - cost[0]) / 1024)
         data.micro_batch_tokens = max(found.tokens, max(lengths))
         teller.say(f"micro-batches of {found.tokens} tokens take {found.bytes} of {budget} bytes")
     told = trainer_pb2.Admitted(
