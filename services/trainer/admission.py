@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 AIM, ENOUGH = 0.95, 0.92
 """Of the budget: where the search goes, and where it is content."""
+DEARER = 1.2
+"""A token is taken to cost at least so many times what is told, since memory that is freed is not always given back."""
 STEP_TOKENS = 64
-_MOST_TRIES = 8
+_MOST_TRIES = 10
 
 
 class OverBudget(Exception):
@@ -37,13 +39,17 @@ def check(measured: int, budget: int, tokens: int) -> None:
         )
 
 
-def fill(measure: Callable[[int], int], least: int, most: int, budget: int) -> Found:
-    """The largest micro-batch found, at most `most` tokens; OverBudget where not even `least` fits."""
+def fill(measure: Callable[[int], int], least: int, most: int, budget: int, told: float = 0.0) -> Found:
+    """The largest micro-batch found, at most `most` tokens; OverBudget where not even `least` fits.
+
+    `told` is what an estimate says that a token costs: what was held for a smaller batch hides some of it.
+    """
     best = Found(least, measure(least))
     check(best.bytes, budget, least)
     nearest = most + 1
     """The smallest that is known to be too large."""
-    tokens = min(most, 2 * least)
+    dear = max(1.0, DEARER * told)
+    tokens = min(most, 2 * least, least + int((AIM * budget - best.bytes) / dear))
     for _ in range(_MOST_TRIES):
         tokens -= tokens % STEP_TOKENS if tokens - tokens % STEP_TOKENS > best.tokens else 0
         if not best.tokens < tokens < nearest or best.bytes >= ENOUGH * budget:
@@ -52,7 +58,7 @@ def fill(measure: Callable[[int], int], least: int, most: int, budget: int) -> F
         if took > budget:
             nearest, tokens = tokens, (best.tokens + tokens) // 2
             continue
-        each = max(1.0, (took - best.bytes) / (tokens - best.tokens))
+        each = max(dear, (took - best.bytes) / (tokens - best.tokens))
         best = Found(tokens, max(took, best.bytes))
-        tokens = min(most, nearest - 1, 4 * tokens, tokens + int((AIM * budget - best.bytes) / each))
+        tokens = min(most, nearest - 1, 2 * tokens, tokens + int((AIM * budget - best.bytes) / each))
     return best

@@ -18,10 +18,11 @@ MB = 1_000_000
 
 @given(
     st.integers(100, 2000), st.floats(0.001, 2.0), st.integers(8, 4096), st.floats(1.0, 60.0), st.floats(0.0, 0.3),
+    st.floats(0.0, 0.9),
 )  # fmt: skip
 @settings(max_examples=200, deadline=None)
 def test_the_budget_is_neared_from_below_and_filled(
-    fixed: int, each: float, least: int, room: float, bend: float
+    fixed: int, each: float, least: int, room: float, bend: float, told: float
 ) -> None:
     """Whatever a token costs, also where many cost more a token than few."""
 
@@ -33,11 +34,11 @@ def test_the_budget_is_neared_from_below_and_filled(
     most = int(least * room) + 1
     budget = int(MB * (fixed + each * most * 0.7)) + MB
     try:
-        found = admission.fill(measure, least, most, budget)
+        found = admission.fill(measure, least, most, budget, MB * each * told)
     except admission.OverBudget:
         assert measure(least) > budget
         return
-    assert found.bytes <= budget and least <= found.tokens <= most and len(tried) <= 9
+    assert found.bytes <= budget and least <= found.tokens <= most and len(tried) <= 11
     ended = found.tokens > most - 2 * admission.STEP_TOKENS
     near = measure(min(most, found.tokens + 2 * admission.STEP_TOKENS)) > budget
     assert found.bytes >= 0.9 * budget or ended or near

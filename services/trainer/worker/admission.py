@@ -7,6 +7,7 @@ that stays. A job that would not fit is refused here, with the numbers.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import pathlib
 from collections.abc import Callable
@@ -27,6 +28,8 @@ from services.trainer.worker import checkpoint
 from services.trainer.worker.facts import Teller
 from services.trainer.worker.tensors import packed, padded
 
+_NEAR = 0.85
+"""Of a budget, from where on nothing is kept between steps."""
 _STATUS, _FORGET = pathlib.Path("/proc/self/status"), pathlib.Path("/proc/self/clear_refs")
 
 
@@ -38,6 +41,7 @@ def admit(
 
     OverBudget where it takes more than memory.budget_bytes.
     """
+    _give_back()  # loading leaves some
     lengths, data, budget = rows.lengths().tolist(), spec.data, spec.memory.budget_bytes
     trained = [p for p in model.parameters() if p.requires_grad]
     run = estimate.run_of(spec, device)
@@ -50,7 +54,13 @@ def admit(
         model.train()
         batch = (packed if data.packing else padded)(rows, numbers, "cpu")
         batch = loss_of.aim.shown(batch, rows, numbers, 0)
-        took = _peak(device, lambda: loss_of({n: t.to(device) for n, t in batch.items()}).backward())
+
+        def twice() -> None:  # what is freed in between is not always there for the next
+            for _ in range(1 if data.micro_batch_tokens else 2):
+                loss_of({n: t.to(device) for n, t in batch.items()}).backward()
+                stay_within(budget, device)
+
+        took = _peak(device, twice)
         for p in trained:
             p.grad = None
         checkpoint.set_rng(rng)
@@ -60,7 +70,8 @@ def admit(
         found = admission.Found(data.micro_batch_tokens, measure(data.micro_batch_tokens))
     else:
         least, most = max(lengths), min(max(sum(lengths), max(lengths)), estimate.MOST_TOKENS)
-        found = admission.fill(measure, least, most, budget)
+        cost = [_predicted(payload, known, replace(run, tokens=n)) for n in (least, least + 1024)]
+        found = admission.fill(measure, least, most, budget, (cost[1] - cost[0]) / 1024)
         data.micro_batch_tokens = max(found.tokens, max(lengths))
         teller.say(f"micro-batches of {found.tokens} tokens take {found.bytes} of {budget} bytes")
     told = trainer_pb2.Admitted(
@@ -70,6 +81,18 @@ def admit(
     )
     teller.tell(training_pb2.Fact(admitted=told))
     admission.check(found.bytes, budget, data.micro_batch_tokens)
+
+
+def stay_within(budget: int, device: str) -> None:
+    """Gives back what the C library keeps between tensors, where it nears a budget; it grows from step to step."""
+    if budget and device == "cpu" and psutil.Process().memory_info().rss > _NEAR * budget:
+        _give_back()
+
+
+def _give_back() -> None:
+    give = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
+    if give is not None:
+        give(0)
 
 
 def _predicted(payload: pathlib.Path, known: facts.ModelFacts, run: Run) -> int:

@@ -24,7 +24,7 @@ from services.trainer import launch
 from services.trainer.guards import SMOOTH
 from services.trainer.plan import Form, chosen_of, decide, form_of, use
 from services.trainer.worker import checkpoint, device_facts, engines, losses
-from services.trainer.worker.admission import admit
+from services.trainer.worker.admission import admit, stay_within
 from services.trainer.worker.aim import aim_of
 from services.trainer.worker.batches import Plan, per_step_of
 from services.trainer.worker.evaluation import ends_early, evaluate, judged
@@ -168,6 +168,7 @@ def train(order: training_pb2.Order, teller: Teller) -> None:
             mean = SMOOTH * mean + (1 - SMOOTH) * taken if mean else taken
             progress = after_step(progress, step, done)
             tell_step(teller, step, total, done, progress, taken, mean, order.device)
+            stay_within(spec.memory.budget_bytes, order.device)
             if step.index + 1 == step.of:
                 teller.say(check_epoch(step.epoch, progress, counts, tally.text_of(rows.rows_number())))
             lowest = _due(wishes.every_steps, step.number) and len(held_out) > 0 and assess()

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 
 NAME = "qlorad-spans"
-_QUERIES = 512
-"""Queries whose scores are held at a time in the backward pass."""
+_WHOLE, _QUERIES, _SCORES = 512, 128, 2 << 20
+"""In the backward pass a sample of at most so many tokens is taken whole; of a longer one so many queries at a time,
+and as many heads as make so many scores: they stay in the processor's cache."""
 _STEP = 64
 """Samples are filled up to a multiple of this: the libraries prepare themselves anew for every length they meet."""
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -87,18 +88,22 @@ def _back(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slope: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of one sample, [heads, tokens, width]; some queries at a time, each against the keys it may see."""
-    length = q.shape[1]
-    if length <= _QUERIES:
+    heads, length = q.shape[:2]
+    if length <= _WHOLE:
         return _block(q, k, v, slope, scale, 0)
-    by_query = []
+    slope_q = torch.empty_like(q)
     slope_k, slope_v = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (k, v))
     for at in range(0, length, _QUERIES):
         to = min(length, at + _QUERIES)
-        one, keys, values = _block(q[:, at:to], k[:, :to], v[:, :to], slope[:, at:to], scale, at)
-        by_query.append(one)
-        slope_k[:, :to] += keys
-        slope_v[:, :to] += values
-    return torch.cat(by_query, 1), slope_k.to(k.dtype), slope_v.to(v.dtype)
+        seen = min(length, to + -to % _WHOLE)  # few different lengths; what is too much is hidden
+        together = max(1, _SCORES // (_QUERIES * seen))
+        for head in range(0, heads, together):
+            some = slice(head, head + together)
+            one, keys, values = _block(q[some, at:to], k[some, :seen], v[some, :seen], slope[some, at:to], scale, at)
+            slope_q[some, at:to] = one
+            slope_k[some, :seen] += keys
+            slope_v[some, :seen] += values
+    return slope_q, slope_k.to(k.dtype), slope_v.to(v.dtype)
 
 
 def _block(
