@@ -208,7 +208,8 @@ def spoiled(home: pathlib.Path, how: str) -> dict[str, bytes]:
 
 SPOILED = {
     "foreign": "x_proj", "embedding": "embed_tokens", "other base": "shape", "half": "lora_A", "zero": "effect",
-    "nan": "finite", "rank": "shape", "dora": "lora_magnitude_vector", "plain": "use_dora", "fresh": "effect", "kind": "IA3", "whole layers": "modules_to_save",
+    "nan": "finite", "rank": "shape", "dora": "lora_magnitude_vector", "plain": "use_dora",
+    "fresh": "effect", "kind": "IA3", "whole layers": "modules_to_save",
     "empty": "no tensors",
 }  # fmt: skip
 
