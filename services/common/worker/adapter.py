@@ -28,7 +28,7 @@ _KEY = re.compile(rf"base_model\.model\.(?P<module>.+)\.(?P<part>lora_[AB]\.weig
 _NEAR = 0.02
 """How far, relatively, magnitudes are from those of the base because that was quantised when they were taken."""
 # What would change the meaning of the tensors; anything but these values is refused.
-_PLAIN = {
+_PLAIN: dict[str, object] = {
     "bias": "none", "modules_to_save": None, "rank_pattern": {},
     "alpha_pattern": {}, "fan_in_fan_out": False, "lora_bias": False, "layers_to_transform": None,
     "layer_replication": None, "trainable_token_indices": None, "target_parameters": None, "use_qalora": False,
