@@ -57,6 +57,8 @@ class AdapterFacts:
     """Name of the enum value; adapters of before had none but the model's own template."""
     rslora: bool = False
     """Whether the update is scaled by alpha / sqrt(rank)."""
+    dora: bool = False
+    """Whether each output's magnitude is learnt apart from its direction."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

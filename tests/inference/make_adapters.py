@@ -27,9 +27,12 @@ from services.common.worker.load import load_base
 PROMPTS = ("def add(a, b):\n", "import os\n\n\nclass Store:\n", "x")
 NEW_TOKENS = 40
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-SOUND = {"ada": (4, 8, ["q_proj", "v_proj"]), "bob": (16, 16, ALL), "cy": (8, 32, ["down_proj", "o_proj"])}
+SOUND = {"ada": (4, 8, ["q_proj", "v_proj"]), "bob": (16, 16, ALL), "cy": (8, 32, ["down_proj", "o_proj"]),
+         "dee": (4, 8, ["q_proj", "up_proj", "down_proj"])}  # fmt: skip
 STABILISED = ("cy",)
 """Scaled by alpha / sqrt(rank)."""
+DORA = ("dee",)
+"""Learnt with magnitudes of their own."""
 
 
 def fresh(payload: pathlib.Path):
@@ -41,18 +44,28 @@ def make(payload: pathlib.Path, folder: pathlib.Path, name: str, seed: int, zero
     rank, alpha, targets = SOUND[name]
     torch.manual_seed(seed)
     model = get_peft_model(
-        fresh(payload), LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, use_rslora=name in STABILISED)
+        fresh(payload),
+        LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            target_modules=targets,
+            use_rslora=name in STABILISED,
+            use_dora=name in DORA,
+        ),
     )
     count = 0
     for key, parameter in model.named_parameters():
         if "lora_" in key:
             count += parameter.numel()
             with torch.no_grad():
+                if "magnitude" in key:
+                    parameter.mul_(0.5 + torch.rand_like(parameter))
+                    continue
                 parameter.normal_(0.0, 0.25)
                 if zero and "lora_B" in key:
                     parameter.zero_()
     save_adapter(model, folder)
-    return facts.AdapterFacts(rank, float(alpha), tuple(sorted(targets)), count, ())
+    return facts.AdapterFacts(rank, float(alpha), tuple(sorted(targets)), count, (), dora=name in DORA)
 
 
 def seal(

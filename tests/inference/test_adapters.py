@@ -180,3 +180,41 @@ def test_a_request_id_is_answered_once(
     assert stub.ListLoadedModels(inference_pb2.ListLoadedModelsRequest()).models, "a stale answer would be untrue"
     listed = stub.ListAdapters(inference_pb2.ListAdaptersRequest()).adapters
     assert [(a.adapter, a.is_default) for a in listed] == [("adapters/bob", True), ("adapters/ada", False)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dora_beside_lora_gives_the_logits_of_plain_peft(serving_home: pathlib.Path) -> None:
+    """One batch of base, LoRA and DoRA; and what DoRA held more is gone with it."""
+    import torch
+    from peft import PeftModel
+
+    from services.common.worker import adapter
+    from services.common.worker.load import load_base
+    from services.inference.worker.lora import Lora
+
+    shelf = Shelf(serving_home / "store")
+    payload = shelf.open("models", "starter-test").payload
+    ids = torch.arange(20, 44)[None]
+    with torch.no_grad():
+        model = load_base(payload, "none", False, "fp32")
+        lora = Lora(model, torch.float32)
+        expected = [model(input_ids=ids).logits]
+        for name in ("ada", "dee"):
+            folder = shelf.open("adapters", name).payload
+            whole = PeftModel.from_pretrained(load_base(payload, "none", False, "fp32"), str(folder)).eval()
+            expected.append(whole(input_ids=ids).logits)
+            tensors, scaling = adapter.read_tensors(folder), adapter.scaling(adapter.read_config(folder))
+            gains = lora.gains(tensors, scaling)
+            assert bool(gains) == (name == "dee")
+            held = lora.add(name, tensors, scaling, gains)
+            assert held == sum(t.nbytes for t in tensors.values())
+        assert float((expected[2] - expected[0]).abs().max()) > 0.1
+        for rows in (("", "ada", "dee"), ("dee", "dee", ""), ("dee",), ("ada", "ada")):
+            lora.choose(rows)
+            seen = model(input_ids=ids.expand(len(rows), -1)).logits
+            for got, row in zip(seen, rows, strict=True):
+                torch.testing.assert_close(got, expected[("", "ada", "dee").index(row)][0], atol=1e-4, rtol=1e-4)
+        lora.choose(())
+        assert lora.remove("dee") == held
+        assert all(part.more is None for layer in lora._layers.values() for part in layer.parts.values())
+        assert all(layer.more is None for layer in lora._layers.values())

@@ -12,7 +12,7 @@ from tests.house import eventually
 from tests.inference import kit
 from tests.inference.conftest import Served
 
-ADAPTERS = ("base", "ada", "bob", "cy")
+ADAPTERS = ("base", "ada", "bob", "cy", "dee")
 
 
 def named(adapter: str) -> str:
@@ -34,7 +34,7 @@ def chat_request(adapter: str = "base", **options: object) -> inference_pb2.Chat
 def test_greedy_answers_are_those_of_plain_peft_even_when_all_run_at_once(served: Served) -> None:
     """Token-equal with peft.PeftModel.from_pretrained + generate, alone and mixed in one batch."""
     asks = [(adapter, answer) for adapter in ADAPTERS for answer in served.oracle[adapter]]
-    assert len(asks) == 12
+    assert len(asks) == 15
     assert min(m for _, a in asks for m in a["margins"]) > 1e-4, "choose another seed for the test adapters"
     assert len({tuple(a["ids"]) for _, a in asks}) >= 10, "the adapters must differ for this test to mean anything"
 
@@ -71,7 +71,8 @@ def test_what_is_loaded_is_told(served: Served) -> None:
     assert (model.model, model.precision, model.device) == (kit.MODEL, inference_pb2.PRECISION_FP32, "cpu")
     assert model.memory_bytes >= 656_000 * 4 and model.context_tokens >= 512 and model.load_seconds > 0
     adapters = served.stub.ListAdapters(inference_pb2.ListAdaptersRequest()).adapters
-    assert [(a.adapter, a.rank) for a in adapters] == [("adapters/ada", 4), ("adapters/bob", 16), ("adapters/cy", 8)]
+    ranks = {"ada": 4, "bob": 16, "cy": 8, "dee": 4}
+    assert {a.adapter: a.rank for a in adapters} == {f"adapters/{name}": rank for name, rank in ranks.items()}
     assert all(a.probe_effect > 0 and a.memory_bytes > 0 and a.base_digest == model.digest for a in adapters)
     again = served.stub.LoadModel(inference_pb2.LoadModelRequest(model=kit.MODEL))
     assert again.model == model

@@ -138,6 +138,37 @@ def test_a_pickle_is_refused_and_never_run(doors: Doors, tmp_path: pathlib.Path)
     assert refusal(lambda: get(doors, "adapters/p2"))[1] == "NOT_FOUND"
 
 
+def with_magnitudes(home: pathlib.Path, tensors: dict, factor: float) -> dict:
+    """They, with the base's own magnitudes times a factor."""
+    from safetensors import safe_open
+
+    (path,) = Shelf(home / "store").open("models", "starter-test").payload.glob("*.safetensors")
+    found = dict(tensors)
+    with safe_open(path, "pt") as f:
+        for name in (k for k in tensors if k.endswith(".lora_A.weight")):
+            module = name.removesuffix(".lora_A.weight")
+            weight = f.get_tensor(f"{module.removeprefix('base_model.model.')}.weight").float().numpy()
+            found[f"{module}.lora_magnitude_vector"] = factor * np.linalg.norm(weight, axis=1)
+    return found
+
+
+def test_a_dora_adapter_comes_in_with_its_magnitudes(starter_home: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Also one whose magnitudes alone have an effect."""
+    from services.registry.worker import adapter
+
+    base = Shelf(starter_home / "store").open("models", "starter-test")
+    files = adapter_files(starter_home)
+    plain = {k: v * 0 if "lora_B" in k else v for k, v in load(files[WEIGHTS]).items()}
+    (tmp_path / WEIGHTS).write_bytes(save(with_magnitudes(starter_home, plain, 1.1)))
+    (tmp_path / CONFIG).write_text(json.dumps({**json.loads(files[CONFIG]), "use_dora": True}))
+    order = shelf_pb2.AdapterWork(
+        folder=str(tmp_path), base_payload=str(base.payload), base_facts=base.manifest.facts, name="adapters/x"
+    )
+    told = adapter.take(order)
+    assert told.dora and told.parameters == 4 * (128 * 2 + 128 + 64) * 2 + 2 * (128 + 64)
+    assert json.loads((tmp_path / CONFIG).read_text())["use_dora"] is True
+
+
 def spoiled(home: pathlib.Path, how: str) -> dict[str, bytes]:
     """An adapter with one thing wrong."""
     files = adapter_files(home)
@@ -161,6 +192,11 @@ def spoiled(home: pathlib.Path, how: str) -> dict[str, bytes]:
             config["r"] = 5
         case "dora":
             config["use_dora"] = True
+        case "plain":
+            tensors = with_magnitudes(home, tensors, 1.0)
+        case "fresh":
+            config["use_dora"] = True
+            tensors = with_magnitudes(home, {k: v * 0 if "lora_B" in k else v for k, v in tensors.items()}, 1.0)
         case "kind":
             config["peft_type"] = "IA3"
         case "whole layers":
@@ -172,7 +208,8 @@ def spoiled(home: pathlib.Path, how: str) -> dict[str, bytes]:
 
 SPOILED = {
     "foreign": "x_proj", "embedding": "embed_tokens", "other base": "shape", "half": "lora_A", "zero": "effect",
-    "nan": "finite", "rank": "shape", "dora": "use_dora", "kind": "IA3", "whole layers": "modules_to_save",
+    "nan": "finite", "rank": "shape", "dora": "lora_magnitude_vector", "plain": "use_dora",
+    "fresh": "effect", "kind": "IA3", "whole layers": "modules_to_save",
     "empty": "no tensors",
 }  # fmt: skip
 

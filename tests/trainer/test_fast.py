@@ -19,12 +19,16 @@ def batches(it: types.SimpleNamespace) -> tuple[list, int]:
     return [it.tensors.packed(rows, range(4), "cpu"), it.tensors.padded(rows, [4, 5], "cpu")], trained
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("targets", [ALL, "q_proj v_proj", "o_proj down_proj"])
 @pytest.mark.parametrize(("method", "compute", "near"), [("none", "fp32", 1e-5), ("nf4", "fp32", 1e-5)])
 def test_the_gradient_is_that_of_peft(
-    starter_home: pathlib.Path, targets: str, method: str, compute: str, near: float
+    starter_home: pathlib.Path, targets: str, method: str, compute: str, near: float, dora: bool
 ) -> None:
-    ours, theirs = (peft_model(starter_home, method, compute, fast=f, targets=targets) for f in (True, False))
+    ours, theirs = (
+        peft_model(starter_home, method, compute, fast=f, targets=targets, dora=dora) for f in (True, False)
+    )
+    assert any("magnitude" in n for n in ours.engine.parameters) == dora
     given, trained = batches(ours)
     left, right = (gradients(it, given, trained) for it in (ours, theirs))
     assert left.keys() == right.keys() and len(left) >= 8
@@ -33,14 +37,15 @@ def test_the_gradient_is_that_of_peft(
         assert float((left[name] - right[name]).norm() / right[name].norm()) < near, name
 
 
-def test_in_bf16_it_is_as_near_to_the_truth_as_peft(starter_home: pathlib.Path) -> None:
+@pytest.mark.parametrize("dora", [False, True])
+def test_in_bf16_it_is_as_near_to_the_truth_as_peft(starter_home: pathlib.Path, dora: bool) -> None:
     """The truth: the same NF4 weights, computed in fp32."""
-    truth = peft_model(starter_home, "nf4", "fp32", fast=False, targets=ALL)
+    truth = peft_model(starter_home, "nf4", "fp32", fast=False, targets=ALL, dora=dora)
     given, trained = batches(truth)
     real = gradients(truth, given, trained)
     off = []
     for fast in (True, False):
-        found = gradients(peft_model(starter_home, "nf4", "bf16", fast=fast, targets=ALL), given, trained)
+        found = gradients(peft_model(starter_home, "nf4", "bf16", fast=fast, targets=ALL, dora=dora), given, trained)
         off.append(sum(float((found[n] - real[n]).norm() / real[n].norm()) for n in real) / len(real))
     assert off[0] < 1.25 * off[1] < 0.2, off
 
@@ -95,6 +100,45 @@ def test_dropout_is_drawn_once_and_used_twice(starter_home: pathlib.Path, checkp
     assert loss() == loss() and it.model.eval() is it.model
 
 
+def test_dora_with_dropout_is_what_peft_makes_of_the_same_draw() -> None:
+    """Small steps do not show it: what W + BA is large counts as fixed in the backward pass."""
+    import peft
+    import torch
+
+    from services.trainer.worker.fast import linears
+
+    class Drawn(torch.nn.Dropout):
+        """Peft's dropout, with the numbers that this room draws."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            torch.manual_seed(3)
+            keep = torch.rand(x.shape) >= self.p
+            return x * keep / (1 - self.p)
+
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=3, lora_dropout=0.4, target_modules=["0"], use_dora=True)
+    wrapped = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(24, 40)), config).get_base_model()[0]
+    trained = [
+        wrapped.lora_A.default.weight,
+        wrapped.lora_B.default.weight,
+        wrapped.lora_magnitude_vector.default.weight,
+    ]
+    with torch.no_grad():
+        trained[1].normal_(0, 0.3)
+        trained[2].mul_(1 + torch.rand(40))
+    wrapped.lora_dropout["default"] = Drawn(0.4)
+    one = linears.of(wrapped)
+    assert one is not None and one.dropout == 0.4
+    x, pull = torch.randn(2, 5, 24, requires_grad=True), torch.randn(2, 5, 40)
+    wrapped.train()
+    theirs = wrapped(x)
+    torch.manual_seed(3)
+    (ours,) = linears.apply((one,), x, True)
+    torch.testing.assert_close(ours, theirs)
+    for left, right in zip(*(torch.autograd.grad(y, (x, *trained), pull) for y in (ours, theirs)), strict=True):
+        torch.testing.assert_close(left, right)
+
+
 def test_other_kinds_of_branch_are_left_to_peft(starter_home: pathlib.Path) -> None:
     import peft
 
@@ -102,8 +146,8 @@ def test_other_kinds_of_branch_are_left_to_peft(starter_home: pathlib.Path) -> N
 
     it = peft_model(starter_home, "none", "fp32", fast=False)
     base = it.model.unload()
-    dora = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
-    found = [linears.of(m) for m in dora.modules() if hasattr(m, "lora_A")]
+    other = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True))
+    found = [linears.of(m) for m in other.modules() if hasattr(m, "lora_A")]
     assert found and all(one is None for one in found)
 
 

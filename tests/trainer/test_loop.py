@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import signal
 
@@ -12,6 +13,7 @@ from services.common.facts import AdapterFacts, from_manifest
 from services.common.prompt import formats, ledger, tally
 from services.common.shelf import Shelf
 from tests.house import House
+from tests.inference import kit as inference
 from tests.trainer.kit import adapter_config, create, facts, get, small, stub_of, watch, worker_of
 
 
@@ -128,3 +130,23 @@ def test_padding_and_lora_without_quantisation_train_too(trainer: House) -> None
     last = [e.step for e in events if e.HasField("step")][-1]
     assert facts(events)[-1] == "SUCCEEDED"
     assert last.step == last.total_steps and 1 < last.epoch <= 2
+
+
+@pytest.mark.slow
+def test_what_is_trained_as_dora_answers_as_dora(trainer: House) -> None:
+    """Train, publish, load; in one batch with the base it says what it says alone."""
+    stub = stub_of(trainer)
+    spec = small(4, adapter="adapters/sized", lora__dora=True, optimizer__learning_rate=0.01)
+    job = create(stub, spec, "sized")
+    list(watch(stub, job.name))
+    done = get(stub, job.name)
+    assert done.state == trainer_pb2.JOB_STATE_SUCCEEDED, done
+    assert adapter_config(trainer.home, done.result.adapter_digest)["use_dora"] is True
+    assert from_manifest(AdapterFacts, Shelf(trainer.home / "store").open("adapters", "sized").manifest).dora
+    _, serving = inference.start(trainer)
+    inference.load(serving, "sized")
+    asks = ["base", "adapters/sized", "base", "adapters/sized"]
+    alone = [inference.generate(serving, "def add(a, b):\n", name, max_tokens=16).ids for name in asks]
+    with concurrent.futures.ThreadPoolExecutor(len(asks)) as pool:
+        mixed = pool.map(lambda name: inference.generate(serving, "def add(a, b):\n", name, max_tokens=16).ids, asks)
+        assert list(mixed) == alone

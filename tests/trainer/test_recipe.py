@@ -64,6 +64,7 @@ def peft_model(
     fast: bool = True,
     targets: str = "q_proj v_proj down_proj",
     dropout: float = 0.0,
+    dora: bool = False,
 ) -> types.SimpleNamespace:
     import torch
 
@@ -76,6 +77,7 @@ def peft_model(
     payload = Shelf(home / "store").open("models", MODEL.removeprefix("models/")).payload
     spec = trainer_pb2.TrainSpec()
     spec.lora.rank, spec.lora.alpha, spec.lora.rslora, spec.lora.dropout = rank, 8, rslora, dropout
+    spec.lora.dora = dora
     spec.lora.target_modules.names.extend(targets.split())
     spec.optimizer.learning_rate, spec.optimizer.beta1, spec.optimizer.beta2 = 1e-2, 0.9, 0.999
     spec.data.packing, spec.data.micro_batch_tokens = True, 128
@@ -90,6 +92,8 @@ def peft_model(
             for name, parameter in model.named_parameters():
                 if ".lora_B." in name:
                     parameter.normal_(0, 0.05)
+                elif dora and "lora_magnitude_vector" in name:
+                    parameter.mul_(1 + 0.1 * torch.rand_like(parameter))
     model.train()
     loss, why = losses.of(model)
     assert why == "" and type(loss) is losses.Chunked
@@ -201,15 +205,20 @@ def test_plain_descent_moves_against_the_gradient(starter_home: pathlib.Path) ->
 EIGHT_BITS = (trainer_pb2.OPTIMIZER_KIND_ADAMW_8BIT, trainer_pb2.OPTIMIZER_KIND_PAGED_ADAMW_8BIT)
 
 
-@pytest.mark.parametrize("kind", [n for n in trainer_pb2.OptimizerKind.values() if n])
+@pytest.mark.parametrize(
+    ("kind", "dora"),
+    [*((n, False) for n in trainer_pb2.OptimizerKind.values() if n), (trainer_pb2.OPTIMIZER_KIND_ADAMW, True)],
+)
 def test_an_optimiser_goes_on_from_a_checkpoint_as_if_it_had_not_been_cut(
-    starter_home: pathlib.Path, tmp_path: pathlib.Path, kind: int
+    starter_home: pathlib.Path, tmp_path: pathlib.Path, kind: int, dora: bool
 ) -> None:
     from services.trainer.worker import checkpoint
 
     rows = made_rows(4, seed=11)
     trained = sum(int(rows.mask(n)[1:].sum()) for n in range(4))
-    it, other = (peft_model(starter_home, "none", "fp32", kind=kind, momentum=0.9, rank=64) for _ in range(2))
+    it, other = (
+        peft_model(starter_home, "none", "fp32", kind=kind, momentum=0.9, rank=64, dora=dora) for _ in range(2)
+    )
 
     def step(one: types.SimpleNamespace) -> None:
         gradients(one, [one.tensors.packed(rows, range(4), "cpu")], trained)

@@ -252,6 +252,7 @@ def test_inherited_values_bend_to_given_ones() -> None:
         ("zero2", "parallelism.offload", 7, "parallelism.offload", "OFFLOAD_OPTIMIZER, OFFLOAD_ALL"),
         ("standard", "parallelism.offload", trainer_pb2.OFFLOAD_ALL, "parallelism.offload", "where ranks is 1"),
         ("standard", "parallelism.zero_stage", 2, "parallelism.zero_stage", "0 where ranks is 1"),
+        ("zero3", "lora.dora", True, "lora.dora", "or zero_stage 2"),
         (
             "zero2",
             "optimizer.kind",

@@ -6,6 +6,7 @@ request becomes (rendered, tokenised, bounded) is decided here.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Sequence
@@ -57,7 +58,7 @@ class Base:
         self._renderers: dict[str, Renderer] = {}
         """Of adapters by digest; those that left stay, since a request may still be read."""
         self.tokenizer = Tokenizer.open(payload)
-        self._headers = read_model_headers(payload)
+        self._payload, self._headers = payload, read_model_headers(payload)
         self.model = load_base(payload, method, True, compute, load.device)
         self.context_tokens = _context(self.model.config, told.context_tokens)
         self.lora = Lora(self.model, _DTYPE[compute])
@@ -129,14 +130,15 @@ class Base:
     # adapters
 
     def prepare(self, order: engine_pb2.EngineLoadAdapter) -> proof.Prepared:
-        """Reads and checks an adapter without touching the model. Any thread."""
-        return proof.prepare(
-            order.name, pathlib.Path(order.payload), order.manifest, self._headers, self._open_renderer
+        """Reads and checks an adapter without changing the model. Any thread."""
+        prepared = proof.prepare(
+            order.name, pathlib.Path(order.payload), order.manifest, self._payload, self._headers, self._open_renderer
         )
+        return dataclasses.replace(prepared, gains=self.lora.gains(prepared.tensors, prepared.scaling))
 
     def add(self, call: int, prepared: proof.Prepared) -> Report:
         """Takes an adapter in and proves its effect; on failure it is out again."""
-        size = self.lora.add(prepared.digest, prepared.tensors, prepared.scaling)
+        size = self.lora.add(prepared.digest, prepared.tensors, prepared.scaling, prepared.gains)
         self._renderers[prepared.digest] = prepared.renderer
         try:
             effect = self._probe.effect(self.lora, prepared.digest, prepared.name)

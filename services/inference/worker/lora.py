@@ -2,24 +2,31 @@
 
 Law of this room: the base's weights are never touched. At a layer the A and B of
 all adapters in the batch stand side by side; what a row's own adapter does not
-make is set to zero between A and B, so no row is coloured by another.
+make is set to zero between A and B, so no row is coloured by another. DoRA (see
+common/worker/dora) needs gain * (W x + BA x): the gain is in B, and gain - 1 times
+what the base's weight made of x comes on top, only where a row of the batch has it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch.nn import functional
 
+from services.common.errors import rejected
+from services.common.worker import dora
+from services.common.worker.adapter import MAGNITUDE, WEIGHTS
+
 
 @dataclass(slots=True)
 class _Part:
-    """One adapter at one layer; the scaling is in `b`."""
+    """One adapter at one layer; scaling and gain are in `b`."""
 
     a: torch.Tensor  # [rank, in]
     b: torch.Tensor  # [out, rank]
+    more: torch.Tensor | None = None  # [out], gain - 1, fp32
 
 
 @dataclass(slots=True)
@@ -28,6 +35,8 @@ class _Layer:
 
     parts: dict[str, _Part] = field(default_factory=dict)
     stacked: tuple[tuple[str, ...], torch.Tensor, torch.Tensor, tuple[int, ...]] | None = None
+    more: tuple[tuple[str, ...], torch.Tensor] | None = None
+    """Of each row of a batch, [rows, 1, out]; zero where it is not DoRA."""
     hook: torch.utils.hooks.RemovableHandle | None = None
 
 
@@ -50,8 +59,25 @@ class Lora:
         """Bytes of an adapter's tensors."""
         return self._bytes[digest]
 
-    def add(self, digest: str, tensors: dict[str, torch.Tensor], scaling: float) -> int:
-        """Takes an adapter's checked tensors ("base_model.model.MODULE.lora_A.weight"); returns their bytes."""
+    def gains(self, tensors: Mapping[str, torch.Tensor], scaling: float) -> dict[str, torch.Tensor]:
+        """What DoRA multiplies each module's outputs by; nothing for LoRA. Reads weights only: any thread."""
+        found = {}
+        for name, magnitude in tensors.items():
+            if not name.endswith(f".{MAGNITUDE}"):
+                continue
+            key = name.removesuffix(MAGNITUDE)
+            module = key.removeprefix("base_model.model.").rstrip(".")
+            weight = dora.plain_weight(self._modules[module])
+            a, b = (tensors[f"{key}lora_{part}.weight"].to(weight.device) for part in "AB")
+            found[module] = magnitude.to(weight.device, torch.float32) / dora.sizes(weight, a, b, scaling)
+            if not torch.isfinite(found[module]).all():
+                raise rejected(WEIGHTS, f"check 'values': {name!r} divided by the size of its weights is not finite")
+        return found
+
+    def add(
+        self, digest: str, tensors: dict[str, torch.Tensor], scaling: float, gains: Mapping[str, torch.Tensor]
+    ) -> int:
+        """Takes an adapter's checked tensors ("base_model.model.MODULE.lora_A.weight"); returns the bytes held."""
         total = 0
         for name, tensor_a in tensors.items():
             if not name.endswith(".lora_A.weight"):
@@ -60,12 +86,14 @@ class Lora:
             where = self._modules[module].weight.device
             a = tensor_a.to(where, self._dtype).contiguous()
             b = tensors[name.replace(".lora_A.", ".lora_B.")].to(where, torch.float32)
-            b = (b * scaling).to(self._dtype).contiguous()
+            gain = gains.get(module)
+            more = None if gain is None else gain - 1
+            b = (b * scaling if gain is None else b * scaling * gain[:, None]).to(self._dtype).contiguous()
             layer = self._layers.setdefault(module, _Layer())
-            layer.parts[digest] = _Part(a, b)
+            layer.parts[digest] = _Part(a, b, more)
             if layer.hook is None:
                 layer.hook = self._modules[module].register_forward_hook(self._adder(layer))
-            total += a.numel() * a.element_size() + b.numel() * b.element_size()
+            total += a.nbytes + b.nbytes + (0 if more is None else more.nbytes)
         self._bytes[digest] = total
         return total
 
@@ -75,6 +103,8 @@ class Lora:
             layer.parts.pop(digest, None)
             if layer.stacked is not None and digest in layer.stacked[0]:
                 layer.stacked = None
+            if layer.more is not None and digest in layer.more[0]:
+                layer.more = None
             if not layer.parts and layer.hook is not None:
                 layer.hook.remove()
                 del self._layers[name]
@@ -101,13 +131,18 @@ class Lora:
             x = inputs[0].to(self._dtype)
             if len(active) == 1 and all(row == active[0] for row in self._rows):
                 part = layer.parts[active[0]]
+                more = part.more
                 delta = functional.linear(functional.linear(x, part.a), part.b)
             else:
                 a, b, ranks = self._stack(layer, active)
                 inner = functional.linear(x, a)
                 mask = self._mask(active, ranks, inner.device)
                 delta = functional.linear(torch.where(mask, inner, inner.new_zeros(())), b)
-            return output + delta.to(output.dtype)
+                more = self._more(layer)
+            if more is None:
+                return output + delta.to(output.dtype)
+            made = output if module.bias is None else output - module.bias
+            return (output + delta + more * made).to(output.dtype)
 
         return add
 
@@ -117,6 +152,16 @@ class Lora:
             ranks = tuple(p.a.shape[0] for p in parts)
             layer.stacked = (active, torch.cat([p.a for p in parts]), torch.cat([p.b for p in parts], dim=1), ranks)
         return layer.stacked[1], layer.stacked[2], layer.stacked[3]
+
+    def _more(self, layer: _Layer) -> torch.Tensor | None:
+        own = [layer.parts[row].more if row in layer.parts else None for row in self._rows]
+        some = next((more for more in own if more is not None), None)
+        if some is None:
+            return None
+        if layer.more is None or layer.more[0] != self._rows:
+            rows = torch.stack([torch.zeros_like(some) if more is None else more for more in own])
+            layer.more = (self._rows, rows[:, None, :])
+        return layer.more[1]
 
     def _mask(self, active: tuple[str, ...], ranks: tuple[int, ...], device) -> torch.Tensor:
         """[rows, 1, sum of ranks]: whether a row's adapter made this column."""

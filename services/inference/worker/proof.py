@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -38,13 +38,16 @@ class Prepared:
     scaling: float
     renderer: Renderer
     """How its conversations are rendered: the base's template, or the prompt format it was trained with."""
+    gains: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Of DoRA: what each module's outputs are multiplied by."""
 
 
 def prepare(
     name: str,
     payload: pathlib.Path,
     manifest: artifacts_pb2.Manifest,
-    base: dict[str, TensorInfo],
+    base: pathlib.Path,
+    headers: dict[str, TensorInfo],
     renderers: Callable[[formats.Format], Renderer],
 ) -> Prepared:
     """Reads an adapter and checks keys, shapes, values and golden renderings; REJECTED names the check.
@@ -52,11 +55,11 @@ def prepare(
     Touches no model, so it may run beside the engine's loop.
     """
     told = facts.from_manifest(facts.AdapterFacts, manifest)
-    config = _named("keys", name, lambda: files.check_adapter(payload, base))
+    config = _named("keys", name, lambda: files.check_adapter(payload, headers))
     renderer = _named("prompt format", name, lambda: renderers(formats.by_name(told.prompt_format)))
     _named("golden renderings", name, lambda: golden.check(renderer, told.golden))
     tensors = files.read_tensors(payload)
-    wrong = files.first_fault(tensors)
+    wrong = files.first_fault(tensors, base)
     if wrong:
         raise rejected(name, f"check 'effect': {wrong}" if "effect" in wrong else f"check 'values': {wrong}")
     return Prepared(manifest.digest, name, tensors, int(config["r"]), files.scaling(config), renderer)

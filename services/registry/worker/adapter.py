@@ -33,7 +33,7 @@ def take(order: shelf_pb2.AdapterWork) -> AdapterFacts:
     if foreign:
         accepted = ", ".join(told["target_modules"])
         raise rejected(adapter.WEIGHTS, f"changes {', '.join(foreign)}; accepted: {accepted}")
-    fault = adapter.first_fault(tensors)
+    fault = adapter.first_fault(tensors, base)
     if fault:
         raise rejected(adapter.WEIGHTS, fault)
     (folder / adapter.WEIGHTS).unlink()  # mapped still; written anew beside
@@ -50,4 +50,5 @@ def take(order: shelf_pb2.AdapterWork) -> AdapterFacts:
         parameters=sum(t.numel() for t in tensors.values()),
         golden=golden.make(Renderer.open(base, str(told["template_date"]))),
         rslora=rslora,
+        dora=bool(config.get("use_dora")),
     )

@@ -84,7 +84,7 @@ class About:
     lineage: artifacts_pb2.Lineage
 
     def write(self, folder: pathlib.Path, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Writes a plain adapter; returns its tensors. Does not judge their values."""
+        """Writes an adapter as plain peft does; returns its tensors. Does not judge their values."""
         plain = {adapter.plain_name(n): w.to("cpu", torch.float32).contiguous() for n, w in weights.items()}
         shape = self.lora
         targets = list(shape.target_modules.names)

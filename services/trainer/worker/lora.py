@@ -1,6 +1,6 @@
 """LoRA weights on a frozen base.
 
-Law of this room: nothing but LoRA weights trains, and they are fp32.
+Law of this room: nothing but LoRA weights trains (with DoRA, magnitudes too), and they are fp32.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from qlorad.v1 import trainer_pb2
+from services.common.worker.adapter import is_trained
 
 
 def with_lora(base, spec: trainer_pb2.TrainSpec):
@@ -19,12 +20,13 @@ def with_lora(base, spec: trainer_pb2.TrainSpec):
         lora_dropout=spec.lora.dropout,
         target_modules=sorted(spec.lora.target_modules.names),
         use_rslora=spec.lora.rslora,
+        use_dora=spec.lora.dora,
         bias="none",
         task_type="CAUSAL_LM" if hasattr(base, "prepare_inputs_for_generation") else None,
     )
     model = get_peft_model(base, config)
     for name, parameter in model.named_parameters():
-        assert parameter.requires_grad == (".lora_A." in name or ".lora_B." in name), name
+        assert parameter.requires_grad == is_trained(name), name
         assert not parameter.requires_grad or parameter.dtype == torch.float32, name
     if spec.memory.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -32,6 +32,7 @@ def describe(order: training_pb2.Order, base_artifact, told, known: facts.ModelF
         golden=golden.make(renderer),
         prompt_format=formats.name_of(spec.data.prompt_format),
         rslora=spec.lora.rslora,
+        dora=spec.lora.dora,
     )
     lineage = artifacts_pb2.Lineage(
         base_digest=base_artifact.digest,
@@ -62,7 +63,7 @@ def write_checkpoint(progress: checkpoint.Progress, engine, rng, about: checkpoi
 def finish(end, weights, about: checkpoint.About, base_artifact, teller: Teller) -> None:
     """Writes the adapter, checks it as its readers will, tells of it."""
     folder = teller.fresh_folder("adapter")
-    fault = adapter.first_fault(about.write(folder, weights))
+    fault = adapter.first_fault(about.write(folder, weights), base_artifact.payload)
     if fault:
         raise rejected("the trained adapter", fault)
     adapter.check_adapter(folder, read_model_headers(base_artifact.payload))

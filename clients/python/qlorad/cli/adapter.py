@@ -152,7 +152,10 @@ def _show(wanted: Format, adapter: registry_pb2.Adapter) -> None:
         ("digest", adapter.digest),
         ("base", adapter.lineage.base_digest),
         ("template", adapter.lineage.template_digest),
-        ("rank", f"{adapter.rank}, alpha {adapter.alpha:g}{', rank-stabilised' * adapter.rslora}"),
+        (
+            "rank",
+            f"{adapter.rank}, alpha {adapter.alpha:g}{', rank-stabilised' * adapter.rslora}{', DoRA' * adapter.dora}",
+        ),
         ("modules", ", ".join(adapter.target_modules)),
         ("weights", out.count(adapter.parameters)),
         ("size", out.size(adapter.size_bytes)),

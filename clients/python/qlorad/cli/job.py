@@ -372,5 +372,5 @@ def _queue(place: trainer_pb2.QueuePlace) -> str:
 
 
 def _lora(lora: trainer_pb2.Lora) -> str:
-    stabilised = ", rank-stabilised" if lora.rslora else ""
-    return f"rank {lora.rank}, alpha {lora.alpha:g}{stabilised}, {','.join(lora.target_modules.names)}"
+    kinds = ", rank-stabilised" * lora.rslora + ", DoRA" * lora.dora
+    return f"rank {lora.rank}, alpha {lora.alpha:g}{kinds}, {','.join(lora.target_modules.names)}"

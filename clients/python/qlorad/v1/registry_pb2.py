@@ -27,17 +27,17 @@ from qlorad.v1 import artifacts_pb2 as qlorad_dot_v1_dot_artifacts__pb2
 from qlorad.v1 import datasets_pb2 as qlorad_dot_v1_dot_datasets__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18qlorad/v1/registry.proto\x12\tqlorad.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19qlorad/v1/artifacts.proto\x1a\x18qlorad/v1/datasets.proto\"\x8a\x03\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.qlorad.v1.ModelState\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x05 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x06 \x01(\t\x12\x12\n\nparameters\x18\x07 \x01(\x03\x12\x12\n\nsize_bytes\x18\x08 \x01(\x03\x12\x11\n\tnf4_bytes\x18\t \x01(\x03\x12\x16\n\x0e\x63ontext_tokens\x18\n \x01(\x03\x12\x12\n\nvocabulary\x18\x0b \x01(\x03\x12\x16\n\x0etarget_modules\x18\x0c \x03(\t\x12\x18\n\x10tokenizer_digest\x18\r \x01(\t\x12\x17\n\x0ftemplate_digest\x18\x0e \x01(\t\x12%\n\x1dtemplate_has_generation_marks\x18\x0f \x01(\x08\x12/\n\x0b\x63reate_time\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"e\n\x17MakeStarterModelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12$\n\x04size\x18\x02 \x01(\x0e\x32\x16.qlorad.v1.StarterSize\x12\x10\n\x08model_id\x18\x03 \x01(\t\"u\n\x18MakeStarterModelResponse\x12,\n\x08progress\x18\x01 \x01(\x0b\x32\x18.qlorad.v1.StageProgressH\x00\x12!\n\x05model\x18\x02 \x01(\x0b\x32\x10.qlorad.v1.ModelH\x00\x42\x08\n\x06update\"H\n\x12ImportModelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x10\n\x08model_id\x18\x03 \x01(\t\"p\n\x13ImportModelResponse\x12,\n\x08progress\x18\x01 \x01(\x0b\x32\x18.qlorad.v1.StageProgressH\x00\x12!\n\x05model\x18\x02 \x01(\x0b\x32\x10.qlorad.v1.ModelH\x00\x42\x08\n\x06update\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"3\n\x10GetModelResponse\x12\x1f\n\x05model\x18\x01 \x01(\x0b\x32\x10.qlorad.v1.Model\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"O\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.qlorad.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"6\n\x12\x44\x65leteModelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"*\n\x13\x44\x65leteModelResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x03\"\x9b\x02\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12#\n\x07lineage\x18\x03 \x01(\x0b\x32\x12.qlorad.v1.Lineage\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\r\n\x05\x61lpha\x18\x05 \x01(\x01\x12\x16\n\x0etarget_modules\x18\x06 \x03(\t\x12\x12\n\nsize_bytes\x18\x07 \x01(\x03\x12\x12\n\nparameters\x18\x08 \x01(\x03\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04jobs\x18\n \x03(\t\x12!\n\x07\x61liases\x18\x0b \x03(\x0b\x32\x10.qlorad.v1.Alias\x12\x0e\n\x06rslora\x18\x0c \x01(\x08\"q\n\x14ImportAdapterRequest\x12\x30\n\x06header\x18\x01 \x01(\x0b\x32\x1e.qlorad.v1.ImportAdapterHeaderH\x00\x12\x0e\n\x04path\x18\x02 \x01(\tH\x00\x12\x0e\n\x04\x64\x61ta\x18\x03 \x01(\x0cH\x00\x42\x07\n\x05piece\"e\n\x13ImportAdapterHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nadapter_id\x18\x02 \x01(\t\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12\x12\n\nmove_alias\x18\x04 \x01(\x08\"<\n\x15ImportAdapterResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.qlorad.v1.Adapter\"&\n\x16\x44ownloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"X\n\x17\x44ownloadAdapterResponse\x12$\n\x04\x66ile\x18\x01 \x01(\x0b\x32\x14.qlorad.v1.FileEntryH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x07\n\x05piece\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"9\n\x12GetAdapterResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.qlorad.v1.Adapter\"^\n!AdapterServiceListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x12\n\nbase_model\x18\x03 \x01(\t\"c\n\"AdapterServiceListAdaptersResponse\x12$\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x12.qlorad.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x86\x01\n\x16SetAdapterAliasRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x61lias\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x03 \x01(\t\x12 \n\x13\x65xpected_generation\x18\x04 \x01(\x03H\x00\x88\x01\x01\x42\x16\n\x14_expected_generation\":\n\x17SetAdapterAliasResponse\x12\x1f\n\x05\x61lias\x18\x01 \x01(\x0b\x32\x10.qlorad.v1.Alias\"8\n\x14\x44\x65leteAdapterRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\",\n\x15\x44\x65leteAdapterResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x03*\xa4\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12MODEL_STATE_ABSENT\x10\x01\x12\x17\n\x13MODEL_STATE_PULLING\x10\x02\x12\x19\n\x15MODEL_STATE_VERIFYING\x10\x03\x12\x15\n\x11MODEL_STATE_READY\x10\x04\x12\x16\n\x12MODEL_STATE_FAILED\x10\x05*Y\n\x0bStarterSize\x12\x1c\n\x18STARTER_SIZE_UNSPECIFIED\x10\x00\x12\x15\n\x11STARTER_SIZE_TEST\x10\x01\x12\x15\n\x11STARTER_SIZE_DEMO\x10\x02\x32\x9b\x03\n\x0cModelService\x12]\n\x10MakeStarterModel\x12\".qlorad.v1.MakeStarterModelRequest\x1a#.qlorad.v1.MakeStarterModelResponse0\x01\x12N\n\x0bImportModel\x12\x1d.qlorad.v1.ImportModelRequest\x1a\x1e.qlorad.v1.ImportModelResponse0\x01\x12\x43\n\x08GetModel\x12\x1a.qlorad.v1.GetModelRequest\x1a\x1b.qlorad.v1.GetModelResponse\x12I\n\nListModels\x12\x1c.qlorad.v1.ListModelsRequest\x1a\x1d.qlorad.v1.ListModelsResponse\x12L\n\x0b\x44\x65leteModel\x12\x1d.qlorad.v1.DeleteModelRequest\x1a\x1e.qlorad.v1.DeleteModelResponse2\xa8\x04\n\x0e\x41\x64\x61pterService\x12T\n\rImportAdapter\x12\x1f.qlorad.v1.ImportAdapterRequest\x1a .qlorad.v1.ImportAdapterResponse(\x01\x12Z\n\x0f\x44ownloadAdapter\x12!.qlorad.v1.DownloadAdapterRequest\x1a\".qlorad.v1.DownloadAdapterResponse0\x01\x12I\n\nGetAdapter\x12\x1c.qlorad.v1.GetAdapterRequest\x1a\x1d.qlorad.v1.GetAdapterResponse\x12k\n\x0cListAdapters\x12,.qlorad.v1.AdapterServiceListAdaptersRequest\x1a-.qlorad.v1.AdapterServiceListAdaptersResponse\x12X\n\x0fSetAdapterAlias\x12!.qlorad.v1.SetAdapterAliasRequest\x1a\".qlorad.v1.SetAdapterAliasResponse\x12R\n\rDeleteAdapter\x12\x1f.qlorad.v1.DeleteAdapterRequest\x1a .qlorad.v1.DeleteAdapterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18qlorad/v1/registry.proto\x12\tqlorad.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19qlorad/v1/artifacts.proto\x1a\x18qlorad/v1/datasets.proto\"\x8a\x03\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.qlorad.v1.ModelState\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x05 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x06 \x01(\t\x12\x12\n\nparameters\x18\x07 \x01(\x03\x12\x12\n\nsize_bytes\x18\x08 \x01(\x03\x12\x11\n\tnf4_bytes\x18\t \x01(\x03\x12\x16\n\x0e\x63ontext_tokens\x18\n \x01(\x03\x12\x12\n\nvocabulary\x18\x0b \x01(\x03\x12\x16\n\x0etarget_modules\x18\x0c \x03(\t\x12\x18\n\x10tokenizer_digest\x18\r \x01(\t\x12\x17\n\x0ftemplate_digest\x18\x0e \x01(\t\x12%\n\x1dtemplate_has_generation_marks\x18\x0f \x01(\x08\x12/\n\x0b\x63reate_time\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"e\n\x17MakeStarterModelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12$\n\x04size\x18\x02 \x01(\x0e\x32\x16.qlorad.v1.StarterSize\x12\x10\n\x08model_id\x18\x03 \x01(\t\"u\n\x18MakeStarterModelResponse\x12,\n\x08progress\x18\x01 \x01(\x0b\x32\x18.qlorad.v1.StageProgressH\x00\x12!\n\x05model\x18\x02 \x01(\x0b\x32\x10.qlorad.v1.ModelH\x00\x42\x08\n\x06update\"H\n\x12ImportModelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x10\n\x08model_id\x18\x03 \x01(\t\"p\n\x13ImportModelResponse\x12,\n\x08progress\x18\x01 \x01(\x0b\x32\x18.qlorad.v1.StageProgressH\x00\x12!\n\x05model\x18\x02 \x01(\x0b\x32\x10.qlorad.v1.ModelH\x00\x42\x08\n\x06update\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"3\n\x10GetModelResponse\x12\x1f\n\x05model\x18\x01 \x01(\x0b\x32\x10.qlorad.v1.Model\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"O\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.qlorad.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"6\n\x12\x44\x65leteModelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"*\n\x13\x44\x65leteModelResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x03\"\xa9\x02\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12#\n\x07lineage\x18\x03 \x01(\x0b\x32\x12.qlorad.v1.Lineage\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\r\n\x05\x61lpha\x18\x05 \x01(\x01\x12\x16\n\x0etarget_modules\x18\x06 \x03(\t\x12\x12\n\nsize_bytes\x18\x07 \x01(\x03\x12\x12\n\nparameters\x18\x08 \x01(\x03\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04jobs\x18\n \x03(\t\x12!\n\x07\x61liases\x18\x0b \x03(\x0b\x32\x10.qlorad.v1.Alias\x12\x0e\n\x06rslora\x18\x0c \x01(\x08\x12\x0c\n\x04\x64ora\x18\r \x01(\x08\"q\n\x14ImportAdapterRequest\x12\x30\n\x06header\x18\x01 \x01(\x0b\x32\x1e.qlorad.v1.ImportAdapterHeaderH\x00\x12\x0e\n\x04path\x18\x02 \x01(\tH\x00\x12\x0e\n\x04\x64\x61ta\x18\x03 \x01(\x0cH\x00\x42\x07\n\x05piece\"e\n\x13ImportAdapterHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nadapter_id\x18\x02 \x01(\t\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12\x12\n\nmove_alias\x18\x04 \x01(\x08\"<\n\x15ImportAdapterResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.qlorad.v1.Adapter\"&\n\x16\x44ownloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"X\n\x17\x44ownloadAdapterResponse\x12$\n\x04\x66ile\x18\x01 \x01(\x0b\x32\x14.qlorad.v1.FileEntryH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x07\n\x05piece\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"9\n\x12GetAdapterResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.qlorad.v1.Adapter\"^\n!AdapterServiceListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x12\n\nbase_model\x18\x03 \x01(\t\"c\n\"AdapterServiceListAdaptersResponse\x12$\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x12.qlorad.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x86\x01\n\x16SetAdapterAliasRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x61lias\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x03 \x01(\t\x12 \n\x13\x65xpected_generation\x18\x04 \x01(\x03H\x00\x88\x01\x01\x42\x16\n\x14_expected_generation\":\n\x17SetAdapterAliasResponse\x12\x1f\n\x05\x61lias\x18\x01 \x01(\x0b\x32\x10.qlorad.v1.Alias\"8\n\x14\x44\x65leteAdapterRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\",\n\x15\x44\x65leteAdapterResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x03*\xa4\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12MODEL_STATE_ABSENT\x10\x01\x12\x17\n\x13MODEL_STATE_PULLING\x10\x02\x12\x19\n\x15MODEL_STATE_VERIFYING\x10\x03\x12\x15\n\x11MODEL_STATE_READY\x10\x04\x12\x16\n\x12MODEL_STATE_FAILED\x10\x05*Y\n\x0bStarterSize\x12\x1c\n\x18STARTER_SIZE_UNSPECIFIED\x10\x00\x12\x15\n\x11STARTER_SIZE_TEST\x10\x01\x12\x15\n\x11STARTER_SIZE_DEMO\x10\x02\x32\x9b\x03\n\x0cModelService\x12]\n\x10MakeStarterModel\x12\".qlorad.v1.MakeStarterModelRequest\x1a#.qlorad.v1.MakeStarterModelResponse0\x01\x12N\n\x0bImportModel\x12\x1d.qlorad.v1.ImportModelRequest\x1a\x1e.qlorad.v1.ImportModelResponse0\x01\x12\x43\n\x08GetModel\x12\x1a.qlorad.v1.GetModelRequest\x1a\x1b.qlorad.v1.GetModelResponse\x12I\n\nListModels\x12\x1c.qlorad.v1.ListModelsRequest\x1a\x1d.qlorad.v1.ListModelsResponse\x12L\n\x0b\x44\x65leteModel\x12\x1d.qlorad.v1.DeleteModelRequest\x1a\x1e.qlorad.v1.DeleteModelResponse2\xa8\x04\n\x0e\x41\x64\x61pterService\x12T\n\rImportAdapter\x12\x1f.qlorad.v1.ImportAdapterRequest\x1a .qlorad.v1.ImportAdapterResponse(\x01\x12Z\n\x0f\x44ownloadAdapter\x12!.qlorad.v1.DownloadAdapterRequest\x1a\".qlorad.v1.DownloadAdapterResponse0\x01\x12I\n\nGetAdapter\x12\x1c.qlorad.v1.GetAdapterRequest\x1a\x1d.qlorad.v1.GetAdapterResponse\x12k\n\x0cListAdapters\x12,.qlorad.v1.AdapterServiceListAdaptersRequest\x1a-.qlorad.v1.AdapterServiceListAdaptersResponse\x12X\n\x0fSetAdapterAlias\x12!.qlorad.v1.SetAdapterAliasRequest\x1a\".qlorad.v1.SetAdapterAliasResponse\x12R\n\rDeleteAdapter\x12\x1f.qlorad.v1.DeleteAdapterRequest\x1a .qlorad.v1.DeleteAdapterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'qlorad.v1.registry_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODELSTATE']._serialized_start=2548
-  _globals['_MODELSTATE']._serialized_end=2712
-  _globals['_STARTERSIZE']._serialized_start=2714
-  _globals['_STARTERSIZE']._serialized_end=2803
+  _globals['_MODELSTATE']._serialized_start=2562
+  _globals['_MODELSTATE']._serialized_end=2726
+  _globals['_STARTERSIZE']._serialized_start=2728
+  _globals['_STARTERSIZE']._serialized_end=2817
   _globals['_MODEL']._serialized_start=126
   _globals['_MODEL']._serialized_end=520
   _globals['_MAKESTARTERMODELREQUEST']._serialized_start=522
@@ -61,35 +61,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DELETEMODELRESPONSE']._serialized_start=1215
   _globals['_DELETEMODELRESPONSE']._serialized_end=1257
   _globals['_ADAPTER']._serialized_start=1260
-  _globals['_ADAPTER']._serialized_end=1543
-  _globals['_IMPORTADAPTERREQUEST']._serialized_start=1545
-  _globals['_IMPORTADAPTERREQUEST']._serialized_end=1658
-  _globals['_IMPORTADAPTERHEADER']._serialized_start=1660
-  _globals['_IMPORTADAPTERHEADER']._serialized_end=1761
-  _globals['_IMPORTADAPTERRESPONSE']._serialized_start=1763
-  _globals['_IMPORTADAPTERRESPONSE']._serialized_end=1823
-  _globals['_DOWNLOADADAPTERREQUEST']._serialized_start=1825
-  _globals['_DOWNLOADADAPTERREQUEST']._serialized_end=1863
-  _globals['_DOWNLOADADAPTERRESPONSE']._serialized_start=1865
-  _globals['_DOWNLOADADAPTERRESPONSE']._serialized_end=1953
-  _globals['_GETADAPTERREQUEST']._serialized_start=1955
-  _globals['_GETADAPTERREQUEST']._serialized_end=1988
-  _globals['_GETADAPTERRESPONSE']._serialized_start=1990
-  _globals['_GETADAPTERRESPONSE']._serialized_end=2047
-  _globals['_ADAPTERSERVICELISTADAPTERSREQUEST']._serialized_start=2049
-  _globals['_ADAPTERSERVICELISTADAPTERSREQUEST']._serialized_end=2143
-  _globals['_ADAPTERSERVICELISTADAPTERSRESPONSE']._serialized_start=2145
-  _globals['_ADAPTERSERVICELISTADAPTERSRESPONSE']._serialized_end=2244
-  _globals['_SETADAPTERALIASREQUEST']._serialized_start=2247
-  _globals['_SETADAPTERALIASREQUEST']._serialized_end=2381
-  _globals['_SETADAPTERALIASRESPONSE']._serialized_start=2383
-  _globals['_SETADAPTERALIASRESPONSE']._serialized_end=2441
-  _globals['_DELETEADAPTERREQUEST']._serialized_start=2443
-  _globals['_DELETEADAPTERREQUEST']._serialized_end=2499
-  _globals['_DELETEADAPTERRESPONSE']._serialized_start=2501
-  _globals['_DELETEADAPTERRESPONSE']._serialized_end=2545
-  _globals['_MODELSERVICE']._serialized_start=2806
-  _globals['_MODELSERVICE']._serialized_end=3217
-  _globals['_ADAPTERSERVICE']._serialized_start=3220
-  _globals['_ADAPTERSERVICE']._serialized_end=3772
+  _globals['_ADAPTER']._serialized_end=1557
+  _globals['_IMPORTADAPTERREQUEST']._serialized_start=1559
+  _globals['_IMPORTADAPTERREQUEST']._serialized_end=1672
+  _globals['_IMPORTADAPTERHEADER']._serialized_start=1674
+  _globals['_IMPORTADAPTERHEADER']._serialized_end=1775
+  _globals['_IMPORTADAPTERRESPONSE']._serialized_start=1777
+  _globals['_IMPORTADAPTERRESPONSE']._serialized_end=1837
+  _globals['_DOWNLOADADAPTERREQUEST']._serialized_start=1839
+  _globals['_DOWNLOADADAPTERREQUEST']._serialized_end=1877
+  _globals['_DOWNLOADADAPTERRESPONSE']._serialized_start=1879
+  _globals['_DOWNLOADADAPTERRESPONSE']._serialized_end=1967
+  _globals['_GETADAPTERREQUEST']._serialized_start=1969
+  _globals['_GETADAPTERREQUEST']._serialized_end=2002
+  _globals['_GETADAPTERRESPONSE']._serialized_start=2004
+  _globals['_GETADAPTERRESPONSE']._serialized_end=2061
+  _globals['_ADAPTERSERVICELISTADAPTERSREQUEST']._serialized_start=2063
+  _globals['_ADAPTERSERVICELISTADAPTERSREQUEST']._serialized_end=2157
+  _globals['_ADAPTERSERVICELISTADAPTERSRESPONSE']._serialized_start=2159
+  _globals['_ADAPTERSERVICELISTADAPTERSRESPONSE']._serialized_end=2258
+  _globals['_SETADAPTERALIASREQUEST']._serialized_start=2261
+  _globals['_SETADAPTERALIASREQUEST']._serialized_end=2395
+  _globals['_SETADAPTERALIASRESPONSE']._serialized_start=2397
+  _globals['_SETADAPTERALIASRESPONSE']._serialized_end=2455
+  _globals['_DELETEADAPTERREQUEST']._serialized_start=2457
+  _globals['_DELETEADAPTERREQUEST']._serialized_end=2513
+  _globals['_DELETEADAPTERRESPONSE']._serialized_start=2515
+  _globals['_DELETEADAPTERRESPONSE']._serialized_end=2559
+  _globals['_MODELSERVICE']._serialized_start=2820
+  _globals['_MODELSERVICE']._serialized_end=3231
+  _globals['_ADAPTERSERVICE']._serialized_start=3234
+  _globals['_ADAPTERSERVICE']._serialized_end=3786
 # @@protoc_insertion_point(module_scope)

@@ -458,6 +458,7 @@ class Adapter(_message.Message):
     JOBS_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
     RSLORA_FIELD_NUMBER: _builtins.int
+    DORA_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"adapters/{alias}", or by digest where it has no alias."""
     digest: _builtins.str
@@ -472,6 +473,8 @@ class Adapter(_message.Message):
     """Number of weights."""
     rslora: _builtins.bool
     """Whether its update is scaled by alpha / sqrt(rank) instead of alpha / rank."""
+    dora: _builtins.bool
+    """Whether each output's magnitude was learnt apart from its direction (DoRA)."""
     @_builtins.property
     def lineage(self) -> _artifacts_pb2.Lineage:
         """What it belongs to."""
@@ -507,10 +510,11 @@ class Adapter(_message.Message):
         jobs: _abc.Iterable[_builtins.str] | None = ...,
         aliases: _abc.Iterable[_artifacts_pb2.Alias] | None = ...,
         rslora: _builtins.bool = ...,
+        dora: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "lineage", b"lineage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "alpha", b"alpha", "create_time", b"create_time", "digest", b"digest", "jobs", b"jobs", "lineage", b"lineage", "name", b"name", "parameters", b"parameters", "rank", b"rank", "rslora", b"rslora", "size_bytes", b"size_bytes", "target_modules", b"target_modules"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "alpha", b"alpha", "create_time", b"create_time", "digest", b"digest", "dora", b"dora", "jobs", b"jobs", "lineage", b"lineage", "name", b"name", "parameters", b"parameters", "rank", b"rank", "rslora", b"rslora", "size_bytes", b"size_bytes", "target_modules", b"target_modules"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -2,7 +2,7 @@
 
 Law of this room: gives what peft's forward gives, but for rounding, and keeps only
 what the backward pass cannot do without: the tensor that was read, in its own type,
-and what A made of it. A quantised weight is made plain once forward and once
+what A made of it, and with DoRA what W + BA made of it. A quantised weight is made plain once forward and once
 backward and never kept. Nothing but LoRA weights gets a gradient, in their own type.
 """
 
@@ -14,6 +14,11 @@ from typing import Any
 
 import torch
 
+from services.common.worker import dora
+
+_ROWS = 128
+"""Tokens that are summed together; they stay in the processor's cache."""
+
 
 @dataclass(frozen=True, slots=True)
 class Linear:
@@ -23,23 +28,24 @@ class Linear:
     a: Any = None
     """The module that holds A; its weight is looked up with every call."""
     b: Any = None
+    m: Any = None
+    """The module that holds DoRA's magnitudes, if they are learnt."""
     scale: float = 0.0
     dropout: float = 0.0
 
     def weight(self) -> torch.Tensor:
         """The frozen weight as plain numbers, made anew where it is quantised."""
-        held = self.base.weight
-        state = getattr(held, "quant_state", None)
-        if state is None:
-            return held
-        import bitsandbytes.functional as bnb
-
-        return bnb.dequantize_4bit(held.data, state)
+        return dora.plain_weight(self.base)
 
     @property
     def trained(self) -> tuple[Any, ...]:
-        """A and B, or nothing."""
-        return () if self.a is None else (self.a.weight, self.b.weight)
+        """A, B and the magnitudes, as far as there are any."""
+        return tuple(held.weight for held in (self.a, self.b, self.m) if held is not None)
+
+    @property
+    def keeps(self) -> int:
+        """Tensors that `ahead` gives for it to the backward pass."""
+        return 0 if self.a is None else 1 if self.m is None else 3
 
 
 def of(module: Any) -> Linear | None:
@@ -50,10 +56,13 @@ def of(module: Any) -> Linear | None:
     if base is module:
         return Linear(base)
     (name,) = module.active_adapters if len(module.active_adapters) == 1 else (None,)
-    if name not in module.lora_A or module.lora_variant or module.lora_bias[name] or module.merged:
-        return None  # DoRA and its like, or more than one adapter
+    if name not in module.lora_A or module.lora_bias[name] or module.merged:
+        return None  # more than one adapter, or none
+    m = module.lora_magnitude_vector[name] if name in module.lora_magnitude_vector else None
+    if bool(module.lora_variant) != (m is not None) or type(m).__name__ not in ("NoneType", "DoraLinearLayer"):
+        return None  # a kind of branch that is not known here
     dropout = float(getattr(module.lora_dropout[name], "p", 0.0))
-    return Linear(base, module.lora_A[name], module.lora_B[name], float(module.scaling[name]), dropout)
+    return Linear(base, module.lora_A[name], module.lora_B[name], m, float(module.scaling[name]), dropout)
 
 
 def _is_plain(base: Any) -> bool:
@@ -72,17 +81,27 @@ def apply(group: Sequence[Linear], x: torch.Tensor, training: bool) -> tuple[tor
 def ahead(
     group: Sequence[Linear], x: torch.Tensor, keeps: Sequence[torch.Tensor | None]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Outputs of a group, and what each A made of x; `x` has two dimensions."""
+    """Outputs of a group, and what to keep of each branch; `x` has two dimensions."""
     made, through = [], []
     for linear, keep in zip(group, keeps, strict=True):
         plain, bias = linear.weight().t(), linear.base.bias
-        y = torch.mm(x, plain) if bias is None else torch.addmm(bias.to(x.dtype), x, plain)
+        late = bias if linear.m is not None else None  # magnitudes do not touch the bias
+        y = torch.mm(x, plain) if bias is None or late is not None else torch.addmm(bias.to(x.dtype), x, plain)
         if linear.a is not None:
-            a, b = (w.detach().to(x.dtype) for w in linear.trained)
-            seen = torch.mm(_dropped(x, keep, linear), a.t())
-            y.addmm_(seen, b.t(), alpha=linear.scale)
+            a, b = (w.detach().to(x.dtype) for w in linear.trained[:2])
+            read = _dropped(x, keep, linear)
+            seen = torch.mm(read, a.t())
             through.append(seen)
-        made.append(y)
+            if linear.m is None:
+                y.addmm_(seen, b.t(), alpha=linear.scale)
+            else:
+                z = y if keep is None else torch.mm(read, plain)
+                rest = None if keep is None else y.sub_(z)
+                size = dora.sizes(plain.t(), linear.a.weight, linear.b.weight, linear.scale)
+                through += [z.addmm_(seen, b.t(), alpha=linear.scale), size]
+                y = _times(z, linear.m.weight.detach() / size)
+                y = y if rest is None else y.add_(rest)
+        made.append(y if late is None else y.add_(late.to(x.dtype)))
     return made, through
 
 
@@ -99,23 +118,45 @@ def back(
     slope_x: torch.Tensor | None = None
     seen = iter(through)
     for linear, keep, slope in zip(group, keeps, slopes, strict=True):
+        whole, gain, kept = slope, None, [next(seen) for _ in range(linear.keeps)]
+        if linear.m is not None:
+            gain = linear.m.weight.detach() / kept[2]
+            slope = _times(whole, gain)
         if wanted:
             plain = linear.weight()
-            slope_x = torch.mm(slope, plain) if slope_x is None else slope_x.addmm_(slope, plain)
+            straight = slope if keep is None else whole
+            slope_x = torch.mm(straight, plain) if slope_x is None else slope_x.addmm_(straight, plain)
+            if gain is not None and keep is not None:
+                slope_x.add_(_dropped(torch.mm(_times(whole, gain - 1), plain), keep, linear))
             del plain
         if linear.a is None:
             continue
-        a, b = (w.detach().to(x.dtype) for w in linear.trained)
+        a, b = (w.detach().to(x.dtype) for w in linear.trained[:2])
         inner = torch.mm(slope, b).mul_(linear.scale)
         grown.append(torch.mm(inner.t(), _dropped(x, keep, linear)).to(linear.a.weight.dtype))
-        outer = torch.mm(next(seen).t(), slope).mul_(linear.scale)
+        outer = torch.mm(kept[0].t(), slope).mul_(linear.scale)
         grown.append(outer.t().to(linear.b.weight.dtype, memory_format=torch.contiguous_format))
+        if linear.m is not None:
+            grown.append(_along(whole, kept[1]).div_(kept[2]).to(linear.m.weight.dtype))
         if wanted and slope_x is not None:
             if keep is None:
                 slope_x.addmm_(inner, a)
             else:
                 slope_x.add_(_dropped(torch.mm(inner, a), keep, linear))
     return slope_x, grown
+
+
+def _times(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    """Every column times its number, in the type of x, rounded once."""
+    return torch.mul(x, gain, out=torch.empty_like(x))
+
+
+def _along(slope: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """Sums of their products over rows, in fp32, some rows at a time."""
+    found = torch.zeros(z.shape[1], dtype=torch.float32, device=z.device)
+    for at in range(0, len(z), _ROWS):
+        found += (slope[at : at + _ROWS].float() * z[at : at + _ROWS].float()).sum(0)
+    return found
 
 
 def drawn(group: Sequence[Linear], x: torch.Tensor, training: bool) -> list[torch.Tensor | None]:
