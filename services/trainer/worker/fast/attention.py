@@ -109,11 +109,16 @@ def _back(
 def _block(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slope: torch.Tensor, scale: float, before: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    hidden = torch.full((q.shape[1], k.shape[1]), float("-inf"), dtype=q.dtype, device=q.device).triu_(before + 1)
-    share = torch.softmax(torch.bmm(q, k.transpose(1, 2)).mul_(scale).add_(hidden), -1)
+    """Queries that stand behind `before` others; as little as can be is done with all scores."""
+    after = k.shape[1] - before
+    hidden = torch.full((q.shape[1], after), float("-inf"), dtype=q.dtype, device=q.device).triu_(1)
+    q = q * scale
+    share = torch.bmm(q, k.transpose(1, 2))
+    share[:, :, before:] += hidden
+    share = torch.softmax(share, -1)
     slope_v = torch.bmm(share.transpose(1, 2), slope)
-    inner = torch._softmax_backward_data(torch.bmm(slope, v.transpose(1, 2)), share, -1, q.dtype).mul_(scale)
-    return torch.bmm(inner, k), torch.bmm(inner.transpose(1, 2), q), slope_v
+    inner = torch._softmax_backward_data(torch.bmm(slope, v.transpose(1, 2)), share, -1, q.dtype)
+    return torch.bmm(inner, k).mul_(scale), torch.bmm(inner.transpose(1, 2), q), slope_v
 
 
 class _Attend(torch.autograd.Function):
