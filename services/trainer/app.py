@@ -19,6 +19,7 @@ from services.common.store import Store
 from services.trainer import slots, spec
 from services.trainer.book import MIGRATIONS, Book
 from services.trainer.core import Rules, Trainer
+from services.trainer.desk import Desk
 from services.trainer.metrics import Meters, add_metrics
 from services.trainer.notify import Hub
 from services.trainer.objectives import objectives_of
@@ -113,7 +114,8 @@ def build(config: Config) -> server.App:
     shares = sum(d.startswith("cpu") for d in places_to_run) or 1
     host = spec.Host(slots.torch_name(places_to_run[0]), max(1, cores // shares))
     rules = Rules(host, config.max_queue, config.heartbeat_seconds, places)
-    trainer = Trainer(book, hub, runner, shelf, read_templates(TEMPLATES), objectives_of(config.server.logs), rules)
+    desk = Desk(shelf, read_templates(TEMPLATES), objectives_of(config.server.logs), host, places.devices)
+    trainer = Trainer(book, hub, runner, shelf, desk, rules)
     add_metrics(registry, hub, runner)
     servicer = TrainerServicer(trainer)
 

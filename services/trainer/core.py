@@ -7,37 +7,30 @@ here, once; everything later goes by digest.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import json
 import pathlib
 import secrets
 import shutil
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
 from qlorad.v1 import errors_pb2, trainer_pb2
-from services.common import facts, idempotency, names, shards
-from services.common.brought import Listing
+from services.common import idempotency, names
 from services.common.errors import (
     Fault,
-    Violation,
     already_exists,
     invalid,
     invalid_field,
     not_found,
-    rejected,
-    show,
     wrong_state,
 )
 from services.common.frames.v1 import training_pb2
-from services.common.safetensors_header import read_model_headers
 from services.common.shelf import Shelf
-from services.trainer import estimate, history, jobs, launch, objective, published, resize, shape, slots, spec
+from services.trainer import jobs, launch, objective, published, resize, spec
 from services.trainer.book import Book, Page
+from services.trainer.desk import Desk
 from services.trainer.logs import lines
 from services.trainer.notify import Hub, going, gone
-from services.trainer.objectives import schemas
 from services.trainer.places import Places
 from services.trainer.runner import Runner
 
@@ -70,33 +63,23 @@ class Trainer:
         hub: Hub,
         runner: Runner,
         shelf: Shelf,
-        templates: Mapping[str, trainer_pb2.JobTemplate],
-        objectives: Listing[trainer_pb2.ObjectiveKind],
+        desk: Desk,
         rules: Rules,
     ) -> None:
         self._book = book
         self._hub = hub
         self._runner = runner
         self._shelf = shelf
-        self._templates = templates
-        self._objectives = objectives
+        self._desk = desk
         self._rules = rules
 
     async def objectives(self) -> list[trainer_pb2.ObjectiveKind]:
         """What a job may learn, by name."""
-        return await self._objectives.list()
-
-    async def _schemas(self, template_name: str, override: trainer_pb2.JobSpec) -> objective.Schemas | None:
-        """What may be said to the objectives; None where nothing is."""
-        template = self._templates.get(template_name or "standard")
-        wanted = spec.merged(template, override) if template is not None else override
-        if not objective.needs_look(wanted.train.objective):
-            return None
-        return schemas(await self._objectives.list())
+        return await self._desk.objectives.list()
 
     def templates(self) -> list[trainer_pb2.JobTemplate]:
         """The named templates, by name."""
-        return [self._templates[name] for name in sorted(self._templates)]
+        return [self._desk.templates[name] for name in sorted(self._desk.templates)]
 
     # create
 
@@ -108,7 +91,9 @@ class Trainer:
             noted = await self._recall("CreateJob", request.request_id, body)
             if noted is not None:
                 return trainer_pb2.CreateJobResponse.FromString(noted)
-        record = await asyncio.to_thread(self._resolve, request, await self._schemas(request.template, request.spec))
+        record = await asyncio.to_thread(
+            self._resolve, request, await self._desk.schemas(request.template, request.spec)
+        )
         if request.validate_only:
             return trainer_pb2.CreateJobResponse(job=record.job)
         key = f"create {secrets.token_hex(8)}"
@@ -148,122 +133,26 @@ class Trainer:
         self, request: trainer_pb2.CreateJobRequest, schemas: objective.Schemas | None
     ) -> training_pb2.JobRecord:
         """The job as it would be; INVALID_ARGUMENT with ALL that is wrong, else NOT_FOUND."""
-        name, resolved, _ = self._settle(request.template, request.spec, spec.check_request(request), schemas)
+        found = self._desk.settle(request.template, request.spec, spec.check_request(request), schemas)
         record = training_pb2.JobRecord()
         job = record.job
         job.name = "jobs/" + (request.job_id or f"job-{secrets.token_hex(5)}")
         job.state = trainer_pb2.JOB_STATE_QUEUED
-        job.spec.CopyFrom(resolved)
-        job.template = name
+        job.spec.CopyFrom(found.spec)
+        job.template = found.template
         job.priority = request.priority
         job.labels.update(request.labels)
         job.experiment = request.experiment
         return record
 
-    def _settle(
-        self,
-        template_name: str,
-        override: trainer_pb2.JobSpec,
-        wrong: list[Violation],
-        schemas: objective.Schemas | None,
-    ) -> tuple[str, trainer_pb2.JobSpec, spec.DatasetKnown]:
-        """Template, resolved spec and dataset; `wrong` holds what else is wrong with the request."""
-        missing: list[Fault] = []
-        template = self._templates.get(template_name or "standard")
-        if template is None:
-            missing.append(not_found(f"templates/{template_name}", [f"templates/{n}" for n in self._templates]))
-            template = self._templates["standard"]
-        wanted = spec.merged(template, override)
-        unusable = spec.names_wanted(wanted)
-        bad = {v.field for v in unusable}
-        model = dataset = None
-        if "spec.train.model" not in bad:
-            model = self._look_up(lambda: self._model(wanted.train.model), missing)
-        if "spec.train.dataset" not in bad:
-            dataset = self._look_up(lambda: self._dataset(wanted.train.dataset), missing)
-        resolved = spec.resolve(template, override, model, dataset, self._rules.host, schemas)
-        wrong += [*unusable, *resolved.violations]
-        devices = self._rules.places.devices
-        if slots.needed(wanted.train, devices) > len(devices) and "spec.train.parallelism.ranks" not in {
-            v.field for v in wrong
-        }:
-            accepted = f"1 to {len(devices)} here: a rank takes a device ({', '.join(devices)})"
-            wrong.append(Violation("spec.train.parallelism.ranks", str(wanted.train.parallelism.ranks), accepted))
-        if missing and (wrong or len(missing) > 1):
-            fields = {"templates": "template", "models": "spec.train.model", "datasets": "spec.train.dataset"}
-            wrong += [Violation(fields[f.resource.split("/")[0]], show(f.resource), f.message) for f in missing]
-        if wrong:
-            raise invalid(wrong)
-        if missing:
-            raise missing[0]
-        assert dataset is not None  # else it would be missing, or its name wrong
-        return template.name, resolved.spec, dataset
-
     # estimate
 
     async def estimate(self, request: trainer_pb2.EstimateJobRequest) -> trainer_pb2.EstimateJobResponse:
         """What a job would take; loads nothing."""
-        schemas = await self._schemas(request.template, request.spec)
+        schemas = await self._desk.schemas(request.template, request.spec)
         ended = [trainer_pb2.JOB_STATE_SUCCEEDED]
         found = await self._book.turn(lambda page: page.listed(0, _BEFORE, ended, ""))
-        return await asyncio.to_thread(self._estimate, request, schemas, [record.job for _, record in found])
-
-    def _estimate(
-        self,
-        request: trainer_pb2.EstimateJobRequest,
-        schemas: objective.Schemas | None,
-        before: Sequence[trainer_pb2.Job],
-    ) -> trainer_pb2.EstimateJobResponse:
-        wrong = list(spec.unknown(request, "request"))
-        _, resolved, dataset = self._settle(request.template, request.spec, wrong, schemas)
-        train = resolved.train
-        sealed = self._shelf.open("models", train.model.removeprefix("models/"))
-        told = facts.from_manifest(facts.ModelFacts, sealed.manifest)
-        tensors = read_model_headers(sealed.payload)
-        try:
-            made = shape.shape_of(
-                json.loads((sealed.payload / "config.json").read_text()),
-                {name: tensor.shape for name, tensor in tensors.items()},
-                told.target_modules,
-                max(tensor.width for tensor in tensors.values()),
-            )
-        except ValueError as error:
-            raise rejected(train.model, str(error)) from None
-        device = self._rules.host.device
-        run = estimate.run_of(train, device)
-        if not run.tokens:
-            run = dataclasses.replace(run, tokens=estimate.largest(made, run, train.memory.budget_bytes) or run.length)
-        rows = sum(dataset.rows.values())
-        answer = estimate.to_proto(estimate.estimate(made, run, rows, train.checkpoints.keep_last))
-        judged = history.judge(train, made.weights, rows * train.data.max_length_tokens, before)
-        answer.correction, answer.judged_from = judged.correction, judged.judged_from
-        answer.memory_bytes = round(answer.memory_bytes * judged.correction)
-        answer.needed_bytes = round(answer.needed_bytes * judged.correction)
-        if judged.seconds is not None:
-            answer.seconds = judged.seconds
-        answer.device = device
-        answer.spec.CopyFrom(resolved)
-        return answer
-
-    @staticmethod
-    def _look_up(look: Callable[[], T], missing: list[Fault]) -> T | None:
-        try:
-            return look()
-        except Fault as fault:
-            if fault.reason != errors_pb2.REASON_NOT_FOUND:
-                raise
-            missing.append(fault)
-            return None
-
-    def _model(self, name: str) -> spec.ModelKnown:
-        sealed = self._shelf.open("models", name.removeprefix("models/"), field="spec.train.model")
-        told = facts.from_manifest(facts.ModelFacts, sealed.manifest)
-        return spec.ModelKnown(sealed.digest, told.context_tokens, told.target_modules, told.architecture)
-
-    def _dataset(self, name: str) -> spec.DatasetKnown:
-        sealed = self._shelf.open("datasets", name.removeprefix("datasets/"), field="spec.train.dataset")
-        rows = {s: len(shards.ShardReader(sealed.payload, s)) for s in shards.splits_in(sealed.payload)}
-        return spec.DatasetKnown(sealed.digest, rows)
+        return await asyncio.to_thread(self._desk.estimate, request, schemas, [record.job for _, record in found])
 
     async def _recall(self, method: str, request_id: str, body: bytes) -> bytes | None:
         return await self._book.turn(lambda page: idempotency.recall(page.db, method, request_id, body))

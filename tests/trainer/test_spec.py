@@ -281,8 +281,9 @@ def test_what_several_ranks_cannot_do_is_refused(
         assert nearest in found[field][1]
 
 
-def test_ranks_stay_off_a_gpu() -> None:
-    assert "1 on cuda:0" in faults("zero2", wanted(), host=spec.Host("cuda:0", 8))["parallelism.ranks"][1]
+def test_ranks_run_on_processors_and_on_cuda() -> None:
+    assert faults("zero2", wanted(), host=spec.Host("cuda:0", 8)) == {}, "how many devices there are, the desk knows"
+    assert "1 on mps" in faults("zero2", wanted(), host=spec.Host("mps", 8))["parallelism.ranks"][1]
 
 
 def test_full_precision_bends_what_is_inherited_and_refuses_what_is_given() -> None:
