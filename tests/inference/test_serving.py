@@ -277,9 +277,10 @@ def test_metrics_tell_of_tokens_and_times(served: Served) -> None:
     answer = kit.generate(served.stub, "def add(a, b):\n", max_tokens=7)
     grown = [kit.metric(served.daemon, name) - old for name, old in before.items()]
     assert grown == [7, answer.started.prompt_tokens, 1, 6]
-    assert kit.metric(served.daemon, "qlorad_inference_adapters_resident") == 3
+    assert kit.metric(served.daemon, "qlorad_inference_adapters_resident") == 4
     (model,) = served.stub.ListLoadedModels(inference_pb2.ListLoadedModelsRequest()).models
     assert kit.metric(served.daemon, "qlorad_inference_model_resident_bytes") == model.memory_bytes
-    refusals = kit.metric(served.daemon, "qlorad_inference_refusals_total")
+    kit.refused(lambda: served.stub.Generate(inference_pb2.GenerateRequest(prompt=""), timeout=10))
+    refusals = kit.metric(served.daemon, "qlorad_inference_refusals_total")  # a series begins with its first refusal
     kit.refused(lambda: served.stub.Generate(inference_pb2.GenerateRequest(prompt=""), timeout=10))
     assert kit.metric(served.daemon, "qlorad_inference_refusals_total") == refusals + 1

@@ -111,7 +111,7 @@ def test_padding_and_lora_without_quantisation_train_too(trainer: House) -> None
     spec = small(
         data__packing=False,
         data__length_grouping=True,
-        data__step_tokens=400,
+        data__step_tokens=250,
         quantization__method=trainer_pb2.QUANTIZATION_METHOD_NONE,
         quantization__compute_type=trainer_pb2.COMPUTE_TYPE_FP32,
         schedule__max_steps=0,
