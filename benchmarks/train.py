@@ -337,7 +337,8 @@ def finish(results: dict[str, Any], given: argparse.Namespace) -> None:
         checkpointing=given.checkpointing, whole=whole, threads=1, micro_batch_tokens=ROOM, held_out=HELD_OUT,
     )  # fmt: skip
     figures = ", ".join(f"{key.partition('.')[2]} {results[key]}" for key in judged)
-    report.write(name if whole else f"{name}-part", results, figures + ("" if whole else " (in part)"))
+    part = "quick" if given.quick else "-".join(given.parts.split(","))
+    report.write(name if whole else f"{name}-{part}", results, figures + ("" if whole else " (in part)"))
     report.judge(results, judged)
 
 
