@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import grpc
+import grpc.aio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlorad import errors
+from qlorad import _connection, errors
 from qlorad.v1 import errors_pb2
 from services.common import errors as daemon_errors
 
@@ -97,3 +99,11 @@ def test_a_plain_unavailable_says_that_tls_looks_the_same_and_a_reasoned_one_doe
 def test_an_unknown_code_is_still_a_qlorad_error() -> None:
     got = errors.build("SOMETHING_NEW", "what", b"")
     assert type(got) is errors.QloradError and got.code == "SOMETHING_NEW"
+
+
+def test_a_stream_that_broke_off_is_unavailable_and_an_internal_error_stays_one() -> None:
+    """grpc's asyncio client calls the death of the other side, in the middle of a stream of requests, INTERNAL."""
+    nothing, here = grpc.aio.Metadata(), _connection.Target("datasets", "127.0.0.1:1", False, "argument")
+    for told, kind in (("Internal error from Core", errors.Unavailable), ("a log id", errors.Internal)):
+        broken = grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, nothing, nothing, told)
+        assert type(_connection.failure(broken, here)) is kind

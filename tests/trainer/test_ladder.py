@@ -6,19 +6,23 @@ import pathlib
 
 import pytest
 
-from qlorad.v1 import trainer_pb2
+from qlorad.v1 import registry_pb2, registry_pb2_grpc, trainer_pb2
 from services.common.frames.v1 import training_pb2
+from tests.house import house
 from tests.trainer.kit import MODEL, seal_dataset
 from tests.trainer.lives import Life
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 STEPS = 100
+DEMO = "models/starter-demo"
 PRESETS = ("standard", "minimal-q", "full-attention", "mlp", "7b-8gb", "m1-max-32gb")
 
 
-def learnt(home: pathlib.Path, folder: pathlib.Path, template: str, **fields: object) -> list[training_pb2.Fact]:
+def learnt(
+    home: pathlib.Path, folder: pathlib.Path, template: str, model: str = DEMO, **fields: float
+) -> list[training_pb2.Fact]:
     """A run of a preset at a rate for a small model, everything else as it is shipped."""
-    train = trainer_pb2.TrainSpec(model=MODEL, dataset="datasets/ladder", threads=1, seed=3)
+    train = trainer_pb2.TrainSpec(model=model, dataset="datasets/ladder", threads=1, seed=3)
     train.schedule.max_steps = STEPS
     train.optimizer.learning_rate = 5e-3
     train.data.max_length_tokens, train.data.micro_batch_tokens = 128, 512
@@ -44,14 +48,30 @@ def tens(values: list[float]) -> list[float]:
 
 @pytest.fixture
 def ladder_home(home: pathlib.Path) -> pathlib.Path:
+    """The test starter and rows."""
     seal_dataset(home, "ladder", {"train": 64})
     return home
 
 
-def test_lora_and_qlora_on_every_linear_module_learn_alike(ladder_home: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    quantised = tens(losses(learnt(ladder_home, tmp_path / "q", "all-linear")))
+@pytest.fixture(scope="module")
+def demo_home(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The demo starter, made by the real registry in some minutes, and rows."""
+    at = tmp_path_factory.mktemp("ladder") / "home"
+    with house(at) as made:
+        made.start("registry")
+        stub = registry_pb2_grpc.ModelServiceStub(made.channel("registry"))
+        asked = registry_pb2.MakeStarterModelRequest(request_id="demo", size=registry_pb2.STARTER_SIZE_DEMO)
+        last = list(stub.MakeStarterModel(asked, timeout=900))[-1].model
+    assert last.name == DEMO and last.state == registry_pb2.MODEL_STATE_READY, last
+    seal_dataset(at, "ladder", {"train": 64})
+    return at
+
+
+def test_lora_and_qlora_on_every_linear_module_learn_alike(demo_home: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    calm = {"optimizer__learning_rate": 1e-3}  # at more, sixty-four rows are learnt by heart, and what is left is noise
+    quantised = tens(losses(learnt(demo_home, tmp_path / "q", "all-linear", **calm)))
     none = trainer_pb2.QUANTIZATION_METHOD_NONE
-    plain = tens(losses(learnt(ladder_home, tmp_path / "p", "all-linear", quantization__method=none)))
+    plain = tens(losses(learnt(demo_home, tmp_path / "p", "all-linear", quantization__method=none, **calm)))
     for curve in (quantised, plain):
         assert curve[-1] <= 0.7 * curve[0], curve
     apart = [abs(q - p) / p for q, p in zip(quantised, plain, strict=True)]
@@ -59,15 +79,15 @@ def test_lora_and_qlora_on_every_linear_module_learn_alike(ladder_home: pathlib.
 
 
 @pytest.mark.parametrize("template", PRESETS)
-def test_every_preset_learns(ladder_home: pathlib.Path, tmp_path: pathlib.Path, template: str) -> None:
-    curve = tens(losses(learnt(ladder_home, tmp_path / "it", template)))
+def test_every_preset_learns(demo_home: pathlib.Path, tmp_path: pathlib.Path, template: str) -> None:
+    curve = tens(losses(learnt(demo_home, tmp_path / "it", template)))
     assert curve[-1] <= 0.97 * curve[0], curve
 
 
-def test_every_rank_learns_and_takes_memory_by_its_size(ladder_home: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_every_rank_learns_and_takes_memory_by_its_size(demo_home: pathlib.Path, tmp_path: pathlib.Path) -> None:
     sizes = {}
     for rank in (4, 8, 16, 32):
-        told = learnt(ladder_home, tmp_path / str(rank), "standard", lora__rank=rank)
+        told = learnt(demo_home, tmp_path / str(rank), "standard", lora__rank=rank)
         curve = tens(losses(told))
         assert curve[-1] <= 0.97 * curve[0], (rank, curve)
         (planned,) = [f.planned for f in told if f.HasField("planned")]
@@ -83,7 +103,7 @@ def test_every_form_of_base_and_optimiser_learns(
     ladder_home: pathlib.Path, tmp_path: pathlib.Path, method: str, kind: str
 ) -> None:
     told = learnt(
-        ladder_home, tmp_path / "it", "all-linear",
+        ladder_home, tmp_path / "it", "all-linear", MODEL,
         quantization__method=trainer_pb2.QuantizationMethod.Value(f"QUANTIZATION_METHOD_{method}"),
         optimizer__kind=trainer_pb2.OptimizerKind.Value(kind),
         optimizer__learning_rate=0.5 if kind.endswith("SGD") else 5e-3,

@@ -202,6 +202,10 @@ def _pem(name: str, path: str) -> bytes | None:
         raise errors.invalid(name, path, f"a readable PEM file ({e.strerror})") from None
 
 
+_BROKEN_OFF = "Internal error from Core"
+"""What grpc's asyncio client says where the other side dies in the middle of a stream of requests; no server says it."""
+
+
 def failure(error: grpc.RpcError, target: Target) -> errors.QloradError:
     """A gRPC failure as a typed error."""
     call: Any = error  # both kinds of RpcError are calls too
@@ -209,4 +213,7 @@ def failure(error: grpc.RpcError, target: Target) -> errors.QloradError:
     for key, value in call.trailing_metadata() or ():
         if key == errors.DETAILS_KEY:
             details = value
-    return errors.build(call.code().name, call.details() or "", details, str(target))
+    code, told = call.code().name, call.details() or ""
+    if code == "INTERNAL" and told == _BROKEN_OFF and not details:
+        code, told = "UNAVAILABLE", "the connection broke while a request was being sent"
+    return errors.build(code, told, details, str(target))

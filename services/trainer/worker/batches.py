@@ -155,6 +155,8 @@ def _fills(plan: Plan, at: Callable[[int], list[int]], per_step: int, tokens: in
     for epoch in range(LOOKED_AT if plan.max_steps else min(LOOKED_AT, math.ceil(plan.epochs))):
         sizes = at(epoch)
         for begin in range(0, len(sizes) - per_step, per_step):
+            if plan.max_steps and steps + begin // per_step >= plan.max_steps:
+                break  # the run does not come so far
             if sum(sizes[begin : begin + per_step]) < tokens:
                 return False
         steps += math.ceil(len(sizes) / per_step)
