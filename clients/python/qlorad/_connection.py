@@ -203,7 +203,7 @@ def _pem(name: str, path: str) -> bytes | None:
 
 
 _BROKEN_OFF = "Internal error from Core"
-"""What grpc's asyncio client says where the other side dies in the middle of a stream of requests; no server says it."""
+"""What grpc says to asyncio where the other side dies in the middle of a stream of requests; no server says it."""
 
 
 def failure(error: grpc.RpcError, target: Target) -> errors.QloradError:
