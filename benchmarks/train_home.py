@@ -11,7 +11,6 @@ import subprocess
 import sys
 import sysconfig
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -236,4 +235,3 @@ def settle() -> None:
     """This process and its threads to core 1, where there is one."""
     if (os.cpu_count() or 1) > 1:
         os.sched_setaffinity(0, {1})
-    time.sleep(0)

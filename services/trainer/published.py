@@ -13,7 +13,7 @@ import shutil
 
 from google.protobuf import json_format
 
-from qlorad.v1 import artifacts_pb2, trainer_pb2
+from qlorad.v1 import artifacts_pb2, errors_pb2, trainer_pb2
 from services.common import names
 from services.common.errors import Fault, Violation, corrupt, invalid, not_found, rejected, show
 from services.common.frames.v1 import training_pb2
@@ -31,7 +31,9 @@ def listed(shelf: Shelf, record: training_pb2.JobRecord) -> list[trainer_pb2.Che
     for mark in record.marks:
         try:
             sealed = shelf.open("checkpoints", mark.digest)
-        except Fault:
+        except Fault as fault:
+            if fault.reason != errors_pb2.REASON_NOT_FOUND:
+                raise
             continue
         checkpoint = trainer_pb2.Checkpoint(
             name=f"{record.job.name}/checkpoints/{mark.step}",

@@ -236,7 +236,7 @@ class TrainerServiceServicer:
 
     def ListCheckpoints(self, request, context):
         """Lists the checkpoints that a job keeps, oldest first.
-        Errors: NOT_FOUND.
+        Errors: NOT_FOUND; DATA_LOSS CORRUPT (one that is kept cannot be read).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

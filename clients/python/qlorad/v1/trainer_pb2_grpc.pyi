@@ -111,7 +111,7 @@ class TrainerServiceStub:
     """
     ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.ListCheckpointsRequest, _trainer_pb2.ListCheckpointsResponse]
     """Lists the checkpoints that a job keeps, oldest first.
-    Errors: NOT_FOUND.
+    Errors: NOT_FOUND; DATA_LOSS CORRUPT (one that is kept cannot be read).
     """
     PublishCheckpoint: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.PublishCheckpointRequest, _trainer_pb2.PublishCheckpointResponse]
     """Seals the adapter of a checkpoint as an adapter of its own, while the job runs
@@ -210,7 +210,7 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     """
     ListCheckpoints: _aio.UnaryUnaryMultiCallable[_trainer_pb2.ListCheckpointsRequest, _trainer_pb2.ListCheckpointsResponse]  # type: ignore[assignment]
     """Lists the checkpoints that a job keeps, oldest first.
-    Errors: NOT_FOUND.
+    Errors: NOT_FOUND; DATA_LOSS CORRUPT (one that is kept cannot be read).
     """
     PublishCheckpoint: _aio.UnaryUnaryMultiCallable[_trainer_pb2.PublishCheckpointRequest, _trainer_pb2.PublishCheckpointResponse]  # type: ignore[assignment]
     """Seals the adapter of a checkpoint as an adapter of its own, while the job runs
@@ -378,7 +378,7 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_pb2.ListCheckpointsResponse, _abc.Awaitable[_trainer_pb2.ListCheckpointsResponse]]:
         """Lists the checkpoints that a job keeps, oldest first.
-        Errors: NOT_FOUND.
+        Errors: NOT_FOUND; DATA_LOSS CORRUPT (one that is kept cannot be read).
         """
 
     @_abc_1.abstractmethod
