@@ -49,6 +49,7 @@ _CODES: Mapping[int, int] = {
     errors_pb2.REASON_INTERNAL: code_pb2.INTERNAL,
     errors_pb2.REASON_UNIMPLEMENTED: code_pb2.UNIMPLEMENTED,
     errors_pb2.REASON_UPSTREAM: code_pb2.UNAVAILABLE,
+    errors_pb2.REASON_RATE_LIMITED: code_pb2.RESOURCE_EXHAUSTED,
 }
 
 

@@ -101,6 +101,10 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """[UNAVAILABLE] A server that this daemon fetches from does not answer, or asks
     for patience. Retry after RetryInfo; what was fetched is kept.
     """
+    REASON_RATE_LIMITED: _Reason.ValueType  # 26
+    """[RESOURCE_EXHAUSTED] The caller's key has used what it may for now; metadata
+    limit names the bound. Retry after RetryInfo.
+    """
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """Why a call failed. The status code in brackets is the only one it comes with."""
@@ -176,5 +180,9 @@ REASON_UNIMPLEMENTED: Reason.ValueType  # 24
 REASON_UPSTREAM: Reason.ValueType  # 25
 """[UNAVAILABLE] A server that this daemon fetches from does not answer, or asks
 for patience. Retry after RetryInfo; what was fetched is kept.
+"""
+REASON_RATE_LIMITED: Reason.ValueType  # 26
+"""[RESOURCE_EXHAUSTED] The caller's key has used what it may for now; metadata
+limit names the bound. Retry after RetryInfo.
 """
 Global___Reason: _TypeAlias = Reason  # noqa: Y015

@@ -29,10 +29,16 @@ class InferenceServiceStub:
     """Loads bases and adapters and streams what they say.
 
     What was loaded stays wanted until it is unloaded. An engine that dies restarts
-    with it at once. An engine that nobody needed for idle_unload_seconds gives its
-    device back, and one that ended with its daemon is not started anew by itself:
-    both come back with the first call that needs them, which then takes as long as
-    loading, or answers DEVICE_BUSY if a job holds the device meanwhile.
+    with it at once. Engines that nobody needed for idle_unload_seconds give their
+    device back, and those that ended with their daemon are not started anew by
+    themselves: they come back with the first call that needs them, which then takes
+    as long as loading, or answers DEVICE_BUSY if a job holds the device meanwhile.
+
+    Each base has an engine of its own; together they stay within memory_bytes of
+    the daemon's settings: what was used longest ago makes room, unless it is pinned
+    or busy. A request that names an adapter that is not in memory waits while it is
+    read, verified and proven; streams of others go on. A name is resolved when the
+    request arrives, so a request is answered wholly by what the alias meant then.
 
     Every call may also answer UNAUTHENTICATED, UNAVAILABLE (draining, or
     WORKER_LOST: the engine died and restarts with what it had; retry after
@@ -80,6 +86,11 @@ class InferenceServiceStub:
                 request_serializer=qlorad_dot_v1_dot_inference__pb2.ListAdaptersRequest.SerializeToString,
                 response_deserializer=qlorad_dot_v1_dot_inference__pb2.ListAdaptersResponse.FromString,
                 _registered_method=True)
+        self.WatchAdapters = channel.unary_stream(
+                '/qlorad.v1.InferenceService/WatchAdapters',
+                request_serializer=qlorad_dot_v1_dot_inference__pb2.WatchAdaptersRequest.SerializeToString,
+                response_deserializer=qlorad_dot_v1_dot_inference__pb2.WatchAdaptersResponse.FromString,
+                _registered_method=True)
         self.Generate = channel.unary_stream(
                 '/qlorad.v1.InferenceService/Generate',
                 request_serializer=qlorad_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
@@ -90,16 +101,62 @@ class InferenceServiceStub:
                 request_serializer=qlorad_dot_v1_dot_inference__pb2.ChatRequest.SerializeToString,
                 response_deserializer=qlorad_dot_v1_dot_inference__pb2.ChatResponse.FromString,
                 _registered_method=True)
+        self.GenerateBatch = channel.unary_stream(
+                '/qlorad.v1.InferenceService/GenerateBatch',
+                request_serializer=qlorad_dot_v1_dot_inference__pb2.GenerateBatchRequest.SerializeToString,
+                response_deserializer=qlorad_dot_v1_dot_inference__pb2.GenerateBatchResponse.FromString,
+                _registered_method=True)
+        self.Compare = channel.unary_stream(
+                '/qlorad.v1.InferenceService/Compare',
+                request_serializer=qlorad_dot_v1_dot_inference__pb2.CompareRequest.SerializeToString,
+                response_deserializer=qlorad_dot_v1_dot_inference__pb2.CompareResponse.FromString,
+                _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/qlorad.v1.InferenceService/Score',
+                request_serializer=qlorad_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=qlorad_dot_v1_dot_inference__pb2.ScoreResponse.FromString,
+                _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/qlorad.v1.InferenceService/Tokenize',
+                request_serializer=qlorad_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=qlorad_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Render = channel.unary_unary(
+                '/qlorad.v1.InferenceService/Render',
+                request_serializer=qlorad_dot_v1_dot_inference__pb2.RenderRequest.SerializeToString,
+                response_deserializer=qlorad_dot_v1_dot_inference__pb2.RenderResponse.FromString,
+                _registered_method=True)
+        self.CreatePreset = channel.unary_unary(
+                '/qlorad.v1.InferenceService/CreatePreset',
+                request_serializer=qlorad_dot_v1_dot_inference__pb2.CreatePresetRequest.SerializeToString,
+                response_deserializer=qlorad_dot_v1_dot_inference__pb2.CreatePresetResponse.FromString,
+                _registered_method=True)
+        self.ListPresets = channel.unary_unary(
+                '/qlorad.v1.InferenceService/ListPresets',
+                request_serializer=qlorad_dot_v1_dot_inference__pb2.ListPresetsRequest.SerializeToString,
+                response_deserializer=qlorad_dot_v1_dot_inference__pb2.ListPresetsResponse.FromString,
+                _registered_method=True)
+        self.DeletePreset = channel.unary_unary(
+                '/qlorad.v1.InferenceService/DeletePreset',
+                request_serializer=qlorad_dot_v1_dot_inference__pb2.DeletePresetRequest.SerializeToString,
+                response_deserializer=qlorad_dot_v1_dot_inference__pb2.DeletePresetResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer:
     """Loads bases and adapters and streams what they say.
 
     What was loaded stays wanted until it is unloaded. An engine that dies restarts
-    with it at once. An engine that nobody needed for idle_unload_seconds gives its
-    device back, and one that ended with its daemon is not started anew by itself:
-    both come back with the first call that needs them, which then takes as long as
-    loading, or answers DEVICE_BUSY if a job holds the device meanwhile.
+    with it at once. Engines that nobody needed for idle_unload_seconds give their
+    device back, and those that ended with their daemon are not started anew by
+    themselves: they come back with the first call that needs them, which then takes
+    as long as loading, or answers DEVICE_BUSY if a job holds the device meanwhile.
+
+    Each base has an engine of its own; together they stay within memory_bytes of
+    the daemon's settings: what was used longest ago makes room, unless it is pinned
+    or busy. A request that names an adapter that is not in memory waits while it is
+    read, verified and proven; streams of others go on. A name is resolved when the
+    request arrives, so a request is answered wholly by what the alias meant then.
 
     Every call may also answer UNAUTHENTICATED, UNAVAILABLE (draining, or
     WORKER_LOST: the engine died and restarts with what it had; retry after
@@ -108,11 +165,13 @@ class InferenceServiceServicer:
 
     def LoadModel(self, request, context):
         """Brings a model into memory. Loading what is loaded answers with it. A repeated
-        request_id loads again if the model is no longer in memory.
+        request_id loads again if the model is no longer in memory. Models that nobody
+        uses make room, the one used longest ago first.
         Errors: INVALID_ARGUMENT (precision); NOT_FOUND; RESOURCE_EXHAUSTED
-        DEVICE_BUSY (a job holds the device; wait or cancel it);
-        FAILED_PRECONDITION WRONG_STATE (another model is resident: unload it first) or
-        REJECTED; DATA_LOSS CORRUPT.
+        DEVICE_BUSY (a job holds the device; wait or cancel it) or TOO_LARGE (it does
+        not fit beside what is pinned or busy; names those);
+        FAILED_PRECONDITION WRONG_STATE (it is loaded in another precision: unload it
+        first) or REJECTED; DATA_LOSS CORRUPT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -138,6 +197,7 @@ class InferenceServiceServicer:
     def LoadAdapter(self, request, context):
         """Brings an adapter into memory and proves it: keys, shapes, base, template,
         golden renderings, effect on a probe. Loading what is loaded answers with it.
+        Requests load by name too; this call proves beforehand, and can pin.
         Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE (its base is not loaded) or
         REJECTED (names the check and the first difference); DATA_LOSS CORRUPT.
         """
@@ -163,7 +223,17 @@ class InferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListAdapters(self, request, context):
-        """Tells which adapters are in memory and which is the default.
+        """Tells which adapters are in memory, or were refused, and which is the default.
+        Errors: none of its own.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchAdapters(self, request, context):
+        """Tells every adapter first, then each change as it comes; ends when the daemon
+        drains. A reader that falls behind sees the newest state of each adapter, and
+        may miss states between.
         Errors: none of its own.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -174,8 +244,10 @@ class InferenceServiceServicer:
         """Continues a raw prompt; no template is applied. The stream begins with the
         digests of what answers and ends with exactly one finish.
         Errors: INVALID_ARGUMENT (empty, malformed or over-long prompt, options: all
-        of them); NOT_FOUND (model or adapter not loaded); RESOURCE_EXHAUSTED
-        QUEUE_FULL or DEVICE_BUSY (retry after RetryInfo).
+        of them); NOT_FOUND (no such adapter, model not loaded); FAILED_PRECONDITION
+        REJECTED (the adapter does not prove itself); DATA_LOSS CORRUPT;
+        RESOURCE_EXHAUSTED QUEUE_FULL, DEVICE_BUSY or RATE_LIMITED (retry after
+        RetryInfo) or TOO_LARGE (the adapter does not fit beside those in use).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -186,6 +258,74 @@ class InferenceServiceServicer:
         trained with. Otherwise like Generate.
         Errors: as Generate, and INVALID_ARGUMENT where the template refuses the
         conversation (names the turn).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GenerateBatch(self, request, context):
+        """Answers several prompts in one batch; events of all come interleaved, each with
+        the index of its prompt. One that fails ends with a failure of its own; the
+        others go on.
+        Errors: as Generate, for what is wrong with the whole.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Compare(self, request, context):
+        """Asks the base and adapters the same, in one batch; events come interleaved,
+        each with the index of its adapter.
+        Errors: as GenerateBatch.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Score(self, request, context):
+        """Tells how likely a text, or the assistant's turns of a conversation, are.
+        Errors: as Chat, and INVALID_ARGUMENT (a conversation without an assistant's
+        turn, a text of one token).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Tokenize(self, request, context):
+        """Cuts a text into the tokens of a model.
+        Errors: INVALID_ARGUMENT; NOT_FOUND (model not loaded).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Render(self, request, context):
+        """Shows what Chat would send to the model: the conversation in its template.
+        Errors: as Chat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreatePreset(self, request, context):
+        """Keeps a preset: a task in words, with options of its own.
+        Errors: INVALID_ARGUMENT; ALREADY_EXISTS.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListPresets(self, request, context):
+        """Tells presets, those that are shipped first.
+        Errors: none of its own.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeletePreset(self, request, context):
+        """Forgets a preset of one's own.
+        Errors: NOT_FOUND; FAILED_PRECONDITION IN_USE (it is shipped).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -229,6 +369,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     request_deserializer=qlorad_dot_v1_dot_inference__pb2.ListAdaptersRequest.FromString,
                     response_serializer=qlorad_dot_v1_dot_inference__pb2.ListAdaptersResponse.SerializeToString,
             ),
+            'WatchAdapters': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchAdapters,
+                    request_deserializer=qlorad_dot_v1_dot_inference__pb2.WatchAdaptersRequest.FromString,
+                    response_serializer=qlorad_dot_v1_dot_inference__pb2.WatchAdaptersResponse.SerializeToString,
+            ),
             'Generate': grpc.unary_stream_rpc_method_handler(
                     servicer.Generate,
                     request_deserializer=qlorad_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
@@ -238,6 +383,46 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Chat,
                     request_deserializer=qlorad_dot_v1_dot_inference__pb2.ChatRequest.FromString,
                     response_serializer=qlorad_dot_v1_dot_inference__pb2.ChatResponse.SerializeToString,
+            ),
+            'GenerateBatch': grpc.unary_stream_rpc_method_handler(
+                    servicer.GenerateBatch,
+                    request_deserializer=qlorad_dot_v1_dot_inference__pb2.GenerateBatchRequest.FromString,
+                    response_serializer=qlorad_dot_v1_dot_inference__pb2.GenerateBatchResponse.SerializeToString,
+            ),
+            'Compare': grpc.unary_stream_rpc_method_handler(
+                    servicer.Compare,
+                    request_deserializer=qlorad_dot_v1_dot_inference__pb2.CompareRequest.FromString,
+                    response_serializer=qlorad_dot_v1_dot_inference__pb2.CompareResponse.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=qlorad_dot_v1_dot_inference__pb2.ScoreRequest.FromString,
+                    response_serializer=qlorad_dot_v1_dot_inference__pb2.ScoreResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=qlorad_dot_v1_dot_inference__pb2.TokenizeRequest.FromString,
+                    response_serializer=qlorad_dot_v1_dot_inference__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Render': grpc.unary_unary_rpc_method_handler(
+                    servicer.Render,
+                    request_deserializer=qlorad_dot_v1_dot_inference__pb2.RenderRequest.FromString,
+                    response_serializer=qlorad_dot_v1_dot_inference__pb2.RenderResponse.SerializeToString,
+            ),
+            'CreatePreset': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreatePreset,
+                    request_deserializer=qlorad_dot_v1_dot_inference__pb2.CreatePresetRequest.FromString,
+                    response_serializer=qlorad_dot_v1_dot_inference__pb2.CreatePresetResponse.SerializeToString,
+            ),
+            'ListPresets': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPresets,
+                    request_deserializer=qlorad_dot_v1_dot_inference__pb2.ListPresetsRequest.FromString,
+                    response_serializer=qlorad_dot_v1_dot_inference__pb2.ListPresetsResponse.SerializeToString,
+            ),
+            'DeletePreset': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeletePreset,
+                    request_deserializer=qlorad_dot_v1_dot_inference__pb2.DeletePresetRequest.FromString,
+                    response_serializer=qlorad_dot_v1_dot_inference__pb2.DeletePresetResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -251,10 +436,16 @@ class InferenceService:
     """Loads bases and adapters and streams what they say.
 
     What was loaded stays wanted until it is unloaded. An engine that dies restarts
-    with it at once. An engine that nobody needed for idle_unload_seconds gives its
-    device back, and one that ended with its daemon is not started anew by itself:
-    both come back with the first call that needs them, which then takes as long as
-    loading, or answers DEVICE_BUSY if a job holds the device meanwhile.
+    with it at once. Engines that nobody needed for idle_unload_seconds give their
+    device back, and those that ended with their daemon are not started anew by
+    themselves: they come back with the first call that needs them, which then takes
+    as long as loading, or answers DEVICE_BUSY if a job holds the device meanwhile.
+
+    Each base has an engine of its own; together they stay within memory_bytes of
+    the daemon's settings: what was used longest ago makes room, unless it is pinned
+    or busy. A request that names an adapter that is not in memory waits while it is
+    read, verified and proven; streams of others go on. A name is resolved when the
+    request arrives, so a request is answered wholly by what the alias meant then.
 
     Every call may also answer UNAUTHENTICATED, UNAVAILABLE (draining, or
     WORKER_LOST: the engine died and restarts with what it had; retry after
@@ -451,6 +642,33 @@ class InferenceService:
             _registered_method=True)
 
     @staticmethod
+    def WatchAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/qlorad.v1.InferenceService/WatchAdapters',
+            qlorad_dot_v1_dot_inference__pb2.WatchAdaptersRequest.SerializeToString,
+            qlorad_dot_v1_dot_inference__pb2.WatchAdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Generate(request,
             target,
             options=(),
@@ -494,6 +712,222 @@ class InferenceService:
             '/qlorad.v1.InferenceService/Chat',
             qlorad_dot_v1_dot_inference__pb2.ChatRequest.SerializeToString,
             qlorad_dot_v1_dot_inference__pb2.ChatResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/qlorad.v1.InferenceService/GenerateBatch',
+            qlorad_dot_v1_dot_inference__pb2.GenerateBatchRequest.SerializeToString,
+            qlorad_dot_v1_dot_inference__pb2.GenerateBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Compare(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/qlorad.v1.InferenceService/Compare',
+            qlorad_dot_v1_dot_inference__pb2.CompareRequest.SerializeToString,
+            qlorad_dot_v1_dot_inference__pb2.CompareResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/qlorad.v1.InferenceService/Score',
+            qlorad_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
+            qlorad_dot_v1_dot_inference__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/qlorad.v1.InferenceService/Tokenize',
+            qlorad_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
+            qlorad_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Render(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/qlorad.v1.InferenceService/Render',
+            qlorad_dot_v1_dot_inference__pb2.RenderRequest.SerializeToString,
+            qlorad_dot_v1_dot_inference__pb2.RenderResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreatePreset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/qlorad.v1.InferenceService/CreatePreset',
+            qlorad_dot_v1_dot_inference__pb2.CreatePresetRequest.SerializeToString,
+            qlorad_dot_v1_dot_inference__pb2.CreatePresetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPresets(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/qlorad.v1.InferenceService/ListPresets',
+            qlorad_dot_v1_dot_inference__pb2.ListPresetsRequest.SerializeToString,
+            qlorad_dot_v1_dot_inference__pb2.ListPresetsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeletePreset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/qlorad.v1.InferenceService/DeletePreset',
+            qlorad_dot_v1_dot_inference__pb2.DeletePresetRequest.SerializeToString,
+            qlorad_dot_v1_dot_inference__pb2.DeletePresetResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -36,6 +36,8 @@ class EngineOrder(_message.Message):
     UNLOAD_ADAPTER_FIELD_NUMBER: _builtins.int
     SUBMIT_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    RENDER_FIELD_NUMBER: _builtins.int
     call: _builtins.int
     """The daemon's number for this order; for a cancel, that of the submit."""
     @_builtins.property
@@ -58,6 +60,14 @@ class EngineOrder(_message.Message):
     def cancel(self) -> Global___EngineCancel:
         """Stop answering a request."""
 
+    @_builtins.property
+    def score(self) -> Global___EngineScore:
+        """Tell how likely something is. Cancelled like a submit."""
+
+    @_builtins.property
+    def render(self) -> Global___EngineRender:
+        """Show what a model would see."""
+
     def __init__(
         self,
         *,
@@ -67,12 +77,14 @@ class EngineOrder(_message.Message):
         unload_adapter: Global___EngineUnloadAdapter | None = ...,
         submit: Global___EngineSubmit | None = ...,
         cancel: Global___EngineCancel | None = ...,
+        score: Global___EngineScore | None = ...,
+        render: Global___EngineRender | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "load", b"load", "load_adapter", b"load_adapter", "order", b"order", "submit", b"submit", "unload_adapter", b"unload_adapter"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "load", b"load", "load_adapter", b"load_adapter", "order", b"order", "render", b"render", "score", b"score", "submit", b"submit", "unload_adapter", b"unload_adapter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "cancel", b"cancel", "load", b"load", "load_adapter", b"load_adapter", "order", b"order", "submit", b"submit", "unload_adapter", b"unload_adapter"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "cancel", b"cancel", "load", b"load", "load_adapter", b"load_adapter", "order", b"order", "render", b"render", "score", b"score", "submit", b"submit", "unload_adapter", b"unload_adapter"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_order: _TypeAlias = _typing.Literal["load", "load_adapter", "unload_adapter", "submit", "cancel"]  # noqa: Y015
+    _WhichOneofReturnType_order: _TypeAlias = _typing.Literal["load", "load_adapter", "unload_adapter", "submit", "cancel", "score", "render"]  # noqa: Y015
     _WhichOneofArgType_order: _TypeAlias = _typing.Literal["order", b"order"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_order) -> _WhichOneofReturnType_order | None: ...
 
@@ -90,6 +102,11 @@ class EngineLoad(_message.Message):
     PRECISION_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     MAX_ROWS_FIELD_NUMBER: _builtins.int
+    CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    PREFIX_BYTES_FIELD_NUMBER: _builtins.int
+    DEVICE_ADAPTER_BYTES_FIELD_NUMBER: _builtins.int
+    PREPARED_FIELD_NUMBER: _builtins.int
+    THREADS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """How errors name it."""
     payload: _builtins.str
@@ -100,6 +117,18 @@ class EngineLoad(_message.Message):
     """Where: "cpu", "cuda:0"."""
     max_rows: _builtins.int
     """Requests answered at the same time."""
+    cache_bytes: _builtins.int
+    """Bytes for keys and values of rows in flight; 0 = what is free."""
+    prefix_bytes: _builtins.int
+    """Bytes for keys and values of prompts seen before; 0 = none."""
+    device_adapter_bytes: _builtins.int
+    """Bytes of adapters on the device; 0 = no bound. Those used longest ago stay on
+    the host alone.
+    """
+    prepared: _builtins.str
+    """Folder that keeps quantised weights for the next load; empty = none."""
+    threads: _builtins.int
+    """Threads; 0 = the engine chooses."""
     @_builtins.property
     def manifest(self) -> _artifacts_pb2.Manifest:
         """Its manifest."""
@@ -113,10 +142,15 @@ class EngineLoad(_message.Message):
         precision: _inference_pb2.Precision.ValueType = ...,
         device: _builtins.str = ...,
         max_rows: _builtins.int = ...,
+        cache_bytes: _builtins.int = ...,
+        prefix_bytes: _builtins.int = ...,
+        device_adapter_bytes: _builtins.int = ...,
+        prepared: _builtins.str = ...,
+        threads: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "manifest", b"manifest", "max_rows", b"max_rows", "name", b"name", "payload", b"payload", "precision", b"precision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_bytes", b"cache_bytes", "device", b"device", "device_adapter_bytes", b"device_adapter_bytes", "manifest", b"manifest", "max_rows", b"max_rows", "name", b"name", "payload", b"payload", "precision", b"precision", "prefix_bytes", b"prefix_bytes", "prepared", b"prepared", "threads", b"threads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -186,10 +220,16 @@ class EngineSubmit(_message.Message):
     PROMPT_FIELD_NUMBER: _builtins.int
     CONVERSATION_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
     adapter_digest: _builtins.str
     """Digest of the adapter; empty = the base alone."""
     prompt: _builtins.str
     """Raw text to continue."""
+    priority: _builtins.int
+    """Higher goes first."""
+    share: _builtins.str
+    """Whose it is: those of equal priority take turns by tokens."""
     @_builtins.property
     def conversation(self) -> _messages_pb2.Conversation:
         """A conversation to answer."""
@@ -205,16 +245,98 @@ class EngineSubmit(_message.Message):
         prompt: _builtins.str = ...,
         conversation: _messages_pb2.Conversation | None = ...,
         options: _inference_pb2.GenerationOptions | None = ...,
+        priority: _builtins.int = ...,
+        share: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "input", b"input", "options", b"options", "prompt", b"prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "conversation", b"conversation", "input", b"input", "options", b"options", "prompt", b"prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "conversation", b"conversation", "input", b"input", "options", b"options", "priority", b"priority", "prompt", b"prompt", "share", b"share"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "conversation"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
 
 Global___EngineSubmit: _TypeAlias = EngineSubmit  # noqa: Y015
+
+@_typing.final
+class EngineScore(_message.Message):
+    """Tell how likely something is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_DIGEST_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    CONVERSATION_FIELD_NUMBER: _builtins.int
+    ALTERNATIVES_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    adapter_digest: _builtins.str
+    """Digest of the adapter; empty = the base alone."""
+    prompt: _builtins.str
+    """Raw text: every token but the first counts."""
+    alternatives: _builtins.int
+    """So many of the likeliest in each place."""
+    priority: _builtins.int
+    """Higher goes first."""
+    share: _builtins.str
+    """Whose it is."""
+    @_builtins.property
+    def conversation(self) -> _messages_pb2.Conversation:
+        """A conversation: what training would train on counts."""
+
+    def __init__(
+        self,
+        *,
+        adapter_digest: _builtins.str = ...,
+        prompt: _builtins.str = ...,
+        conversation: _messages_pb2.Conversation | None = ...,
+        alternatives: _builtins.int = ...,
+        priority: _builtins.int = ...,
+        share: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "input", b"input", "prompt", b"prompt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "alternatives", b"alternatives", "conversation", b"conversation", "input", b"input", "priority", b"priority", "prompt", b"prompt", "share", b"share"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "conversation"]  # noqa: Y015
+    _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
+
+Global___EngineScore: _TypeAlias = EngineScore  # noqa: Y015
+
+@_typing.final
+class EngineRender(_message.Message):
+    """Show what a model would see."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_DIGEST_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    CONVERSATION_FIELD_NUMBER: _builtins.int
+    adapter_digest: _builtins.str
+    """Digest of the adapter; empty = the base alone."""
+    prompt: _builtins.str
+    """Raw text, cut as Generate would."""
+    @_builtins.property
+    def conversation(self) -> _messages_pb2.Conversation:
+        """A conversation in its template, as Chat would."""
+
+    def __init__(
+        self,
+        *,
+        adapter_digest: _builtins.str = ...,
+        prompt: _builtins.str = ...,
+        conversation: _messages_pb2.Conversation | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "input", b"input", "prompt", b"prompt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "conversation", b"conversation", "input", b"input", "prompt", b"prompt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "conversation"]  # noqa: Y015
+    _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
+
+Global___EngineRender: _TypeAlias = EngineRender  # noqa: Y015
 
 @_typing.final
 class EngineCancel(_message.Message):
@@ -240,22 +362,84 @@ class EngineReports(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REPORTS_FIELD_NUMBER: _builtins.int
+    GAUGES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def reports(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineReport]:
         """In order."""
+
+    @_builtins.property
+    def gauges(self) -> Global___EngineGauges:
+        """How the engine is, after a step."""
 
     def __init__(
         self,
         *,
         reports: _abc.Iterable[Global___EngineReport] | None = ...,
+        gauges: Global___EngineGauges | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["gauges", b"gauges"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reports", b"reports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gauges", b"gauges", "reports", b"reports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EngineReports: _TypeAlias = EngineReports  # noqa: Y015
+
+@_typing.final
+class EngineGauges(_message.Message):
+    """How the engine is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    PREFIX_BYTES_FIELD_NUMBER: _builtins.int
+    ON_DEVICE_FIELD_NUMBER: _builtins.int
+    STEP_SECONDS_FIELD_NUMBER: _builtins.int
+    STEP_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFIX_HIT_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFIX_MISS_TOKENS_FIELD_NUMBER: _builtins.int
+    rows: _builtins.int
+    """Rows in the batch."""
+    waiting: _builtins.int
+    """Requests that wait for a row."""
+    cache_bytes: _builtins.int
+    """Bytes of keys and values that rows in flight hold."""
+    prefix_bytes: _builtins.int
+    """Bytes of keys and values kept of prompts."""
+    step_seconds: _builtins.float
+    """Seconds of the last step."""
+    step_tokens: _builtins.int
+    """Tokens of the last step, prompts included."""
+    prefix_hit_tokens: _builtins.int
+    """Prompt tokens that were at hand, since the start."""
+    prefix_miss_tokens: _builtins.int
+    """Prompt tokens that had to be read, since the start."""
+    @_builtins.property
+    def on_device(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Digests of adapters on the device."""
+
+    def __init__(
+        self,
+        *,
+        rows: _builtins.int = ...,
+        waiting: _builtins.int = ...,
+        cache_bytes: _builtins.int = ...,
+        prefix_bytes: _builtins.int = ...,
+        on_device: _abc.Iterable[_builtins.str] | None = ...,
+        step_seconds: _builtins.float = ...,
+        step_tokens: _builtins.int = ...,
+        prefix_hit_tokens: _builtins.int = ...,
+        prefix_miss_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_bytes", b"cache_bytes", "on_device", b"on_device", "prefix_bytes", b"prefix_bytes", "prefix_hit_tokens", b"prefix_hit_tokens", "prefix_miss_tokens", b"prefix_miss_tokens", "rows", b"rows", "step_seconds", b"step_seconds", "step_tokens", b"step_tokens", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EngineGauges: _TypeAlias = EngineGauges  # noqa: Y015
 
 @_typing.final
 class EngineReport(_message.Message):
@@ -272,6 +456,8 @@ class EngineReport(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     ENDED_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
+    SCORED_FIELD_NUMBER: _builtins.int
+    RENDERED_FIELD_NUMBER: _builtins.int
     call: _builtins.int
     """The number of the order."""
     @_builtins.property
@@ -306,6 +492,14 @@ class EngineReport(_message.Message):
     def refusal(self) -> Global___EngineRefusal:
         """The order is refused; the last report of its number."""
 
+    @_builtins.property
+    def scored(self) -> Global___EngineScored:
+        """How likely it is; the last report of its number."""
+
+    @_builtins.property
+    def rendered(self) -> Global___EngineRendered:
+        """What the model would see; the last report of its number."""
+
     def __init__(
         self,
         *,
@@ -318,12 +512,14 @@ class EngineReport(_message.Message):
         tokens: Global___EngineTokens | None = ...,
         ended: Global___EngineEnded | None = ...,
         refusal: Global___EngineRefusal | None = ...,
+        scored: Global___EngineScored | None = ...,
+        rendered: Global___EngineRendered | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "adapter_loaded", b"adapter_loaded", "adapter_unloaded", b"adapter_unloaded", "begun", b"begun", "ended", b"ended", "loaded", b"loaded", "refusal", b"refusal", "report", b"report", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "adapter_loaded", b"adapter_loaded", "adapter_unloaded", b"adapter_unloaded", "begun", b"begun", "ended", b"ended", "loaded", b"loaded", "refusal", b"refusal", "rendered", b"rendered", "report", b"report", "scored", b"scored", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "adapter_loaded", b"adapter_loaded", "adapter_unloaded", b"adapter_unloaded", "begun", b"begun", "call", b"call", "ended", b"ended", "loaded", b"loaded", "refusal", b"refusal", "report", b"report", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "adapter_loaded", b"adapter_loaded", "adapter_unloaded", b"adapter_unloaded", "begun", b"begun", "call", b"call", "ended", b"ended", "loaded", b"loaded", "refusal", b"refusal", "rendered", b"rendered", "report", b"report", "scored", b"scored", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_report: _TypeAlias = _typing.Literal["loaded", "adapter_loaded", "adapter_unloaded", "accepted", "begun", "tokens", "ended", "refusal"]  # noqa: Y015
+    _WhichOneofReturnType_report: _TypeAlias = _typing.Literal["loaded", "adapter_loaded", "adapter_unloaded", "accepted", "begun", "tokens", "ended", "refusal", "scored", "rendered"]  # noqa: Y015
     _WhichOneofArgType_report: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_report) -> _WhichOneofReturnType_report | None: ...
 
@@ -339,6 +535,8 @@ class EngineLoaded(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     LOAD_SECONDS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    FROM_PREPARED_FIELD_NUMBER: _builtins.int
     precision: _inference_pb2.Precision.ValueType
     """How it is held."""
     memory_bytes: _builtins.int
@@ -347,6 +545,10 @@ class EngineLoaded(_message.Message):
     """Longest context that this engine serves."""
     load_seconds: _builtins.float
     """Seconds from order to report."""
+    reason: _builtins.str
+    """Why it is held so."""
+    from_prepared: _builtins.bool
+    """Whether quantised weights were kept from before."""
     def __init__(
         self,
         *,
@@ -354,10 +556,12 @@ class EngineLoaded(_message.Message):
         memory_bytes: _builtins.int = ...,
         context_tokens: _builtins.int = ...,
         load_seconds: _builtins.float = ...,
+        reason: _builtins.str = ...,
+        from_prepared: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "load_seconds", b"load_seconds", "memory_bytes", b"memory_bytes", "precision", b"precision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "from_prepared", b"from_prepared", "load_seconds", b"load_seconds", "memory_bytes", b"memory_bytes", "precision", b"precision", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -444,16 +648,20 @@ class EngineBegun(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     WAITED_SECONDS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     waited_seconds: _builtins.float
     """Seconds it waited in the engine."""
+    cached_tokens: _builtins.int
+    """Tokens of the prompt whose keys and values were at hand."""
     def __init__(
         self,
         *,
         waited_seconds: _builtins.float = ...,
+        cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["waited_seconds", b"waited_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "waited_seconds", b"waited_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -467,25 +675,83 @@ class EngineTokens(_message.Message):
 
     IDS_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
+    LOG_PROBABILITIES_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Text that is settled now; empty while it could still change or begin a stop string."""
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Their ids, the one that ends included."""
 
+    @_builtins.property
+    def log_probabilities(self) -> _containers.RepeatedCompositeFieldContainer[_inference_pb2.TokenLogProbability]:
+        """One for each id, where they were asked for."""
+
     def __init__(
         self,
         *,
         ids: _abc.Iterable[_builtins.int] | None = ...,
         text: _builtins.str = ...,
+        log_probabilities: _abc.Iterable[_inference_pb2.TokenLogProbability] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ids", b"ids", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ids", b"ids", "log_probabilities", b"log_probabilities", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EngineTokens: _TypeAlias = EngineTokens  # noqa: Y015
+
+@_typing.final
+class EngineScored(_message.Message):
+    """How likely it is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_inference_pb2.ScoredToken]:
+        """Every token."""
+
+    def __init__(
+        self,
+        *,
+        tokens: _abc.Iterable[_inference_pb2.ScoredToken] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EngineScored: _TypeAlias = EngineScored  # noqa: Y015
+
+@_typing.final
+class EngineRendered(_message.Message):
+    """What the model would see."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """The text."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_inference_pb2.TextToken]:
+        """Its tokens."""
+
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        tokens: _abc.Iterable[_inference_pb2.TextToken] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EngineRendered: _TypeAlias = EngineRendered  # noqa: Y015
 
 @_typing.final
 class EngineEnded(_message.Message):
