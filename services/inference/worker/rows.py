@@ -107,14 +107,20 @@ class Scoring(Row):
     decode: Decode = lambda ids: ""
     found: list[inference_pb2.TokenLogProbability] = field(default_factory=list)
 
+    @property
+    def unread(self) -> int:
+        """Every token but the last foretells another, so the last is not read."""
+        return len(self.prompt) - 1 - (self.place.length if self.place is not None else 0)
+
     def longest(self, context: int) -> int:
-        return min(len(self.prompt), context)
+        """Tokens that it holds keys and values of."""
+        return min(len(self.prompt) - 1, context)
 
     def piece(self, tokens: int) -> Piece:
+        """Its next tokens, at most so many; logits of every one."""
         at = self.place.length
-        some = self.prompt[at : at + min(tokens, _SCORED_AT_ONCE)]
-        # Every token but the last foretells another.
-        return Piece(self.place, some, self.adapter, min(len(some), len(self.prompt) - 1 - at))
+        some = self.prompt[at : min(at + tokens, at + _SCORED_AT_ONCE, len(self.prompt) - 1)]
+        return Piece(self.place, some, self.adapter, len(some))
 
     def take(self, logits: torch.Tensor) -> None:
         """Logits of the tokens of the newest piece."""
