@@ -17,9 +17,10 @@ from services.common import facts
 from services.common.errors import Fault, rejected
 from services.common.frames.v1 import engine_pb2
 from services.common.safetensors_header import read_model_headers
+from services.common.worker.bfloat import has_bf16
 from services.common.worker.load import load_base, weight_bytes
 from services.inference import precision
-from services.inference.worker import proof, straight
+from services.inference.worker import packed, proof, straight
 from services.inference.worker.forward import Forward, Whole
 from services.inference.worker.lanes import Lanes
 from services.inference.worker.lora import Lora
@@ -29,10 +30,13 @@ from services.inference.worker.rows import Answering, Scoring
 from services.inference.worker.scheduler import Scheduler
 
 _HOW = {
-    inference_pb2.PRECISION_NF4: ("nf4", "bf16"),
-    inference_pb2.PRECISION_BF16: ("none", "bf16"),
-    inference_pb2.PRECISION_FP32: ("none", "fp32"),
+    inference_pb2.PRECISION_NF4: ("nf4", "bf16", 0),
+    inference_pb2.PRECISION_BF16: ("none", "bf16", 0),
+    inference_pb2.PRECISION_FP32: ("none", "fp32", 0),
+    inference_pb2.PRECISION_INT8: ("none", "bf16", 8),
+    inference_pb2.PRECISION_INT4: ("none", "bf16", 4),
 }
+"""Quantisation and compute type of loading, and bits that are made of plain weights after it."""
 _DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 _SMALL = 8_000_000
@@ -50,11 +54,16 @@ class Base:
         threads = load.threads or (1 if told.parameters < _SMALL else 0)
         if threads:
             torch.set_num_threads(threads)
-        self.precision = precision.choose(load.precision, told, _free_bytes(load.device))
-        method, compute = _HOW[self.precision]
+        place = precision.Place(load.device, _free_bytes(load.device), has_bf16(load.device))
+        self.precision, self._reason = precision.choose(load.precision, told, place)
+        method, compute, bits = _HOW[self.precision]
+        if bits and not place.is_processor:
+            raise rejected(load.name, f"is held in {bits} bits on processors only; on {load.device} accepted: NF4")
         self.reader = Reader(load.name, payload, told.template_date)
         self._payload, self._headers = payload, read_model_headers(payload)
         self.model = load_base(payload, method, True, compute, load.device)
+        if bits:
+            packed.pack(self.model, bits)
         device = next(self.model.parameters()).device
         self.reader.context_tokens = self.context_tokens = _context(self.model.config, told.context_tokens)
         self.lora = Lora(self.model, _DTYPE[compute], load.device_adapter_bytes)
@@ -83,6 +92,7 @@ class Base:
             memory_bytes=weight_bytes(self.model),
             context_tokens=self.context_tokens,
             load_seconds=seconds,
+            reason=self._reason,
         )
 
     # requests

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional
 
+from services.inference.worker import packed
+
 
 class Linear(Protocol):
     """One matrix, or several with the same input."""
@@ -52,8 +54,25 @@ class Modules:
         return made[0] if len(made) == 1 else torch.cat(made, dim=-1)
 
 
+class Bytes:
+    """Weights of 8 bits; those of several modules become one matrix, of which each module keeps its part."""
+
+    def __init__(self, modules: list[packed.Int8]) -> None:
+        self._all = modules[0]
+        if len(modules) == 1:
+            return
+        self._all = packed.Int8.joined(modules)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._all(x)
+
+
 def of(modules: list[Any]) -> Linear:
     """How modules with the same input are computed."""
     plain = all(type(m) is torch.nn.Linear for m in modules)
     alike = len({m.bias is None for m in modules}) == 1
-    return Dense(modules) if plain and alike else Modules(modules)
+    if plain and alike:
+        return Dense(modules)
+    if alike and all(isinstance(m, packed.Int8) for m in modules):
+        return Bytes(modules)
+    return Modules(modules)
