@@ -68,6 +68,24 @@ def load_base(
     return model
 
 
+def load_kept(payload: pathlib.Path, device: str):
+    """A model whose NF4 weights were saved as they were quantised. Not for training's first load: see `load_base`."""
+    spare_the_compiler()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(
+            payload,
+            device_map={"": device},
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+        )
+    keep_autograd(model)
+    model.requires_grad_(False)
+    return model.eval()
+
+
 def keep_autograd(model) -> None:
     """Keeps bitsandbytes from repacking 4-bit weights at the first eval forward on a CPU.
 
