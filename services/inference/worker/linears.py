@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from services.inference.worker import packed
+from services.inference.worker.reordered import Reordered, join
 
 
 class Linear(Protocol):
@@ -75,4 +76,6 @@ def of(modules: list[Any]) -> Linear:
         return Dense(modules)
     if alike and all(isinstance(m, packed.Int8) for m in modules):
         return Bytes(modules)
+    if alike and all(isinstance(m, Reordered) for m in modules):
+        return join(modules)
     return Modules(modules)

@@ -13,7 +13,7 @@ longest ago make room. On a processor both are the same tensors.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +23,10 @@ from services.common.errors import rejected
 from services.common.worker import dora
 from services.common.worker.adapter import MAGNITUDE, WEIGHTS
 from services.inference.worker.flat import Flat
+from services.inference.worker.reordered import Weights
 
+_OFTEN = 4
+"""Uses after which a matrix is reordered."""
 _SPARE = 32
 """Ranks of adapters that have left which may stay in a stack, beyond a quarter: it is not made anew for each."""
 
@@ -45,15 +48,45 @@ class _Part:
         return self.a.nbytes + self.b.nbytes + (0 if self.more is None else self.more.nbytes)
 
 
+class _Matrix:
+    """A matrix that is reordered once it has been used a few times: doing so costs as much as some uses."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._weight = weight
+        self._uses = 0
+        self._quick: Weights | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._quick is not None:
+            return self._quick(x)
+        self._uses += 1
+        if self._uses == _OFTEN and self._weight.dtype == torch.bfloat16 and self._weight.device.type == "cpu":
+            self._quick = Weights(self._weight, None)
+        return functional.linear(x, self._weight)
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """Modules of a site that lie side by side and are changed together."""
+
+    low: int
+    high: int
+    """Ranks from, to."""
+    start: int
+    end: int
+    """Outputs from, to."""
+    b: _Matrix
+    """[outputs, ranks]; of several modules, each has its own corner."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Stack:
     """Several adapters side by side at one site."""
 
     whose: tuple[str, ...]
-    a: torch.Tensor | None
+    a: _Matrix | None
     """[all ranks of all modules, in]; None where none of them changes this site."""
-    parts: tuple[tuple[int, int, int, int, torch.Tensor], ...]
-    """Of each module that is changed: ranks from, to, outputs from, to, and B [outputs, ranks]."""
+    changes: tuple[_Change, ...]
     columns: tuple[str, ...]
     """Whose each rank is."""
     has_more: bool
@@ -93,8 +126,8 @@ class _Choice:
     rows: tuple[str, ...] = ()
     stacked: tuple[str, ...] = ()
     """Adapters side by side; may hold some that no row has."""
-    only: str = ""
-    """The adapter that all rows have, where there is but one."""
+    only: bool = False
+    """Whether one adapter alone stands there, and every row has it."""
     masks: dict[tuple[str, ...], torch.Tensor] = field(default_factory=dict)
 
 
@@ -190,8 +223,9 @@ class Lora:
         active = {a for a in rows if a}
         before = self._choice
         if rows != before.rows:
-            only = next(iter(active)) if len(active) == 1 and "" not in rows else ""
-            self._choice = _Choice(flat, rows, self._side_by_side(before.stacked, active), only)
+            stacked = self._side_by_side(before.stacked, active)
+            only = len(active) == 1 and "" not in rows and len(stacked) == 1
+            self._choice = _Choice(flat, rows, stacked, only)
         before.flat = self._choice.flat = flat
 
     def _side_by_side(self, before: tuple[str, ...], active: set[str]) -> tuple[str, ...]:
@@ -237,9 +271,7 @@ class Lora:
         if flat is None:
             return
         rows = len(choice.rows)
-        if choice.only:
-            self._one(site, choice.only, x[:rows], out[:rows])
-        elif rows and choice.stacked:
+        if rows and choice.stacked:
             self._several(site, choice, x[:rows], out[:rows])
         for begin, end, digest in flat.pieces:
             if digest:
@@ -265,30 +297,32 @@ class Lora:
             stack = site.stack = self._stacked(site, choice.stacked)
         if stack.a is None:
             return
-        inner = functional.linear(x.to(self._dtype), stack.a)
-        inner.masked_fill_(self._foreign(choice, stack.columns, inner), 0.0)
+        inner = stack.a(x.to(self._dtype))
+        if not choice.only:
+            inner.masked_fill_(self._foreign(choice, stack.columns, inner), 0.0)
         more = self._more(site, choice, out) if stack.has_more else None
-        for low, high, start, end, b in stack.parts:
-            own = out[:, start:end]
-            own += functional.linear(inner[:, low:high], b)
+        for change in stack.changes:
+            own = out[:, change.start : change.end]
+            own += change.b(inner[:, change.low : change.high])
         if more is not None:
             out += more
 
     def _stacked(self, site: Site, whose: tuple[str, ...]) -> _Stack:
-        a, parts, columns = [], [], []
+        a: list[torch.Tensor] = []
+        corners: list[tuple[int, int, torch.Tensor]] = []
+        columns: list[str] = []
         has_more = False
-        for start, width, name in zip(site.starts(), site.outs, site.names, strict=True):
+        for start, name in zip(site.starts(), site.names, strict=True):
             there = [(d, part) for d in whose if (part := (self._held[d].device or {}).get(name)) is not None]
             if not there:
                 continue
-            low = len(columns)
+            corners.append((len(columns), start, torch.cat([part.b for _, part in there], dim=1)))
             for digest, part in there:
                 a.append(part.a)
                 columns.extend([digest] * part.a.shape[0])
                 has_more = has_more or part.more is not None
-            b = torch.cat([part.b for _, part in there], dim=1)
-            parts.append((low, len(columns), start, start + width, b))
-        return _Stack(whose, torch.cat(a) if a else None, tuple(parts), tuple(columns), has_more)
+        first = _Matrix(torch.cat(a)) if a else None
+        return _Stack(whose, first, tuple(_changes(corners)), tuple(columns), has_more)
 
     def _more(self, site: Site, choice: _Choice, out: torch.Tensor) -> torch.Tensor:
         """What DoRA adds of the base's own outputs, of each row."""
@@ -320,3 +354,16 @@ class Lora:
             return output
 
         return add
+
+
+def _changes(corners: list[tuple[int, int, torch.Tensor]]) -> Iterator[_Change]:
+    """Modules whose outputs follow one another become one matrix: one product costs less than two half as large."""
+    group: list[tuple[int, int, torch.Tensor]] = []
+    for corner in (*corners, None):
+        if group and (corner is None or corner[1] != group[-1][1] + group[-1][2].shape[0]):
+            low, start = group[0][0], group[0][1]
+            b = torch.block_diag(*(part for _, _, part in group)) if len(group) > 1 else group[0][2]
+            yield _Change(low, low + b.shape[1], start, start + b.shape[0], _Matrix(b))
+            group = []
+        if corner is not None:
+            group.append(corner)

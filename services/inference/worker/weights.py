@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlorad.v1 import inference_pb2
+from services.common.worker.bfloat import has_bf16
 from services.common.worker.load import load_base, load_kept
-from services.inference.worker import packed
+from services.inference.worker import packed, reordered
 from services.inference.worker.prepared import Prepared
 
 _FILE = "weights.safetensors"
@@ -27,7 +28,10 @@ def bring(
 ) -> tuple[Any, bool]:
     """The model, in eval mode, and whether its quantised weights were kept from before."""
     if precision in _PLAIN:
-        return load_base(payload, "none", True, _PLAIN[precision], device), False
+        model = load_base(payload, "none", True, _PLAIN[precision], device)
+        if reordered.pays(model) and has_bf16(device):
+            reordered.reorder(model)
+        return model, False
     there = kept.find()
     if there is not None:
         try:
