@@ -22,6 +22,10 @@ class Linear(Protocol):
         """[tokens, in] to [tokens, all outputs]."""
         ...
 
+    def onto(self, x: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+        """`there` and what the call gives."""
+        ...
+
 
 class Dense:
     """Plain weights; those of several modules become one matrix, of which each module keeps its part."""
@@ -43,6 +47,9 @@ class Dense:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, self._weight, self._bias)
 
+    def onto(self, x: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+        return there + self(x)
+
 
 class Modules:
     """Modules that know themselves how they compute, as those of bitsandbytes do."""
@@ -53,6 +60,9 @@ class Modules:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         made = [module(x) for module in self._modules]
         return made[0] if len(made) == 1 else torch.cat(made, dim=-1)
+
+    def onto(self, x: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+        return there + self(x)
 
 
 class Bytes:
@@ -66,6 +76,9 @@ class Bytes:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._all(x)
+
+    def onto(self, x: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+        return there + self(x)
 
 
 def of(modules: list[Any]) -> Linear:

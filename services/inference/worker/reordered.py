@@ -26,6 +26,10 @@ class Weights:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self._held, self.bias, "none", [], "")
 
+    def onto(self, x: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+        """`there` and the product, in one go."""
+        return torch.ops.mkldnn._linear_pointwise.binary(x, there, self._held, self.bias, "add")
+
     def plain(self) -> torch.Tensor:
         """The weights as they were."""
         return self._held.to_dense()
