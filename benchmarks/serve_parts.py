@@ -171,7 +171,7 @@ class Bench:
         self.results["serve.lora_tax"] = round(rates["tuned"] / rates["ours"], 3)
 
     def single(self) -> None:
-        """One stream, in bf16 and in every smaller precision that the engine has."""
+        """One stream, in bf16 and in every smaller precision that the engine has and that is close to it."""
         held = self._closeness()
         hf = self.theirs("base", one_by_one=True)
         best = 0.0
@@ -179,7 +179,7 @@ class Bench:
             rates = self.turns("single bf16", ALONE, {"ours": self.alone(served), "hf": hf})
             self.results["serve.single_vs_hf"] = round(rates["ours"] / rates["hf"], 3)
             for precision, told in held.items():
-                if "mean_kl" not in told:
+                if told["refused"] or told["mean_kl"] > CLOSE:
                     continue
                 served.unload()
                 loaded, _ = served.load(precision)
@@ -189,7 +189,7 @@ class Bench:
                 rates = self.turns(f"single {precision}", ALONE, sides)
                 told["vs_hf"] = round(rates["ours"] / rates["hf"], 3)
                 told["memory_mb"] = round(loaded.memory_bytes / 1e6)
-                if told["mean_kl"] <= CLOSE and told["vs_hf"] > best:
+                if told["vs_hf"] > best:
                     best, self.results["best_precision"] = told["vs_hf"], precision
                     if llamacpp is not None:
                         self.results["serve.single_vs_llamacpp"] = round(rates["ours"] / rates["llamacpp"], 3)
@@ -206,13 +206,15 @@ class Bench:
             direct.ask("remember", prompts=prompts)
             for precision in SMALL:
                 refused = direct.ask("load", model=MODEL, precision=precision)["refused"]
-                held[precision] = {"refused": refused} if refused else direct.ask("divergence", prompts=prompts)
+                held[precision] = {"refused": refused}
+                if not refused:
+                    held[precision] |= direct.ask("divergence", prompts=prompts)
                 print("precision", precision, held[precision], flush=True)
         self.results["precisions"] = held
         return held
 
     def grpc(self) -> None:
-        """Through the door against the engine in its own process: one thread each, on the first core; all else on the last."""
+        """Through the door against the engine called in its own process: both on one core, all else on another."""
         adapters = [self.names[n % len(self.names)] for n in range(AT_ONCE)]
         new, rounds = 48, max(5, self.rounds)
         one = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
