@@ -6,6 +6,7 @@ Law of this room: the same requests at the same moments, with and without what i
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import math
 import statistics
@@ -18,6 +19,8 @@ from benchmarks.serve_home import MOST, SEED, Prompt, name_of
 from benchmarks.serve_house import Served, serving
 from benchmarks.serve_load import BASE, Crowd, Seen
 from benchmarks.serve_parts import Bench
+from services.common import facts
+from services.inference.app import Config
 
 SHORT_PROMPT, SHORT_NEW, LONG_PROMPT = 32, 16, 4000
 BETWEEN_LONG = 50
@@ -127,7 +130,7 @@ class Shapes:
         def prompt(tokens: int) -> Prompt:
             return pool[tokens].pop() if pool[tokens] else bench.prompts.take(1, tokens)[0]
 
-        with serving(bench.home, names[1::2]) as served:
+        with serving(bench.home, names[1::2], flags=self._room_for_half()) as served:
             looks = Looks()
 
             async def both() -> list[Seen]:
@@ -158,6 +161,13 @@ class Shapes:
         self._results["load"] = told
         self._results["serve.load_errors"] = sum(errors.values())
         print("load", told, flush=True)
+
+    def _room_for_half(self) -> list[str]:
+        """A bound under which half of the adapters fit into memory; where there is none, all that were asked for."""
+        if "adapter_bytes" not in {f.name for f in dataclasses.fields(Config)}:
+            return []
+        told = facts.from_manifest(facts.AdapterFacts, self._bench.shelf.open("adapters", name_of(0)).manifest)
+        return ["--adapter-bytes", str((USERS // 2) * told.parameters * 2 + 1_000_000)]
 
 
 class Looks:
