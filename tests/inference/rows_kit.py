@@ -123,7 +123,7 @@ def engine(
     device_bytes: int = 0,
 ) -> Engine:
     """An engine of a model; `way` "straight" or "whole", or the quickest that there is."""
-    lora = Lora(model, torch.float32, device_bytes)
+    lora = Lora(model, model.dtype, device_bytes)
     for digest, adapter in (adapters or {}).items():
         config = adapter.peft_config["default"]
         lora.add(digest, tensors_of(adapter), config.lora_alpha / config.r, {})

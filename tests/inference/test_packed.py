@@ -39,6 +39,38 @@ def test_a_row_is_not_changed_by_its_neighbours(kind: Any) -> None:
         torch.testing.assert_close(small(x)[0], small(x[:1])[0], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("tokens", [1, 8, 9, 128, 129])
+def test_8_bits_are_near_whatever_the_number_of_tokens(tokens: int) -> None:
+    with torch.no_grad():
+        torch.manual_seed(0)
+        plain = nn.Linear(128, 192, bias=True)
+        small = packed.Int8(plain.weight.data, plain.bias)
+        x = torch.randn(tokens, 128)
+        assert float((small(x) - plain(x)).norm() / plain(x).norm()) < 0.02
+
+
+def test_nf4_gives_the_same_in_both_of_its_forms() -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    if not bnb.functional.has_avx512bf16():
+        pytest.skip("this processor has no products for the second form")
+    with torch.no_grad():
+        torch.manual_seed(0)
+        module = bnb.nn.Linear4bit(128, 192, bias=True, compute_dtype=torch.bfloat16, quant_type="nf4")
+        module = module.to(torch.bfloat16).to("cpu").eval()
+        module.support_avx512bf16_for_cpu = False
+        module(torch.randn(1, 128, dtype=torch.bfloat16))
+        whole = nn.Module()
+        whole.inner = module
+        packed.twice(whole)
+        assert isinstance(whole.inner, packed.Nf4)
+        x = torch.randn(40, 128, dtype=torch.bfloat16)
+        many = whole.inner(x)
+        few = torch.cat([whole.inner(x[n : n + 10]) for n in range(0, 40, 10)])
+        assert float((few - many).float().norm() / many.float().norm()) < 0.01
+        wanted = x.float() @ whole.inner.dequantized.float().t() + module.bias.float()
+        assert float((few.float() - wanted).norm() / wanted.norm()) < 0.01
+
+
 def test_joined_modules_are_the_modules_side_by_side() -> None:
     with torch.no_grad():
         torch.manual_seed(0)
@@ -60,7 +92,7 @@ def test_a_packed_model_answers_with_its_adapters(family: str, bits: int) -> Non
         plain = {"": model, "ada": adapters["ada"]}
         prompt = kit.prompt_of(2, 60)
         sure = {name: torch.log_softmax(m(input_ids=torch.tensor([prompt])).logits[0], -1) for name, m in plain.items()}
-        small = kit.tiny(family)
+        small = kit.tiny(family).to(torch.bfloat16)
         packed.pack(small, bits)
         assert any(isinstance(m, packed.Int4 if bits == 4 else packed.Int8) for m in small.modules())
         made = kit.engine(small, adapters)

@@ -1,9 +1,8 @@
 """Every row looks at its own keys and values, and at no other's.
 
 Law of this room: `store` puts the new keys and values of a layer into the rows' places, `look`
-attends. Rows with one new token are attended together, lane by lane; of heads that share keys
-the queries are taken as more queries of one head, so keys are read once. A window bounds how
-far back a token sees.
+attends. Rows with one new token are attended together, lane by lane. A window bounds how far
+back a token sees.
 """
 
 from __future__ import annotations
@@ -49,9 +48,11 @@ def _rows(
     rows, (heads, width) = group.end - group.begin, queries.shape[1:]
     keys = group.lane.keys[layer][group.slots, :, : group.span]
     values = group.lane.values[layer][group.slots, :, : group.span]
-    shared = queries[group.begin : group.end].view(rows, keys.shape[1], -1, width)
+    asked = queries[group.begin : group.end].view(rows, heads, 1, width)
     mask = flat.mask(number, window, lambda: _rows_mask(group, window, queries))
-    made = F.scaled_dot_product_attention(shared, keys, values, attn_mask=mask, scale=scale)
+    made = F.scaled_dot_product_attention(
+        asked, keys, values, attn_mask=mask, scale=scale, enable_gqa=heads != keys.shape[1]
+    )
     return made.reshape(rows, heads, width)
 
 

@@ -26,6 +26,8 @@ from services.inference.worker.flat import Flat
 from services.inference.worker.linears import Linear
 from services.inference.worker.reordered import Weights
 
+_JOINED = 200_000
+"""Numbers of a matrix that several modules become."""
 _OFTEN = 8
 """Uses after which a matrix is reordered."""
 _SINGLES = 4
@@ -405,13 +407,22 @@ def _add(stack: _Stack, inner: torch.Tensor, out: torch.Tensor, more: torch.Tens
 
 
 def _changes(corners: list[tuple[int, int, torch.Tensor]]) -> Iterator[_Change]:
-    """Modules whose outputs follow one another become one matrix: one product costs less than two half as large."""
+    """Small modules whose outputs follow one another become one matrix: one product costs less than two.
+
+    Of large ones the empty corners would cost more than they save.
+    """
     group: list[tuple[int, int, torch.Tensor]] = []
     for corner in (*corners, None):
-        if group and (corner is None or corner[1] != group[-1][1] + group[-1][2].shape[0]):
+        if group and (corner is None or not _joins(group, corner)):
             low, start = group[0][0], group[0][1]
             b = torch.block_diag(*(part for _, _, part in group)) if len(group) > 1 else group[0][2]
             yield _Change(low, low + b.shape[1], start, start + b.shape[0], _Matrix(b))
             group = []
         if corner is not None:
             group.append(corner)
+
+
+def _joins(group: list[tuple[int, int, torch.Tensor]], corner: tuple[int, int, torch.Tensor]) -> bool:
+    parts = [part for _, _, part in (*group, corner)]
+    size = sum(part.shape[0] for part in parts) * sum(part.shape[1] for part in parts)
+    return corner[1] == group[-1][1] + group[-1][2].shape[0] and size <= _JOINED

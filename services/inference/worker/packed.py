@@ -6,19 +6,27 @@ depend on its own inputs alone, whatever else is in the batch: inputs are rounde
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
+
+from services.common.worker import dora
 
 _GROUP = 32
 _MULTIPLE = 64
 """Both sizes of a matrix of 4 bits; others are held in 8."""
 _LEAST = 1e-8
+_FEW_NF4 = 16
+_FEW, _MANY = 8, 128
+"""Tokens up to which a product is quickest with plain inputs and small weights, and with both small; beyond, with
+weights made large again."""
 
 
 class Int8(nn.Module):
-    """Weights of 8 bits with a scale for each output; inputs of 8 bits with a scale for each token."""
+    """Weights of 8 bits with a scale for each output; of some tokens at once, inputs too, a scale for each."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
@@ -52,13 +60,23 @@ class Int8(nn.Module):
         return self.quantized * self.scale[:, None]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.reshape(-1, self.in_features).float()
-        scale = flat.abs().amax(1, keepdim=True).clamp_(min=_LEAST) / 127
-        small = (flat / scale).round_().to(torch.int8)
-        made = torch._int_mm(small, self.quantized.t()).float().mul_(scale).mul_(self.scale)
+        flat = x.reshape(-1, self.in_features)
+        if len(flat) <= _FEW:
+            made = torch._weight_int8pack_mm(flat.to(torch.bfloat16), self.quantized, self.scale.to(torch.bfloat16))
+        elif len(flat) <= _MANY:
+            made = self._rounded(flat.float())
+        else:
+            weight = self.quantized.to(torch.bfloat16)
+            made = nn.functional.linear(flat.to(torch.bfloat16), weight) * self.scale
         if self.bias is not None:
-            made += self.bias
+            made = made + self.bias
         return made.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _rounded(self, x: torch.Tensor) -> torch.Tensor:
+        """The product with inputs of 8 bits too."""
+        scale = x.abs().amax(1, keepdim=True).clamp_(min=_LEAST) / 127
+        small = (x / scale).round_().to(torch.int8)
+        return torch._int_mm(small, self.quantized.t()).float().mul_(scale).mul_(self.scale)
 
 
 class Int4(nn.Module):
@@ -95,6 +113,52 @@ class Int4(nn.Module):
         if self.bias is not None:
             made += self.bias
         return made.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+
+class Nf4(nn.Module):
+    """Weights of bitsandbytes, held twice: as it multiplies few tokens by them, and as it makes them plain for many."""
+
+    def __init__(self, module: Any) -> None:
+        import bitsandbytes.functional as bnb
+
+        super().__init__()
+        self.out_features, self.in_features, self.bias = module.out_features, module.in_features, None
+        self.module, self._product = module, bnb.gemv_4bit
+        packed, self._state = bnb._convert_weight_packed_for_cpu(
+            module.weight.data, copy.deepcopy(module.weight.quant_state)
+        )
+        self.register_buffer("packed", packed, persistent=False)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes beside the buffers: the scales of the second form."""
+        return self._state.absmax.nbytes
+
+    @property
+    def dequantized(self) -> torch.Tensor:
+        """The weights as they count."""
+        return dora.plain_weight(self.module)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, self.in_features)
+        if len(flat) > _FEW_NF4:
+            return self.module(x)
+        made = self._product(flat.to(torch.bfloat16), self.packed, state=self._state)
+        if self.module.bias is not None:
+            made = made + self.module.bias
+        return made.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+
+def twice(model: nn.Module) -> None:
+    """Holds every NF4 module of a size that allows it in both forms, where the processor has the products for it."""
+    import bitsandbytes as bnb
+
+    if not bnb.functional.has_avx512bf16():
+        return
+    for owner in list(model.modules()):
+        for name, module in list(owner.named_children()):
+            if type(module) is bnb.nn.Linear4bit and not module.out_features % 32 and not module.in_features % 64:
+                setattr(owner, name, Nf4(module))
 
 
 def pack(model: nn.Module, bits: int, empty: bool = False) -> None:

@@ -35,8 +35,9 @@ def bring(
     there = kept.find()
     if there is not None:
         try:
-            read = _unpacked(payload, there, _BITS[precision]) if precision in _BITS else load_kept(there, device)
-            return read, True
+            if precision in _BITS:
+                return _unpacked(payload, there, _BITS[precision]), True
+            return _both(load_kept(there, device), device), True
         except (ValueError, RuntimeError, AttributeError) as error:
             kept.drop(error)
     if precision in _BITS:
@@ -46,7 +47,15 @@ def bring(
     else:
         model = load_base(payload, "nf4", True, "bf16", device)
         kept.keep(lambda folder: model.save_pretrained(folder))
+        model = _both(model, device)
     return model, False
+
+
+def _both(model: Any, device: str) -> Any:
+    """NF4 as processors need it."""
+    if device == "cpu":
+        packed.twice(model)
+    return model
 
 
 def _tensors(model: Any) -> dict[str, torch.Tensor]:
