@@ -25,11 +25,16 @@ from services.inference import wire
 
 Report = engine_pb2.EngineReport
 
+Asked = engine_pb2.EngineSubmit | engine_pb2.EngineScore | engine_pb2.EngineRender
+"""What a request asks an engine for; each can be cancelled."""
+
 _LOAD_SECONDS = 1800.0
+_LAST = ("ended", "scored", "rendered")
+"""The last report of a request that was not refused."""
 
 
 class Answers:
-    """Reports of one request, in order; ends with `ended` or a Fault.
+    """Reports of one request, in order; ends with its last report or a Fault.
 
     Never blocks the engine: it holds at most one report a token, and max_tokens
     bounds those. A reader that falls behind finds its tokens joined.
@@ -65,6 +70,7 @@ class Answers:
                 more = self._reports.popleft().tokens
                 report.tokens.ids.extend(more.ids)
                 report.tokens.text += more.text
+                report.tokens.log_probabilities.extend(more.log_probabilities)
         return report
 
 
@@ -87,7 +93,7 @@ class Engine(Protocol):
     async def unload_adapter(self, digest: str) -> int:
         """Frees an adapter once nothing in flight uses it; bytes freed."""
 
-    def submit(self, submit: engine_pb2.EngineSubmit, witness: Callable[[Report], None]) -> tuple[int, Answers]:
+    def submit(self, asked: Asked, witness: Callable[[Report], None]) -> tuple[int, Answers]:
         """Queues a request; its number, and what comes of it."""
 
     def cancel(self, call: int) -> None:
@@ -159,7 +165,7 @@ class EngineProcess:
         order = engine_pb2.EngineOrder(unload_adapter=engine_pb2.EngineUnloadAdapter(digest=digest))
         return (await self._ask(order)).adapter_unloaded.freed_bytes
 
-    def submit(self, submit: engine_pb2.EngineSubmit, witness: Callable[[Report], None]) -> tuple[int, Answers]:
+    def submit(self, asked: Asked, witness: Callable[[Report], None]) -> tuple[int, Answers]:
         answers = Answers(witness)
         call = next(self._numbers)
         if self._fault is not None:
@@ -167,7 +173,7 @@ class EngineProcess:
             return call, answers
         self._requests[call] = answers
         self._quiet.clear()
-        self._send(engine_pb2.EngineOrder(call=call, submit=submit))
+        self._send(_order_of(call, asked))
         return call, answers
 
     def cancel(self, call: int) -> None:
@@ -230,7 +236,7 @@ class EngineProcess:
             answers.fail(refused)
         else:
             answers.put(report)
-        if refused is not None or report.HasField("ended"):
+        if refused is not None or report.WhichOneof("report") in _LAST:
             self._drop(report.call)
 
     def _drop(self, call: int) -> None:
@@ -249,6 +255,14 @@ class EngineProcess:
             self._drop(call)
         if not self._closing:
             self.on_lost(fault)
+
+
+def _order_of(call: int, asked: Asked) -> engine_pb2.EngineOrder:
+    if isinstance(asked, engine_pb2.EngineSubmit):
+        return engine_pb2.EngineOrder(call=call, submit=asked)
+    if isinstance(asked, engine_pb2.EngineScore):
+        return engine_pb2.EngineOrder(call=call, score=asked)
+    return engine_pb2.EngineOrder(call=call, render=asked)
 
 
 def _memory_of(pid: int) -> int:

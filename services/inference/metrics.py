@@ -41,6 +41,12 @@ class Metrics:
         self.finished = Counter(
             "qlorad_inference_finished_requests", "Requests answered to the end.", ("reason",), registry=registry
         )
+        self.generation_cache = Counter(
+            "qlorad_inference_generation_cache",
+            "Greedy requests whose whole answer was at hand, or was not.",
+            ("result",),
+            registry=registry,
+        )
         self.restarts = Counter("qlorad_inference_engine_losses", "Engines that died by themselves.", registry=registry)
 
     @contextlib.contextmanager

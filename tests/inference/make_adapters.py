@@ -149,6 +149,11 @@ def main(home: pathlib.Path) -> None:
         made = make(base.payload, staged.payload, "ada", 7 + len(name))
         seal(shelf, base, name, made, staged, rendered, prompt_format=alpaca)
 
+    # Sealed with a way to choose tokens of its own.
+    staged = shelf.stage()
+    made = dataclasses.replace(make(base.payload, staged.payload, "ada", 21), generation={"max_tokens": 5, "seed": "3"})
+    seal(shelf, base, "told", made, staged, renderings)
+
     def unsound(name: str, seed: int, spoil, **how) -> None:
         staged = shelf.stage()
         made = make(base.payload, staged.payload, "ada", seed, zero=name == "zero")

@@ -28,32 +28,11 @@ def test_every_violation_of_a_request_is_told_at_once() -> None:
         ),
     )  # fmt: skip
     with pytest.raises(Fault) as caught:
-        messages.generate_ask(request, 512, 1, "id")
+        messages.generate_ask(request, 512, "id")
     assert fields(caught.value) == [
         "adapter", "model", "request_id", "options.max_tokens", "options.temperature", "options.top_p",
         "options.stop", "options.stop[0]", "options.stop[1]", "prompt",
     ]  # fmt: skip
-
-
-def test_numbers_that_are_none_are_refused() -> None:
-    for bad in (float("nan"), float("inf"), -1.0):
-        options = inference_pb2.GenerationOptions(temperature=bad, top_p=bad)
-        assert [v.field for v in messages.check_options(options, 512)] == ["options.temperature", "options.top_p"]
-
-
-def test_absent_options_have_their_defaults_and_zero_is_not_absent() -> None:
-    ask = messages.generate_ask(inference_pb2.GenerateRequest(prompt="x"), 0, 77, "fresh")
-    assert (ask.options.max_tokens, ask.options.temperature, ask.options.top_p) == (128, 0.0, 1.0)
-    assert (ask.options.seed, ask.request_id) == (77, "fresh")
-    given = inference_pb2.GenerateRequest(prompt="x", options=inference_pb2.GenerationOptions(seed=0))
-    assert messages.generate_ask(given, 0, 77, "fresh").options.seed == 0
-
-
-def test_max_tokens_is_bounded_by_the_context() -> None:
-    options = inference_pb2.GenerationOptions(max_tokens=513)
-    (wrong,) = messages.check_options(options, 512)
-    assert "1 to 512" in wrong.accepted
-    assert not messages.check_options(options, 0)
 
 
 @pytest.mark.parametrize(

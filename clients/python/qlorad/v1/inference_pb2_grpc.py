@@ -293,7 +293,8 @@ class InferenceServiceServicer:
 
     def Tokenize(self, request, context):
         """Cuts a text into the tokens of a model.
-        Errors: INVALID_ARGUMENT; NOT_FOUND (model not loaded).
+        Errors: INVALID_ARGUMENT; NOT_FOUND (model not loaded); RESOURCE_EXHAUSTED
+        QUEUE_FULL, DEVICE_BUSY or RATE_LIMITED (retry after RetryInfo).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -128,7 +128,8 @@ class InferenceServiceStub:
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """Cuts a text into the tokens of a model.
-    Errors: INVALID_ARGUMENT; NOT_FOUND (model not loaded).
+    Errors: INVALID_ARGUMENT; NOT_FOUND (model not loaded); RESOURCE_EXHAUSTED
+    QUEUE_FULL, DEVICE_BUSY or RATE_LIMITED (retry after RetryInfo).
     """
     Render: _grpc.UnaryUnaryMultiCallable[_inference_pb2.RenderRequest, _inference_pb2.RenderResponse]
     """Shows what Chat would send to the model: the conversation in its template.
@@ -247,7 +248,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Cuts a text into the tokens of a model.
-    Errors: INVALID_ARGUMENT; NOT_FOUND (model not loaded).
+    Errors: INVALID_ARGUMENT; NOT_FOUND (model not loaded); RESOURCE_EXHAUSTED
+    QUEUE_FULL, DEVICE_BUSY or RATE_LIMITED (retry after RetryInfo).
     """
     Render: _aio.UnaryUnaryMultiCallable[_inference_pb2.RenderRequest, _inference_pb2.RenderResponse]  # type: ignore[assignment]
     """Shows what Chat would send to the model: the conversation in its template.
@@ -447,7 +449,8 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.TokenizeResponse, _abc.Awaitable[_inference_pb2.TokenizeResponse]]:
         """Cuts a text into the tokens of a model.
-        Errors: INVALID_ARGUMENT; NOT_FOUND (model not loaded).
+        Errors: INVALID_ARGUMENT; NOT_FOUND (model not loaded); RESOURCE_EXHAUSTED
+        QUEUE_FULL, DEVICE_BUSY or RATE_LIMITED (retry after RetryInfo).
         """
 
     @_abc_1.abstractmethod
