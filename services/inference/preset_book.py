@@ -37,18 +37,14 @@ class PresetBook:
     def __init__(self, store: Store, shipped: Mapping[str, inference_pb2.Preset]) -> None:
         self._store = store
         self._shipped = dict(shipped)
-        self._own: dict[str, inference_pb2.Preset] = {}
+        self.all: dict[str, inference_pb2.Preset] = dict(shipped)
+        """Every preset by name; a new mapping takes its place with each change."""
         self._writing = asyncio.Lock()
         self._running: set[asyncio.Task[Any]] = set()
 
     async def begin(self) -> None:
         """Reads what callers kept. A name that is shipped by now is hidden by the shipped one."""
-        self._own = await self._store.run(_read)
-
-    @property
-    def all(self) -> dict[str, inference_pb2.Preset]:
-        """Every preset by name."""
-        return {**self._own, **self._shipped}
+        self._become(await self._store.run(_read))
 
     async def create(self, request: inference_pb2.CreatePresetRequest) -> inference_pb2.CreatePresetResponse:
         """Keeps a preset."""
@@ -114,7 +110,8 @@ class PresetBook:
 
         async def act() -> A:
             async with self._writing:
-                answer, self._own = await self._store.run(work)
+                answer, own = await self._store.run(work)
+                self._become(own)
             return answer
 
         # To its end even if the caller leaves: else the copy in memory would lack what is on disk.
@@ -122,6 +119,9 @@ class PresetBook:
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         return await asyncio.shield(task)
+
+    def _become(self, own: Mapping[str, inference_pb2.Preset]) -> None:
+        self.all = {**own, **self._shipped}
 
     async def settle(self) -> None:
         """Waits for changes whose callers left."""

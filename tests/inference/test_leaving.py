@@ -7,7 +7,7 @@ import pathlib
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
@@ -25,6 +25,17 @@ def busy(daemon: Daemon) -> float:
     """Requests anywhere between the door and their finish."""
     names = ("requests_running", "requests_waiting", "places_taken")
     return sum(kit.metric(daemon, f"qlorad_inference_{name}") for name in names)
+
+
+class Alone:
+    """A call with one answer, read like a stream."""
+
+    def __init__(self, future: Any) -> None:
+        self.cancel = future.cancel
+        self._future = future
+
+    def __iter__(self) -> Iterator[Any]:
+        yield self._future.result()
 
 
 def leaving(stub: kit.Stub, rng: random.Random) -> Callable[[float], Any]:
@@ -47,7 +58,7 @@ def leaving(stub: kit.Stub, rng: random.Random) -> Callable[[float], Any]:
         compare = pb.CompareRequest(adapters=voices, conversation=talk, options=how)
         return lambda timeout: stub.Compare(compare, timeout=timeout)
     score = pb.ScoreRequest(adapter=adapter, prompt="x = 1\n" * 60)
-    return lambda timeout: stub.Score.future(score, timeout=timeout)
+    return lambda timeout: Alone(stub.Score.future(score, timeout=timeout))
 
 
 def leave(daemon: Daemon, stub: kit.Stub, rounds: int, seed: int) -> None:
@@ -61,13 +72,12 @@ def leave(daemon: Daemon, stub: kit.Stub, rounds: int, seed: int) -> None:
             calls.append(call)
             if not by_deadline:
                 # Somewhere between before the door and after some tokens.
-                if hasattr(call, "__next__"):
-                    for _ in range(rng.choice([0, 0, 1, 3])):
-                        next(call, None)
+                for _ in range(0 if isinstance(call, Alone) else rng.choice([0, 0, 1, 3])):
+                    next(call)
                 call.cancel()
         for call in calls:
             try:
-                list(call) if hasattr(call, "__next__") else call.result()
+                list(call)
             except grpc.RpcError as e:
                 assert e.code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED), e
             except grpc.FutureCancelledError:

@@ -27,6 +27,11 @@ _OPTIONS: dict[str, Any] = {
 }
 
 
+def _is_said(value: Any) -> bool:
+    """Whether it was given: 0 is, which a preset's own value must not replace."""
+    return value is not None and value is not False and value != []
+
+
 def options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The command with all of these options in the place of its parameter `how`, which is told what was given."""
     shown = inspect.signature(command, eval_str=True)
@@ -44,7 +49,7 @@ def options(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def run(**given: Any) -> Any:
         how = {name: given.pop(name) for name in _OPTIONS}
-        return command(**given, how={name: value for name, value in how.items() if value not in (None, False, [])})
+        return command(**given, how={name: value for name, value in how.items() if _is_said(value)})
 
     run.__signature__ = shown.replace(  # type: ignore[attr-defined]
         parameters=[p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]

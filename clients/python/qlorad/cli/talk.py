@@ -203,7 +203,9 @@ def whole(answer: Answer) -> dict[str, Any]:
     """An answer as plain data; one that failed says why."""
     from qlorad.v1 import errors_pb2
 
-    told: dict[str, Any] = {"text": answer.text, "ids": answer.ids, "started": out.as_dict(answer.started)}
+    told: dict[str, Any] = {"text": answer.text, "ids": answer.ids}
+    if answer.started.model_digest:
+        told["started"] = out.as_dict(answer.started)
     if answer.log_probabilities:
         told["log_probabilities"] = [out.as_dict(token) for token in answer.log_probabilities]
     if answer.failed is None:
