@@ -7,21 +7,17 @@ much is refused at once with a hint when to come again.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from qlorad.v1 import errors_pb2, inference_pb2
-from services.common import names
-from services.common.errors import Fault
+from services.common.errors import Fault, invalid
 from services.common.frames.v1 import engine_pb2
-from services.common.shelf import Shelf
-from services.inference.adapters import Table, check_model
 from services.inference.engine import Answers
-from services.inference.messages import BASE, Ask
+from services.inference.messages import Ask, check_options
 from services.inference.metrics import Metrics
-from services.inference.residency import Residency
+from services.inference.residency import Hold, Residency
 
 Event = inference_pb2.Started | inference_pb2.Delta | inference_pb2.Finish
 
@@ -54,23 +50,16 @@ class Clock:
 class Answering:
     """The streaming calls of InferenceService."""
 
-    def __init__(self, shelf: Shelf, residency: Residency, metrics: Metrics, limit: int) -> None:
-        self._shelf = shelf
+    def __init__(self, residency: Residency, metrics: Metrics, limit: int) -> None:
         self._residency = residency
         self._metrics = metrics
         self._limit = limit
         self._asks = 0
         self._open: set[Answers] = set()
 
-    @property
-    def in_use(self) -> bool:
-        """Whether a request is anywhere between the door and its finish."""
-        return self._asks > 0
-
     def context_tokens(self) -> int:
-        """The context of what is, or would be, resident; 0 = nothing is wanted."""
-        wanted = self._residency.wanted
-        return wanted.model.context_tokens if wanted is not None else 0
+        """The longest context of what is, or would be, resident; 0 = nothing is wanted."""
+        return max((base.context_tokens for base in self._residency.memory.now.bases), default=0)
 
     def end_all(self) -> None:
         """Ends what is still open when the daemon must go."""
@@ -88,27 +77,24 @@ class Answering:
             )
         self._asks += 1
         try:
-            model = await self._digest("model", ask.model)
-            adapter = "" if ask.adapter == BASE else await self._digest("adapter", ask.adapter)
-            engine, table = await self._residency.ready()
-            # Nothing is awaited from here to the submit: an unload comes before the look at the table, or after both.
-            check_model(table.model, ask.model, model)
-            digest = table.who_answers(ask.adapter, adapter)
-            call, answers = engine.submit(_submit(ask, digest), clock.witness)
-            self._open.add(answers)
+            hold = await self._residency.who(ask.model, ask.adapter)
             try:
-                async for event in self._events(ask, digest, table, answers, clock):
-                    yield event
+                if wrong := check_options(ask.options, hold.context_tokens):
+                    raise invalid(wrong)
+                call, answers = hold.engine.submit(_submit(ask, hold.adapter_digest), clock.witness)
+                self._open.add(answers)
+                try:
+                    async for event in self._events(ask, hold, answers, clock):
+                        yield event
+                finally:
+                    self._open.discard(answers)
+                    hold.engine.cancel(call)
             finally:
-                self._open.discard(answers)
-                engine.cancel(call)
+                hold.release()
         finally:
             self._asks -= 1
-            self._residency.touch()
 
-    async def _events(
-        self, ask: Ask, digest: str, table: Table, answers: Answers, clock: Clock
-    ) -> AsyncGenerator[Event, None]:
+    async def _events(self, ask: Ask, hold: Hold, answers: Answers, clock: Clock) -> AsyncGenerator[Event, None]:
         prompt_tokens = made = 0
         while True:
             report = await answers.next()
@@ -116,8 +102,8 @@ class Answering:
                 prompt_tokens = report.accepted.prompt_tokens
                 self._metrics.prompt_tokens.inc(prompt_tokens)
                 yield inference_pb2.Started(
-                    model_digest=table.model.digest if table.model else "",
-                    adapter_digest=digest,
+                    model_digest=hold.model_digest,
+                    adapter_digest=hold.adapter_digest,
                     prompt_tokens=prompt_tokens,
                     seed=ask.options.seed,
                     request_id=ask.request_id,
@@ -137,13 +123,6 @@ class Answering:
                     queue_seconds=clock.waited,
                 )
                 return
-
-    async def _digest(self, field: str, name: str) -> str:
-        """What a name of a request is now; empty for an empty one."""
-        if not name:
-            return ""
-        ident = names.parse(field, name, field + "s")
-        return await asyncio.to_thread(self._shelf.resolve, field + "s", ident, field)
 
 
 def _submit(ask: Ask, digest: str) -> engine_pb2.EngineSubmit:

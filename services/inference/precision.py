@@ -6,7 +6,7 @@ Law of this room: pure; sizes in, a precision out.
 from __future__ import annotations
 
 from qlorad.v1 import inference_pb2
-from services.common.facts import ModelFacts
+from services.common.facts import AdapterFacts, ModelFacts
 
 # Room beside the weights for key-value rows, adapters and activations.
 _HEADROOM = 1.25
@@ -17,6 +17,11 @@ def bytes_of(precision: inference_pb2.Precision.ValueType, model: ModelFacts) ->
     if precision == inference_pb2.PRECISION_NF4:
         return model.nf4_bytes
     return model.parameters * (4 if precision == inference_pb2.PRECISION_FP32 else 2)
+
+
+def adapter_bytes(adapter: AdapterFacts, base: inference_pb2.Precision.ValueType) -> int:
+    """Bytes of an adapter beside a base held so, as far as they are known before loading."""
+    return adapter.parameters * (4 if base == inference_pb2.PRECISION_FP32 else 2)
 
 
 def choose(
