@@ -75,11 +75,6 @@ class Answering:
         self._open: set[Answers] = set()
         self._ending = False
 
-    @property
-    def in_use(self) -> bool:
-        """Whether a request is anywhere between the door and its finish."""
-        return self._admission.places.taken > 0
-
     def context_tokens(self) -> int:
         """What requests are held against at the door; 0 = not known yet."""
         return self._reach.context_tokens()
@@ -147,7 +142,7 @@ class Answering:
             raise _shutting_down()
         async with self._reach.hold(ask) as held:
             submit = _submit(ask, held, entry.who)
-            key = key_of(submit, held.model.digest, held.model.precision) if self._cache.on else None
+            key = key_of(submit, held.model_digest, held.precision) if self._cache.on else None
             kept = self._cache.get(key)
             if key is not None:
                 self._metrics.generation_cache.labels("hit" if kept is not None else "miss").inc()
@@ -223,7 +218,7 @@ class Answering:
 
 def _submit(ask: Ask, held: Held, who: str) -> engine_pb2.EngineSubmit:
     """The request in full: its own options, its preset's, its adapter's, the house's."""
-    context = held.model.context_tokens
+    context = held.context_tokens
     wrong = generation.check(ask.options, context)  # the door may not have known which model answers
     if wrong:
         raise invalid(wrong)
@@ -251,7 +246,7 @@ def share_of(who: str, held: Held) -> str:
 
 def _started(ask: Ask, submit: engine_pb2.EngineSubmit, held: Held, prompt_tokens: int) -> inference_pb2.Started:
     return inference_pb2.Started(
-        model_digest=held.model.digest,
+        model_digest=held.model_digest,
         adapter_digest=held.adapter_digest,
         prompt_tokens=prompt_tokens,
         seed=submit.options.seed,

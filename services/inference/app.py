@@ -12,12 +12,14 @@ import pathlib
 from dataclasses import dataclass, field
 
 import grpc.aio
+import psutil
 import yaml
 from prometheus_client import CollectorRegistry
 
 from qlorad.v1 import inference_pb2, inference_pb2_grpc
-from services.common import idempotency, telemetry
+from services.common import devices, idempotency, telemetry
 from services.common.config import ConfigError, setting
+from services.common.frames.v1 import engine_pb2
 from services.common.interceptors import Tokens
 from services.common.server import App, Health, ServerSettings
 from services.common.shelf import Shelf
@@ -25,15 +27,19 @@ from services.common.store import Store
 from services.inference import limits, preset, preset_book, wanted
 from services.inference.admission import Admission
 from services.inference.answering import Answering
+from services.inference.bases import Place
 from services.inference.changes import Changes
+from services.inference.gauges import gauges
 from services.inference.generation_cache import GenerationCache
+from services.inference.leases import SharedLease
 from services.inference.limits import Limits, Meter
 from services.inference.looking import Looking
 from services.inference.metrics import Metrics
 from services.inference.places import Places
 from services.inference.preset_book import PresetBook
 from services.inference.reach import Reach
-from services.inference.residency import SERVICE, Place, Residency
+from services.inference.recovery import SERVICE
+from services.inference.residency import Residency
 from services.inference.servicer import InferenceServicer
 
 PORTS = (50054, 9104)
@@ -51,8 +57,20 @@ class Config:
     )  # fmt: skip
     max_rows: int = setting(16, "requests answered at the same time", lambda v: 1 <= v <= 256, "1 to 256")
     max_waiting: int = setting(64, "requests that may wait for their turn", lambda v: 0 <= v <= 10_000, "0 to 10000")
+    memory_bytes: int = setting(
+        0, "bytes that the weights of all bases may take together; 0 = what the device has free",
+        lambda v: 0 <= v <= 1 << 50, "0 to 1125899906842624",
+    )  # fmt: skip
+    adapter_bytes: int = setting(
+        0, "bytes of adapters in memory, of all bases together; 0 = no bound",
+        lambda v: 0 <= v <= 1 << 50, "0 to 1125899906842624",
+    )  # fmt: skip
+    device_adapter_bytes: int = setting(
+        0, "bytes of adapters on the device, for each base; the others wait in the host's memory; 0 = no bound",
+        lambda v: 0 <= v <= 1 << 50, "0 to 1125899906842624",
+    )  # fmt: skip
     idle_unload_seconds: float = setting(
-        300.0, "give the device back after so long without a request; 0 = never",
+        300.0, "let a base go after so long without a request, the device with the last; 0 = never",
         lambda v: math.isfinite(v) and 0 <= v <= 31_536_000, "0 to 31536000",
     )  # fmt: skip
     generation_cache_bytes: int = setting(
@@ -104,30 +122,37 @@ def build(config: Config) -> App:
     registry = CollectorRegistry()
     metrics = Metrics(registry)
     shelf = Shelf(s.home / "store")
-    store = Store.open(s.state / "inference.sqlite", (idempotency.MIGRATION, wanted.MIGRATION, preset_book.MIGRATION))
-    place = Place(config.device, config.max_rows, s.state / "devices", s.logs / "inference-engine.log")
-    residency = Residency(shelf, place, metrics)
-    changes = Changes(shelf, store, residency)
+    store = Store.open(
+        s.state / "inference.sqlite", (idempotency.MIGRATION, wanted.MIGRATION, wanted.SEVERAL, preset_book.MIGRATION)
+    )
+    device = config.device or devices.devices_here()[0]
+    order = engine_pb2.EngineLoad(
+        device=device, max_rows=config.max_rows, device_adapter_bytes=config.device_adapter_bytes
+    )
+    place = Place(order, config.memory_bytes, lambda: _free_bytes(device), s.logs / "inference-engine.log")
+    lease = SharedLease(s.state / "devices", device)
+    residency = Residency(shelf, place, lease, wanted.Memory(store), config.adapter_bytes, metrics)
+    changes = Changes(store, residency)
     presets = PresetBook(store, shipped_presets())
     places = Places(config.max_rows + config.max_waiting)
     admission = Admission(places, Meter(read_limits(config)), config.max_rows)
     cache = GenerationCache(config.generation_cache_bytes)
-    reach = Reach(shelf, residency)
+    reach = Reach(residency)
     answering = Answering(reach, admission, cache, metrics)
     looking = Looking(reach, admission, metrics)
-    registry.register(_gauges(residency))
+    registry.register(gauges(residency))
     registry.register(_calls(places, cache))
     tasks: set[asyncio.Task[None]] = set()
 
     async def sleep_when_idle() -> None:
         while True:
-            left = await residency.sleep_if_idle(config.idle_unload_seconds, lambda: answering.in_use)
+            left = await residency.bases.sleep_idle(config.idle_unload_seconds)
             await asyncio.sleep(min(left, 60.0))
 
     async def start(health: Health) -> None:
         await store.run(idempotency.prune)
         await presets.begin()
-        residency.begin(health, await store.run(wanted.read))
+        await residency.begin(health)
         if config.idle_unload_seconds:
             tasks.add(asyncio.create_task(sleep_when_idle(), name="idle unload"))
 
@@ -140,6 +165,7 @@ def build(config: Config) -> App:
         await store.close()
 
     def drain() -> None:
+        residency.watching.end()
         # A little before the server cuts them off, streams end with a reason.
         asyncio.get_running_loop().call_later(max(0.0, s.drain_seconds - 0.5), answering.end_all)
 
@@ -173,27 +199,8 @@ def _calls(places: Places, cache: GenerationCache) -> telemetry.Live:
     return live
 
 
-def _gauges(residency: Residency) -> telemetry.Live:
-    """What is there now, read when someone asks."""
-
-    def one(number: float) -> list[tuple[tuple[str, ...], float]]:
-        return [((), number)]
-
-    live = telemetry.Live()
-    live.add(
-        "qlorad_inference_requests_running", "Requests being answered.", (),
-        lambda: one(residency.engine.running if residency.engine else 0),
-    )  # fmt: skip
-    live.add(
-        "qlorad_inference_requests_waiting", "Requests that wait for their turn.", (),
-        lambda: one(residency.engine.waiting if residency.engine else 0),
-    )  # fmt: skip
-    live.add(
-        "qlorad_inference_adapters_resident", "Adapters in memory.", (),
-        lambda: one(len(residency.table.adapters)),
-    )  # fmt: skip
-    live.add(
-        "qlorad_inference_model_resident_bytes", "Bytes of the weights in memory.", (),
-        lambda: one(residency.table.model.memory_bytes if residency.table.model else 0),
-    )  # fmt: skip
-    return live
+def _free_bytes(device: str) -> int:
+    """What a device has free; 0 where only its engine can tell."""
+    if device.split(":")[0] != "cpu":
+        return 0
+    return int(psutil.virtual_memory().available)  # type: ignore[no-untyped-call]

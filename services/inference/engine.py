@@ -28,6 +28,11 @@ Report = engine_pb2.EngineReport
 Asked = engine_pb2.EngineSubmit | engine_pb2.EngineScore | engine_pb2.EngineRender
 """What a request asks an engine for; each can be cancelled."""
 
+WORKER = "services.inference.worker.engine"
+
+OnGauges = Callable[[engine_pb2.EngineGauges, engine_pb2.EngineGauges], None]
+"""Told how an engine was, and how it is."""
+
 _LOAD_SECONDS = 1800.0
 _LAST = ("ended", "scored", "rendered")
 """The last report of a request that was not refused."""
@@ -78,6 +83,8 @@ class Engine(Protocol):
     """One resident base with its adapters."""
 
     loaded: engine_pb2.EngineLoaded
+    gauges: engine_pb2.EngineGauges
+    """How it was after its last step."""
 
     @property
     def running(self) -> int:
@@ -99,9 +106,6 @@ class Engine(Protocol):
     def cancel(self, call: int) -> None:
         """Stops a request; nothing if it has ended."""
 
-    async def quiet(self) -> None:
-        """Waits until no request is left."""
-
     async def close(self) -> int:
         """Ends the engine; bytes given back."""
 
@@ -112,29 +116,34 @@ class EngineProcess:
 
     talk: process.Talk
     on_lost: Callable[[Fault], None]
+    on_gauges: OnGauges
     loaded: engine_pb2.EngineLoaded = field(default_factory=engine_pb2.EngineLoaded)
+    gauges: engine_pb2.EngineGauges = field(default_factory=engine_pb2.EngineGauges)
     _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
     _orders: dict[int, asyncio.Future[Report]] = field(default_factory=dict)
     _requests: dict[int, Answers] = field(default_factory=dict)
     _begun: set[int] = field(default_factory=set)
-    _quiet: asyncio.Event = field(default_factory=asyncio.Event)
     _closing: bool = False
     _fault: Fault | None = None
     _reading: asyncio.Task[None] | None = None
 
     @classmethod
     async def start(
-        cls, load: engine_pb2.EngineLoad, lease: Lease, log: pathlib.Path, on_lost: Callable[[Fault], None]
+        cls,
+        load: engine_pb2.EngineLoad,
+        lease: Lease,
+        log: pathlib.Path,
+        on_lost: Callable[[Fault], None],
+        on_gauges: OnGauges,
+        module: str = WORKER,
     ) -> EngineProcess:
         """Starts the worker and waits for its base; a Fault says why there is none.
 
-        `on_lost` is called once if the process ends by itself after that.
+        `on_lost` is called once if the process ends by itself, while it loads or
+        later; `on_gauges` after each step, with what the step before told.
         """
-        talk = await process.start_talk(
-            "services.inference.worker.engine", log, ["--lease", str(lease.fd)], pass_fds=[lease.fd]
-        )
-        engine = cls(talk, on_lost)
-        engine._quiet.set()
+        talk = await process.start_talk(module, log, ["--lease", str(lease.fd)], pass_fds=[lease.fd])
+        engine = cls(talk, on_lost, on_gauges)
         engine._reading = asyncio.create_task(engine._read(), name="engine reports")
         try:
             order = engine_pb2.EngineOrder(load=load)
@@ -172,16 +181,12 @@ class EngineProcess:
             answers.fail(self._fault)
             return call, answers
         self._requests[call] = answers
-        self._quiet.clear()
         self._send(_order_of(call, asked))
         return call, answers
 
     def cancel(self, call: int) -> None:
         if call in self._requests:
             self._send(engine_pb2.EngineOrder(call=call, cancel=engine_pb2.EngineCancel()))
-
-    async def quiet(self) -> None:
-        await self._quiet.wait()
 
     async def close(self) -> int:
         self._closing = True
@@ -211,9 +216,13 @@ class EngineProcess:
 
     async def _read(self) -> None:
         while (body := await self.talk.receive()) is not None:
-            for report in engine_pb2.EngineReports.FromString(body).reports:
+            reports = engine_pb2.EngineReports.FromString(body)
+            for report in reports.reports:
                 self._dispatch(report)
-        code = await self.talk.process.wait()
+            if reports.HasField("gauges"):
+                before, self.gauges = self.gauges, reports.gauges
+                self.on_gauges(before, self.gauges)
+        code = await self.talk.close()
         self._lose(worker_lost("the engine", process.exit_story(code), retry_seconds=2.0))
 
     def _dispatch(self, report: Report) -> None:
@@ -242,8 +251,6 @@ class EngineProcess:
     def _drop(self, call: int) -> None:
         self._requests.pop(call, None)
         self._begun.discard(call)
-        if not self._requests:
-            self._quiet.set()
 
     def _lose(self, fault: Fault) -> None:
         self._fault = fault

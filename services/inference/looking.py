@@ -51,7 +51,7 @@ class Looking:
             raise invalid([Violation(what, f"{len(tokens)} tokens, none to score", "at least two tokens")])
         whole = math.fsum(counted)
         return inference_pb2.ScoreResponse(
-            model_digest=held.model.digest,
+            model_digest=held.model_digest,
             adapter_digest=held.adapter_digest,
             tokens=tokens,
             scored_tokens=len(counted),
@@ -63,7 +63,7 @@ class Looking:
         """The tokens of a raw text."""
         async with self._held(ask) as (held, _):
             report = await _asked(held, _put(engine_pb2.EngineRender(), ask))
-        return inference_pb2.TokenizeResponse(tokens=report.rendered.tokens, model_digest=held.model.digest)
+        return inference_pb2.TokenizeResponse(tokens=report.rendered.tokens, model_digest=held.model_digest)
 
     async def render(self, ask: Ask) -> inference_pb2.RenderResponse:
         """A conversation as the model sees it."""
@@ -73,7 +73,7 @@ class Looking:
         return inference_pb2.RenderResponse(
             text=report.rendered.text,
             tokens=report.rendered.tokens,
-            model_digest=held.model.digest,
+            model_digest=held.model_digest,
             adapter_digest=held.adapter_digest,
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qlorad.v1 import inference_pb2
-from services.common.facts import ModelFacts
+from services.common.facts import AdapterFacts, ModelFacts
 
 _HEADROOM = 1.25
 """Room beside the weights for key-value rows, adapters and activations."""
@@ -40,6 +40,11 @@ def bytes_of(precision: Precision, model: ModelFacts) -> int:
     if precision == inference_pb2.PRECISION_INT8:
         return model.parameters
     return model.parameters * (4 if precision == inference_pb2.PRECISION_FP32 else 2)
+
+
+def adapter_bytes(adapter: AdapterFacts, base: Precision) -> int:
+    """Bytes of an adapter beside a base held so, as far as they are known before loading."""
+    return adapter.parameters * (4 if base == inference_pb2.PRECISION_FP32 else 2)
 
 
 def choose(asked: Precision, model: ModelFacts, place: Place) -> tuple[Precision, str]:

@@ -1,23 +1,20 @@
 """From the names of a request to what answers it.
 
 Law of this room: a name is resolved once, when the request arrives; what it
-meant then answers the whole request.
+meant then answers the whole request, and is held for as long.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from qlorad.v1 import inference_pb2
-from services.common import facts, generation, names
+from qlorad.v1 import artifacts_pb2, inference_pb2
+from services.common import facts, generation
 from services.common.errors import corrupt
-from services.common.shelf import Shelf
-from services.inference.adapters import check_model, no_model
 from services.inference.engine import Engine
-from services.inference.messages import BASE, Ask
+from services.inference.messages import Ask
 from services.inference.residency import Residency
 
 
@@ -26,7 +23,9 @@ class Held:
     """What answers a request; stays as long as it is held."""
 
     engine: Engine
-    model: inference_pb2.LoadedModel
+    model_digest: str
+    precision: inference_pb2.Precision.ValueType
+    context_tokens: int
     adapter_digest: str
     """Empty = the base alone."""
     defaults: generation.Options
@@ -36,44 +35,32 @@ class Held:
 class Reach:
     """Finds and holds what answers."""
 
-    def __init__(self, shelf: Shelf, residency: Residency) -> None:
-        self._shelf = shelf
+    def __init__(self, residency: Residency) -> None:
         self._residency = residency
-        self._defaults: dict[str, generation.Options] = {"": generation.Options()}
 
     def context_tokens(self) -> int:
-        """The context of what is, or would be, resident; 0 = nothing is wanted."""
-        wanted = self._residency.wanted
-        return wanted.model.context_tokens if wanted is not None else 0
+        """The longest context of what is, or would be, resident; 0 = nothing is wanted."""
+        return max((base.context_tokens for base in self._residency.memory.now.bases), default=0)
 
     @contextlib.asynccontextmanager
     async def hold(self, ask: Ask) -> AsyncIterator[Held]:
         """What answers a request: NOT_FOUND, or whatever hinders it."""
+        hold = await self._residency.who(ask.model, ask.adapter)
         try:
-            model = await self._digest("model", ask.model)
-            adapter = "" if ask.adapter == BASE else await self._digest("adapter", ask.adapter)
-            while True:
-                engine, table = await self._residency.ready()
-                # Nothing is awaited from here to the caller: an unload comes before the look at the table, or after.
-                check_model(table.model, ask.model, model)
-                digest = table.who_answers(ask.adapter, adapter)
-                if digest in self._defaults:
-                    break
-                self._defaults[digest] = await asyncio.to_thread(self._sealed_defaults, digest)
-            if table.model is None:
-                raise no_model(ask.model)
-            yield Held(engine, table.model, digest, self._defaults[digest])
+            defaults = sealed_defaults(hold.manifest) if hold.manifest is not None else generation.Options()
+            yield Held(
+                hold.engine,
+                hold.model_digest,
+                hold.engine.loaded.precision,
+                hold.context_tokens,
+                hold.adapter_digest,
+                defaults,
+            )
         finally:
-            self._residency.touch()
+            hold.release()
 
-    async def _digest(self, field: str, name: str) -> str:
-        """What a name of a request is now; empty for an empty one."""
-        if not name:
-            return ""
-        ident = names.parse(field, name, field + "s")
-        return await asyncio.to_thread(self._shelf.resolve, field + "s", ident, field)
 
-    def _sealed_defaults(self, digest: str) -> generation.Options:
-        sealed = self._shelf.open("adapters", digest)
-        told = facts.from_manifest(facts.AdapterFacts, sealed.manifest).generation
-        return generation.from_plain(told, lambda why: corrupt(f"adapters/{digest}", why))
+def sealed_defaults(manifest: artifacts_pb2.Manifest) -> generation.Options:
+    """How an adapter was sealed to choose tokens; DATA_LOSS if its manifest says something else."""
+    told = facts.from_manifest(facts.AdapterFacts, manifest).generation
+    return generation.from_plain(told, lambda why: corrupt(f"adapters/{manifest.digest}", why))

@@ -52,8 +52,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def ListLoadedModels(
         self, request: inference_pb2.ListLoadedModelsRequest, context: Any
     ) -> inference_pb2.ListLoadedModelsResponse:
-        model = self._residency.table.model
-        return inference_pb2.ListLoadedModelsResponse(models=[model] if model is not None else [])
+        return inference_pb2.ListLoadedModelsResponse(models=self._residency.models())
 
     async def LoadAdapter(
         self, request: inference_pb2.LoadAdapterRequest, context: Any
@@ -76,7 +75,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def ListAdapters(
         self, request: inference_pb2.ListAdaptersRequest, context: Any
     ) -> inference_pb2.ListAdaptersResponse:
-        return inference_pb2.ListAdaptersResponse(adapters=self._residency.table.listed())
+        return inference_pb2.ListAdaptersResponse(adapters=await self._residency.adapters())
+
+    async def WatchAdapters(
+        self, request: inference_pb2.WatchAdaptersRequest, context: Any
+    ) -> AsyncIterator[inference_pb2.WatchAdaptersResponse]:
+        there = await self._residency.adapters()
+        async with aclosing(self._residency.watching.watch(there)) as said:
+            async for message in said:
+                yield message
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Any

@@ -28,42 +28,53 @@ def long_request(adapter: str = "base", tokens: int = 900) -> inference_pb2.Gene
     )
 
 
-def test_an_engine_that_is_killed_comes_back_with_its_adapters(
+def test_p6_one_engine_of_two_is_killed_and_comes_back_with_its_adapters(
     serving_home: pathlib.Path, house_factory: Houses, oracle: dict
 ) -> None:
-    """P6 in short."""
+    """Its streams end with UNAVAILABLE and a hint; those of the other base, and the lease, do not notice."""
     house = house_factory(serving_home)
     daemon, stub = kit.start(house)
     kit.load(stub, "ada", "bob")
-    stub.SwitchAdapter(inference_pb2.SwitchAdapterRequest(adapter="adapters/ada"))
+    other = kit.load_model(stub, "models/other")
+    assert kit.held(serving_home) == (
+        "inference engines: models/starter-test, models/other", 2 * other.memory_bytes,
+    )  # fmt: skip
+    kit.switch(stub, "adapters/ada")
     watch = health_pb2_grpc.HealthStub(house.channel("inference")).Watch(
         health_pb2.HealthCheckRequest(service=SERVICE), timeout=120
     )
     assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
-    streams = [stub.Generate(long_request(a), timeout=60) for a in ("base", "adapters/ada", "adapters/bob")]
+    asks = [long_request(a) for a in ("base", "adapters/ada", "adapters/bob", "adapters/eve")]
+    asks[0].model = kit.MODEL
+    streams = [stub.Generate(ask, timeout=120) for ask in asks]
     for stream in streams:
         assert next(stream).HasField("started")
         assert next(stream).HasField("delta")
-    kit.engine_of(daemon).kill()
-    for stream in streams:
+    kit.engines_of(daemon)[0].kill()
+    for stream in streams[:3]:
         with pytest.raises(grpc.RpcError) as caught:
             list(stream)
         lost = kit.refusal(caught.value)
         assert (lost.code, lost.reason) == (grpc.StatusCode.UNAVAILABLE, "WORKER_LOST")
         assert lost.retry_seconds > 0 and "SIGKILL" in lost.message
     assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
-    meanwhile = kit.refused(lambda: stub.Generate(long_request(), timeout=60))
+    assert kit.held(serving_home) == ("inference engine: models/other", other.memory_bytes)
+    meanwhile = kit.refused(lambda: stub.Generate(asks[1], timeout=60))
     assert meanwhile.reason == "WORKER_LOST" and meanwhile.retry_seconds > 0
+    eve = oracle["eve"][0]
+    assert kit.generate(stub, eve["prompt"], "adapters/eve", max_tokens=40).ids == eve["ids"]
     assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
     watch.cancel()
-    for adapter in ("base", "ada", "bob"):
-        expected = oracle[adapter][0]
-        named = adapter if adapter == "base" else f"adapters/{adapter}"
-        answer = kit.generate(stub, expected["prompt"], named, max_tokens=len(expected["ids"]))
-        assert answer.ids == expected["ids"]
-    default = kit.generate(stub, oracle["ada"][0]["prompt"], "", max_tokens=10)
-    assert default.ids == oracle["ada"][0]["ids"][:10]
+    back = [a.adapter for a in kit.adapters(stub).values() if a.base_digest != other.digest]
+    assert back == ["adapters/ada", "adapters/bob"]
+    for adapter, model in (("base", kit.MODEL), ("adapters/ada", ""), ("adapters/bob", ""), ("", "")):
+        expected = oracle[(adapter or "adapters/ada").removeprefix("adapters/")][0]
+        options = inference_pb2.GenerationOptions(max_tokens=len(expected["ids"]))
+        retry = inference_pb2.GenerateRequest(prompt=expected["prompt"], adapter=adapter, model=model, options=options)
+        assert kit.read(stub.Generate(retry, timeout=60)).ids == expected["ids"]
+    assert kit.read_rest(streams[3]).completion_tokens == 900, "the other base's stream went on"
     assert kit.metric(daemon, "qlorad_inference_engine_losses_total") == 1
+    assert kit.metric(daemon, "qlorad_inference_engine_restarts_total") == 1
 
 
 def test_unloading_gives_memory_and_device_back(serving_home: pathlib.Path, house_factory: Houses) -> None:
