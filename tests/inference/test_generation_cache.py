@@ -86,3 +86,12 @@ def test_a_recorder_loses_nothing(pieces: list[tuple[str, list[int]]]) -> None:
     assert whole.text == "".join(text for text, _ in pieces)
     assert whole.ids == tuple(i for _, ids in pieces for i in ids)
     assert (whole.prompt_tokens, whole.reason) == (7, pb.FINISH_REASON_STOP)
+
+
+def test_what_was_asked_for_longest_ago_makes_room() -> None:
+    cache = GenerationCache(2 * kept("x").size)
+    for name in (b"a", b"b"):
+        cache.put(name, kept("x"))
+    assert cache.get(b"a") is not None
+    cache.put(b"c", kept("x"))
+    assert cache.get(b"b") is None and cache.get(b"a") is not None and cache.get(b"c") is not None

@@ -61,7 +61,9 @@ def test_a_system_turn_of_the_caller_stays() -> None:
     assert len(preset.applied(mine(system=""), none).messages) == 3
 
 
-@given(st.text(min_size=1, max_size=30), st.text(max_size=10), st.text(max_size=10))
+@given(
+    st.sampled_from(["{input}", "a {input} b{input}", "{", "x"]) | st.text(), st.text(max_size=10), st.text(max_size=10)
+)
 @settings(max_examples=50)
 def test_the_callers_text_goes_in_as_it_is(text: str, before: str, after: str) -> None:
     told = mine(template=before.replace("{", "") + "{input}" + after.replace("{", ""))
@@ -110,15 +112,18 @@ async def test_ones_own_outlive_the_daemon_and_ids_are_answered_alike(path: path
     await store.close()
 
 
-async def test_who_leaves_leaves_memory_and_disk_alike(path: pathlib.Path) -> None:
+@pytest.mark.parametrize("turns", range(1, 5))
+async def test_who_leaves_leaves_memory_and_disk_alike(path: pathlib.Path, turns: int) -> None:
     store, book = await opened(path)
     leaving = asyncio.create_task(book.create(pb.CreatePresetRequest(preset=mine())))
-    await asyncio.sleep(0)
+    for _ in range(turns):
+        await asyncio.sleep(0)
     leaving.cancel()
     with pytest.raises(asyncio.CancelledError):
         await leaving
     await book.settle()
     kept = set(book.all)
+    assert "presets/mine" in kept, "what was begun is brought to its end"
     await store.close()
     store, again = await opened(path)
     assert set(again.all) == kept
