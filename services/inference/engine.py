@@ -124,7 +124,8 @@ class EngineProcess:
     _requests: dict[int, Answers] = field(default_factory=dict)
     _begun: set[int] = field(default_factory=set)
     _closing: bool = False
-    _fault: Fault | None = None
+    fault: Fault | None = None
+    """Why it is gone, if it is."""
     _reading: asyncio.Task[None] | None = None
 
     @classmethod
@@ -177,8 +178,8 @@ class EngineProcess:
     def submit(self, asked: Asked, witness: Callable[[Report], None]) -> tuple[int, Answers]:
         answers = Answers(witness)
         call = next(self._numbers)
-        if self._fault is not None:
-            answers.fail(self._fault)
+        if self.fault is not None:
+            answers.fail(self.fault)
             return call, answers
         self._requests[call] = answers
         self._send(_order_of(call, asked))
@@ -197,8 +198,8 @@ class EngineProcess:
         return freed
 
     async def _ask(self, order: engine_pb2.EngineOrder) -> Report:
-        if self._fault is not None:
-            raise self._fault
+        if self.fault is not None:
+            raise self.fault
         order.call = next(self._numbers)
         answer: asyncio.Future[Report] = asyncio.get_running_loop().create_future()
         self._orders[order.call] = answer
@@ -253,7 +254,7 @@ class EngineProcess:
         self._begun.discard(call)
 
     def _lose(self, fault: Fault) -> None:
-        self._fault = fault
+        self.fault = fault
         for order in self._orders.values():
             if not order.done():
                 order.set_exception(fault)

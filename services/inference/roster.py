@@ -33,6 +33,8 @@ log = logging.getLogger("qlorad.inference")
 
 _PATIENCE = 30.0
 """Seconds that a load waits for others to end their use, where that would make room."""
+_READERS = 2
+"""Adapters whose bytes are read at a time: threads must be left for requests' names."""
 _REFUSED = (errors_pb2.REASON_REJECTED, errors_pb2.REASON_CORRUPT)
 
 
@@ -61,6 +63,7 @@ class Roster:
         self.table = Table()
         self._flights: dict[str, tuple[Awake, asyncio.Task[None]]] = {}
         self._room = asyncio.Lock()
+        self._reading = asyncio.Semaphore(_READERS)
         self._news = asyncio.Event()
 
     def _become(self, table: Table) -> None:
@@ -206,7 +209,8 @@ class Roster:
         guess = adapter_bytes(facts.from_manifest(facts.AdapterFacts, sealed.manifest), awake.model.precision)
         await self._make_room(digest, name, guess, patience)
         await self._pins.take(digest)
-        sealed = await asyncio.to_thread(self._shelf.open, "adapters", digest, True)
+        async with self._reading:
+            sealed = await asyncio.to_thread(self._shelf.open, "adapters", digest, True)
         awake.check()
         self._become(self.table.verifying(digest))
         template = await asyncio.to_thread(_template_digest, sealed.manifest, awake.facts)
@@ -214,46 +218,55 @@ class Roster:
         order = engine_pb2.EngineLoadAdapter(name=name, payload=str(sealed.payload), manifest=sealed.manifest)
         found = await awake.engine.load_adapter(order)
         awake.check()
-        try:
-            await self._make_room(digest, name, found.memory_bytes, patience)
-        except Fault:
+        # Nobody is waited for here: those who wait for room may wait for this one.
+        verdict = self._reserve(digest, found.memory_bytes)
+        if not verdict.fits:
             await awake.engine.unload_adapter(digest)
-            raise
+            raise budget.too_large(name, found.memory_bytes, self._limit, "adapter_bytes", verdict)
+        await self._evict(verdict.leave)
         return found
 
     async def _make_room(self, digest: str, name: str, need: int, patience: float) -> None:
-        """Counts so many bytes for an adapter that comes, and sends away whom that takes; TOO_LARGE if it cannot be."""
+        """Counts so many bytes for an adapter that comes, and sends away whom that takes; TOO_LARGE if it cannot be.
+
+        Those who must wait until others end their use come in turn.
+        """
         end = time.monotonic() + patience
         async with self._room:
-            while not (verdict := self._decide(digest, need)).fits:
+            while not (verdict := self._reserve(digest, need)).fits:
                 left = end - time.monotonic()
                 if not verdict.may_fit_later or left <= 0:
                     raise budget.too_large(name, need, self._limit, "adapter_bytes", verdict)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._news.wait(), left)
+        await self._evict(verdict.leave)
+
+    def _reserve(self, digest: str, need: int) -> budget.Verdict:
+        """Makes the bytes its own if there is room; who must leave takes no new requests from now on."""
+        verdict = budget.decide([i for i in self.table.items() if i.key != digest], need, self._limit)
+        if verdict.fits:
             table = self.table.reserved(digest, need)
             for victim in verdict.leave:
                 table = table.leaving(victim)
             self._become(table)
-        for victim in verdict.leave:
-            await self._evict(victim)
-
-    def _decide(self, digest: str, need: int) -> budget.Verdict:
-        return budget.decide([i for i in self.table.items() if i.key != digest], need, self._limit)
+        return verdict
 
     # going
 
-    async def _evict(self, digest: str) -> None:
-        entry = self.table.entries[digest]
-        awake = self._awake(entry.base_digest)
-        if awake is not None:
+    async def _evict(self, digests: Sequence[str]) -> None:
+        for digest in digests:
+            entry = self.table.get(digest)
+            awake = self._awake(entry.base_digest) if entry is not None else None
+            if entry is None or awake is None or entry.state != DRAINING:
+                continue  # its engine died meanwhile, and whatever it is now is another's doing
             try:
                 await self._free(digest, awake)
-            except Fault as fault:  # its engine died, so it is gone all the same
+            except Fault as fault:  # the same, a little later
                 log.warning("%s made room: %s", entry.name, fault)
-        self._metrics.evictions.labels("adapter").inc()
-        self._memory.become(self._memory.now.made_room(digest))
-        log.info("%s makes room", entry.name)
+                continue
+            self._metrics.evictions.labels("adapter").inc()
+            self._memory.become(self._memory.now.made_room(digest))
+            log.info("%s makes room", entry.name)
 
     async def unload(self, digest: str, name: str) -> int:
         """Frees an adapter once its last request ended; bytes freed. NOT_FOUND if it is not in memory."""

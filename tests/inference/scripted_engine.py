@@ -1,8 +1,9 @@
 """An engine without a model: speaks the frames of the real one, in a process of its own, and starts at once.
 
 A base takes 4 bytes a parameter (2 unless fp32 is asked for), an adapter likewise. A request is answered with
-max_tokens tokens, one a step, each the first byte of the digest of what answers. An adapter whose payload holds
-a file "bad" is refused; one with a file "slow" takes its time.
+max_tokens tokens, one a step, each the first byte of the digest of what answers; where the prompt is the path of a
+file, it makes one and waits until that file is gone. An adapter whose payload holds a file "bad" is refused; one
+with a file "gate" beside its payload is held up until that is gone.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import argparse
 import os
 import pathlib
 import select
-import time
 
 from qlorad.v1 import inference_pb2
 from services.common import facts, frames
@@ -21,7 +21,6 @@ from services.inference import wire
 
 Order, Report = engine_pb2.EngineOrder, engine_pb2.EngineReport
 STEP = 0.002
-SLOW = 0.4
 
 
 class Scripted:
@@ -34,7 +33,7 @@ class Scripted:
         self.adapters: dict[str, int] = {}
         self.rows: dict[int, engine_pb2.EngineSubmit] = {}
         self.left: dict[int, int] = {}
-        self.later: list[tuple[float, Order]] = []
+        self.later: list[Order] = []
 
     def send(self, *reports: Report) -> None:
         gauges = engine_pb2.EngineGauges(rows=len(self.rows), on_device=sorted(self.adapters), step_tokens=1)
@@ -49,9 +48,9 @@ class Scripted:
                     os._exit(0)
                 self.obey(Order.FromString(body))
                 busy = self.rows or self.later
-            for due, order in self.later[:]:
-                if due <= time.monotonic():
-                    self.later.remove((due, order))
+            for order in self.later[:]:
+                if not self.gate(order.load_adapter.payload).exists():
+                    self.later.remove(order)
                     self.take(order)
             for call in list(self.rows):
                 self.step(call)
@@ -61,8 +60,7 @@ class Scripted:
         if kind == "load":
             self.load(order)
         elif kind == "load_adapter":
-            slow = (pathlib.Path(order.load_adapter.payload) / "slow").exists()
-            self.later.append((time.monotonic() + (SLOW if slow else 0.0), order))
+            self.later.append(order)
         elif kind == "unload_adapter":
             digest = order.unload_adapter.digest
             assert not any(row.adapter_digest == digest for row in self.rows.values()), "the daemon counts its requests"
@@ -78,6 +76,11 @@ class Scripted:
         elif kind == "cancel" and order.call in self.rows:
             del self.rows[order.call]
             self.send(Report(call=order.call, ended=engine_pb2.EngineEnded()))
+
+    @staticmethod
+    def gate(payload: str) -> pathlib.Path:
+        """A file beside an adapter's payload that holds its loading up."""
+        return pathlib.Path(payload).parent / "gate"
 
     def load(self, order: Order) -> None:
         told = facts.from_manifest(facts.ModelFacts, order.load.manifest)
@@ -104,6 +107,8 @@ class Scripted:
     def step(self, call: int) -> None:
         row = self.rows[call]
         digest = row.adapter_digest or self.base
+        if self.left[call] < row.options.max_tokens and os.path.exists(row.prompt):
+            return
         self.left[call] -= 1
         reports = [Report(call=call, tokens=engine_pb2.EngineTokens(ids=[int(digest[7:9], 16)], text="x"))]
         if not self.left[call]:
