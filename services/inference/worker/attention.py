@@ -21,10 +21,10 @@ def store(flat: Flat, layer: int, keys: torch.Tensor, values: torch.Tensor) -> N
     for group in flat.together:
         some = slice(group.begin, group.end)
         for held, new in ((group.lane.keys[layer], keys), (group.lane.values[layer], values)):
-            if isinstance(group.slots, slice) and group.slots.stop - group.slots.start == 1:
-                held[group.slots.start, :, group.ends[0] - 1] = new[group.begin]
+            if group.at >= 0 and isinstance(group.slots, slice):
+                held[group.slots, :, group.at] = new[some]
             else:
-                held[_numbers(group), :, group.starts] = new[some]
+                held[group.numbers, :, group.starts] = new[some]
     for one in flat.alone:
         to = one.start + one.end - one.begin
         for held, new in ((one.place.lane.keys[layer], keys), (one.place.lane.values[layer], values)):
@@ -33,18 +33,14 @@ def store(flat: Flat, layer: int, keys: torch.Tensor, values: torch.Tensor) -> N
 
 def look(flat: Flat, layer: int, queries: torch.Tensor, scale: float, window: int = 0) -> torch.Tensor:
     """What each token [tokens, heads, width] finds; `window` 0 = everything before it."""
+    if len(flat.together) == 1 and not flat.alone:
+        return _rows(flat, 0, flat.together[0], layer, queries, scale, window)
     found = torch.empty_like(queries)
     for number, group in enumerate(flat.together):
         found[group.begin : group.end] = _rows(flat, number, group, layer, queries, scale, window)
     for number, one in enumerate(flat.alone):
         found[one.begin : one.end] = _piece(flat, -1 - number, one, layer, queries, scale, window)
     return found
-
-
-def _numbers(group: Together) -> torch.Tensor:
-    if isinstance(group.slots, slice):
-        return torch.arange(group.slots.start, group.slots.stop, device=group.starts.device)
-    return group.slots
 
 
 def _rows(

@@ -18,26 +18,20 @@ from services.common.errors import Fault, rejected
 from services.common.frames.v1 import engine_pb2
 from services.common.safetensors_header import read_model_headers
 from services.common.worker.bfloat import has_bf16
-from services.common.worker.load import load_base, weight_bytes
+from services.common.worker.load import weight_bytes
 from services.inference import precision
-from services.inference.worker import packed, proof, straight
+from services.inference.worker import proof, straight, weights
 from services.inference.worker.forward import Forward, Whole
 from services.inference.worker.lanes import Lanes
 from services.inference.worker.lora import Lora
 from services.inference.worker.prefix import Prefixes
+from services.inference.worker.prepared import Prepared
 from services.inference.worker.reading import Reader
 from services.inference.worker.rows import Answering, Scoring
 from services.inference.worker.scheduler import Scheduler
 
-_HOW = {
-    inference_pb2.PRECISION_NF4: ("nf4", "bf16", 0),
-    inference_pb2.PRECISION_BF16: ("none", "bf16", 0),
-    inference_pb2.PRECISION_FP32: ("none", "fp32", 0),
-    inference_pb2.PRECISION_INT8: ("none", "bf16", 8),
-    inference_pb2.PRECISION_INT4: ("none", "bf16", 4),
-}
-"""Quantisation and compute type of loading, and bits that are made of plain weights after it."""
-_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_FULL = inference_pb2.PRECISION_FP32
+_SMALL_BITS = (inference_pb2.PRECISION_INT8, inference_pb2.PRECISION_INT4)
 
 _SMALL = 8_000_000
 """Parameters below which threads wait for one another longer than they compute."""
@@ -56,17 +50,18 @@ class Base:
             torch.set_num_threads(threads)
         place = precision.Place(load.device, _free_bytes(load.device), has_bf16(load.device))
         self.precision, self._reason = precision.choose(load.precision, told, place)
-        method, compute, bits = _HOW[self.precision]
-        if bits and not place.is_processor:
-            raise rejected(load.name, f"is held in {bits} bits on processors only; on {load.device} accepted: NF4")
+        name = inference_pb2.Precision.Name(self.precision).removeprefix("PRECISION_")
+        if self.precision in _SMALL_BITS and not place.is_processor:
+            raise rejected(load.name, f"is held as {name} on processors only; on {load.device} accepted: NF4")
         self.reader = Reader(load.name, payload, told.template_date)
         self._payload, self._headers = payload, read_model_headers(payload)
-        self.model = load_base(payload, method, True, compute, load.device)
-        if bits:
-            packed.pack(self.model, bits)
+        kept = Prepared(load.prepared, load.manifest.digest, name)
+        self.model, self._from_prepared = weights.bring(payload, self.precision, load.device, kept)
         device = next(self.model.parameters()).device
         self.reader.context_tokens = self.context_tokens = _context(self.model.config, told.context_tokens)
-        self.lora = Lora(self.model, _DTYPE[compute], load.device_adapter_bytes)
+        self.lora = Lora(
+            self.model, torch.float32 if self.precision == _FULL else torch.bfloat16, load.device_adapter_bytes
+        )
         self._probe = proof.Probe(self.model, told.vocabulary, load.name)
         limit = load.cache_bytes or _free_bytes(load.device) // 2
         lanes = Lanes(self._probe.shapes, self._probe.dtype, device, limit)
@@ -93,6 +88,7 @@ class Base:
             context_tokens=self.context_tokens,
             load_seconds=seconds,
             reason=self._reason,
+            from_prepared=self._from_prepared,
         )
 
     # requests

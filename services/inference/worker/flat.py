@@ -37,7 +37,11 @@ class Together:
     begin: int
     end: int
     slots: slice | torch.Tensor
+    numbers: torch.Tensor
+    """The slots, one by one."""
     starts: torch.Tensor
+    at: int
+    """Where every row begins; -1 where they differ."""
     span: int
     ends: tuple[int, ...]
     """Positions that each row has after this forward."""
@@ -139,6 +143,8 @@ def _together(group: list[Piece], end: int, device: torch.device) -> Together:
     equal = min(starts) + 1 == longest
     span = longest if equal else min(lane.capacity, longest + -longest % _ROUND)
     run = slots[-1] - slots[0] + 1 == len(slots)
-    where = slice(slots[0], slots[-1] + 1) if run else torch.tensor(slots, dtype=torch.long, device=device)
-    at = torch.tensor(starts, dtype=torch.long, device=device)
-    return Together(lane, end - len(group), end, where, at, span, tuple(start + 1 for start in starts))
+    numbers = torch.tensor(slots, dtype=torch.long, device=device)
+    where = slice(slots[0], slots[-1] + 1) if run else numbers
+    own = torch.tensor(starts, dtype=torch.long, device=device)
+    at, ends = starts[0] if equal else -1, tuple(start + 1 for start in starts)
+    return Together(lane, end - len(group), end, where, numbers, own, at, span, ends)

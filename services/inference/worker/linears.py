@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from services.inference.worker import packed
+from services.inference.worker.reordered import Reordered, join
 
 
 class Linear(Protocol):
@@ -19,6 +20,10 @@ class Linear(Protocol):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, in] to [tokens, all outputs]."""
+        ...
+
+    def onto(self, x: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+        """`there` and what the call gives."""
         ...
 
 
@@ -42,6 +47,9 @@ class Dense:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, self._weight, self._bias)
 
+    def onto(self, x: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+        return there + self(x)
+
 
 class Modules:
     """Modules that know themselves how they compute, as those of bitsandbytes do."""
@@ -52,6 +60,9 @@ class Modules:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         made = [module(x) for module in self._modules]
         return made[0] if len(made) == 1 else torch.cat(made, dim=-1)
+
+    def onto(self, x: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+        return there + self(x)
 
 
 class Bytes:
@@ -66,6 +77,9 @@ class Bytes:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._all(x)
 
+    def onto(self, x: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+        return there + self(x)
+
 
 def of(modules: list[Any]) -> Linear:
     """How modules with the same input are computed."""
@@ -75,4 +89,6 @@ def of(modules: list[Any]) -> Linear:
         return Dense(modules)
     if alike and all(isinstance(m, packed.Int8) for m in modules):
         return Bytes(modules)
+    if alike and all(isinstance(m, Reordered) for m in modules):
+        return join(modules)
     return Modules(modules)

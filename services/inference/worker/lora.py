@@ -13,7 +13,7 @@ longest ago make room. On a processor both are the same tensors.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +23,13 @@ from services.common.errors import rejected
 from services.common.worker import dora
 from services.common.worker.adapter import MAGNITUDE, WEIGHTS
 from services.inference.worker.flat import Flat
+from services.inference.worker.linears import Linear
+from services.inference.worker.reordered import Weights
 
+_OFTEN = 4
+"""Uses after which a matrix is reordered."""
+_SINGLES = 4
+"""Adapters that read prompts at the same time whose matrices of a site are kept."""
 _SPARE = 32
 """Ranks of adapters that have left which may stay in a stack, beyond a quarter: it is not made anew for each."""
 
@@ -45,15 +51,49 @@ class _Part:
         return self.a.nbytes + self.b.nbytes + (0 if self.more is None else self.more.nbytes)
 
 
+class _Matrix:
+    """A matrix that is reordered once it has been used a few times: doing so costs as much as some uses."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._weight = weight
+        self._uses = 0
+        self._quick: Weights | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._quick is not None:
+            return self._quick(x)
+        self._uses += 1
+        if self._uses == _OFTEN and self._weight.dtype == torch.bfloat16 and self._weight.device.type == "cpu":
+            self._quick = Weights(self._weight, None)
+        return functional.linear(x, self._weight)
+
+    def onto(self, x: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+        """`there` and the product; a new tensor."""
+        return self._quick.onto(x, there) if self._quick is not None else there + self(x)
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """Modules of a site that lie side by side and are changed together."""
+
+    low: int
+    high: int
+    """Ranks from, to."""
+    start: int
+    end: int
+    """Outputs from, to."""
+    b: _Matrix
+    """[outputs, ranks]; of several modules, each has its own corner."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Stack:
     """Several adapters side by side at one site."""
 
     whose: tuple[str, ...]
-    a: torch.Tensor | None
+    a: _Matrix | None
     """[all ranks of all modules, in]; None where none of them changes this site."""
-    parts: tuple[tuple[int, int, int, int, torch.Tensor], ...]
-    """Of each module that is changed: ranks from, to, outputs from, to, and B [outputs, ranks]."""
+    changes: tuple[_Change, ...]
     columns: tuple[str, ...]
     """Whose each rank is."""
     has_more: bool
@@ -67,6 +107,8 @@ class Site:
     outs: tuple[int, ...]
     biases: tuple[torch.Tensor | None, ...]
     stack: _Stack | None = None
+    singles: dict[str, _Stack] = field(default_factory=dict)
+    """Of adapters that read a prompt, a few."""
 
     def starts(self) -> list[int]:
         """Where each module's outputs begin."""
@@ -93,8 +135,8 @@ class _Choice:
     rows: tuple[str, ...] = ()
     stacked: tuple[str, ...] = ()
     """Adapters side by side; may hold some that no row has."""
-    only: str = ""
-    """The adapter that all rows have, where there is but one."""
+    only: bool = False
+    """Whether one adapter alone stands there, and every row has it."""
     masks: dict[tuple[str, ...], torch.Tensor] = field(default_factory=dict)
 
 
@@ -190,8 +232,9 @@ class Lora:
         active = {a for a in rows if a}
         before = self._choice
         if rows != before.rows:
-            only = next(iter(active)) if len(active) == 1 and "" not in rows else ""
-            self._choice = _Choice(flat, rows, self._side_by_side(before.stacked, active), only)
+            stacked = self._side_by_side(before.stacked, active)
+            only = len(active) == 1 and "" not in rows and len(stacked) == 1
+            self._choice = _Choice(flat, rows, stacked, only)
         before.flat = self._choice.flat = flat
 
     def _side_by_side(self, before: tuple[str, ...], active: set[str]) -> tuple[str, ...]:
@@ -225,75 +268,105 @@ class Lora:
     def _unstack(self, digest: str) -> None:
         self._choice = _Choice()
         for site in self._sites:
+            site.singles.pop(digest, None)
             if site.stack is not None and digest in site.stack.whose:
                 site.stack = None
 
     # adding
 
+    def through(self, site: Site, linear: Linear, x: torch.Tensor, there: torch.Tensor | None = None) -> torch.Tensor:
+        """What a site makes of `x` [tokens, in] with the tokens' adapters, added to `there` if that is given."""
+        flat = self._choice.flat
+        if flat is None or not (self._choice.stacked or flat.pieces):
+            return linear(x) if there is None else linear.onto(x, there)
+        rows = len(self._choice.rows)
+        stack = self._stack_of(site) if rows and self._choice.stacked else None
+        singles = [(b, e, self._single(site, digest)) for b, e, digest in flat.pieces if digest]
+        if any(one.has_more for one in (stack, *(one for _, _, one in singles)) if one is not None):
+            # DoRA looks at what the base alone makes.
+            out = self._with_more(site, linear(x), x, stack, singles)
+            return out if there is None else there + out
+        out = linear(x) if there is None else linear.onto(x, there)
+        if stack is not None and stack.a is not None:
+            inner = self._inner(stack, x[:rows])
+            whole = stack.changes[0]
+            if rows == len(x) and whole.end - whole.start == out.shape[-1]:
+                return whole.b.onto(inner, out)
+            _add(stack, inner, out[:rows])
+        for begin, end, one in singles:
+            if one.a is not None:
+                _add(one, one.a(x[begin:end].to(self._dtype)), out[begin:end])
+        return out
+
     def add_to(self, site: Site, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Adds to `out` [tokens, all outputs] of a site what the tokens' adapters make of `x` [tokens, in]."""
-        choice = self._choice
-        flat = choice.flat
-        if flat is None:
-            return
-        rows = len(choice.rows)
-        if choice.only:
-            self._one(site, choice.only, x[:rows], out[:rows])
-        elif rows and choice.stacked:
-            self._several(site, choice, x[:rows], out[:rows])
-        for begin, end, digest in flat.pieces:
-            if digest:
-                self._one(site, digest, x[begin:end], out[begin:end])
+        """Adds to `out` [tokens, all outputs], which the base made of `x` [tokens, in]."""
+        flat = self._choice.flat
+        if flat is not None:
+            rows = len(self._choice.rows)
+            stack = self._stack_of(site) if rows and self._choice.stacked else None
+            singles = [(b, e, self._single(site, digest)) for b, e, digest in flat.pieces if digest]
+            self._with_more(site, out, x, stack, singles)
 
-    def _one(self, site: Site, digest: str, x: torch.Tensor, out: torch.Tensor) -> None:
-        parts = self._held[digest].device or {}
-        x = x.to(self._dtype)
-        for start, width, name, bias in zip(site.starts(), site.outs, site.names, site.biases, strict=True):
-            part = parts.get(name)
-            if part is None:
-                continue
-            own = out[:, start : start + width]
-            delta = functional.linear(functional.linear(x, part.a), part.b)
-            if part.more is not None:
-                made = own if bias is None else own - bias
-                delta = delta + part.more * made
-            own += delta
+    def _with_more(
+        self,
+        site: Site,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        stack: _Stack | None,
+        singles: list[tuple[int, int, _Stack]],
+    ) -> torch.Tensor:
+        rows = self._choice.rows
+        if stack is not None and stack.a is not None:
+            more = self._more(site, rows, out[: len(rows)]) if stack.has_more else None
+            _add(stack, self._inner(stack, x[: len(rows)]), out[: len(rows)], more)
+        for begin, end, one in singles:
+            if one.a is not None:
+                more = self._more(site, one.whose * (end - begin), out[begin:end]) if one.has_more else None
+                _add(one, one.a(x[begin:end].to(self._dtype)), out[begin:end], more)
+        return out
 
-    def _several(self, site: Site, choice: _Choice, x: torch.Tensor, out: torch.Tensor) -> None:
-        stack = site.stack
-        if stack is None or stack.whose != choice.stacked:
-            stack = site.stack = self._stacked(site, choice.stacked)
-        if stack.a is None:
-            return
-        inner = functional.linear(x.to(self._dtype), stack.a)
-        inner.masked_fill_(self._foreign(choice, stack.columns, inner), 0.0)
-        more = self._more(site, choice, out) if stack.has_more else None
-        for low, high, start, end, b in stack.parts:
-            own = out[:, start:end]
-            own += functional.linear(inner[:, low:high], b)
-        if more is not None:
-            out += more
+    def _inner(self, stack: _Stack, x: torch.Tensor) -> torch.Tensor:
+        """What A makes of the rows, without what belongs to others."""
+        assert stack.a is not None
+        inner = stack.a(x.to(self._dtype))
+        if not self._choice.only:
+            inner.masked_fill_(self._foreign(self._choice, stack.columns, inner), 0.0)
+        return inner
+
+    def _stack_of(self, site: Site) -> _Stack:
+        if site.stack is None or site.stack.whose != self._choice.stacked:
+            site.stack = self._stacked(site, self._choice.stacked)
+        return site.stack
+
+    def _single(self, site: Site, digest: str) -> _Stack:
+        one = site.singles.get(digest)
+        if one is None:
+            while len(site.singles) >= _SINGLES:
+                del site.singles[next(iter(site.singles))]
+            one = site.singles[digest] = self._stacked(site, (digest,))
+        return one
 
     def _stacked(self, site: Site, whose: tuple[str, ...]) -> _Stack:
-        a, parts, columns = [], [], []
+        a: list[torch.Tensor] = []
+        corners: list[tuple[int, int, torch.Tensor]] = []
+        columns: list[str] = []
         has_more = False
-        for start, width, name in zip(site.starts(), site.outs, site.names, strict=True):
+        for start, name in zip(site.starts(), site.names, strict=True):
             there = [(d, part) for d in whose if (part := (self._held[d].device or {}).get(name)) is not None]
             if not there:
                 continue
-            low = len(columns)
+            corners.append((len(columns), start, torch.cat([part.b for _, part in there], dim=1)))
             for digest, part in there:
                 a.append(part.a)
                 columns.extend([digest] * part.a.shape[0])
                 has_more = has_more or part.more is not None
-            b = torch.cat([part.b for _, part in there], dim=1)
-            parts.append((low, len(columns), start, start + width, b))
-        return _Stack(whose, torch.cat(a) if a else None, tuple(parts), tuple(columns), has_more)
+        first = _Matrix(torch.cat(a)) if a else None
+        return _Stack(whose, first, tuple(_changes(corners)), tuple(columns), has_more)
 
-    def _more(self, site: Site, choice: _Choice, out: torch.Tensor) -> torch.Tensor:
-        """What DoRA adds of the base's own outputs, of each row."""
-        added = torch.zeros_like(out)
-        for row, digest in enumerate(choice.rows):
+    def _more(self, site: Site, whose: Sequence[str], out: torch.Tensor) -> torch.Tensor:
+        """What DoRA adds of the base's own outputs, of each token."""
+        added = torch.zeros_like(out, dtype=torch.float32)
+        for row, digest in enumerate(whose):
             parts = (self._held[digest].device or {}) if digest else {}
             for start, width, name, bias in zip(site.starts(), site.outs, site.names, site.biases, strict=True):
                 part = parts.get(name)
@@ -320,3 +393,25 @@ class Lora:
             return output
 
         return add
+
+
+def _add(stack: _Stack, inner: torch.Tensor, out: torch.Tensor, more: torch.Tensor | None = None) -> None:
+    """Adds what B makes of `inner`, and `more`."""
+    for change in stack.changes:
+        own = out[:, change.start : change.end]
+        own += change.b(inner[:, change.low : change.high])
+    if more is not None:
+        out += more
+
+
+def _changes(corners: list[tuple[int, int, torch.Tensor]]) -> Iterator[_Change]:
+    """Modules whose outputs follow one another become one matrix: one product costs less than two half as large."""
+    group: list[tuple[int, int, torch.Tensor]] = []
+    for corner in (*corners, None):
+        if group and (corner is None or corner[1] != group[-1][1] + group[-1][2].shape[0]):
+            low, start = group[0][0], group[0][1]
+            b = torch.block_diag(*(part for _, _, part in group)) if len(group) > 1 else group[0][2]
+            yield _Change(low, low + b.shape[1], start, start + b.shape[0], _Matrix(b))
+            group = []
+        if corner is not None:
+            group.append(corner)

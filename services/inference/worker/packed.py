@@ -97,19 +97,21 @@ class Int4(nn.Module):
         return made.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
-def pack(model: nn.Module, bits: int) -> None:
-    """Puts small weights in place of the plain ones of every linear module.
+def pack(model: nn.Module, bits: int, empty: bool = False) -> None:
+    """Puts small weights in place of the plain ones of every linear module; `empty` ones without numbers yet.
 
     The output layer is held in 8 bits at least; where it shares its weights with the embedding it stays as it is.
     """
     tied = model.get_output_embeddings()
-    shared = tied is not None and tied.weight is model.get_input_embeddings().weight
+    shared = bool(getattr(model.config, "tie_word_embeddings", False))
     for owner, name, module in list(_linears(model)):
         if module is tied and shared:
             continue
         fits = module.in_features % _MULTIPLE == 0 and module.out_features % _MULTIPLE == 0
         kind = Int4 if bits == 4 and fits and module is not tied else Int8
-        setattr(owner, name, kind(module.weight.data, module.bias))
+        weight = torch.zeros_like(module.weight, device="cpu") if empty else module.weight.data
+        bias = torch.zeros_like(module.bias, device="cpu") if empty and module.bias is not None else module.bias
+        setattr(owner, name, kind(weight, bias))
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:

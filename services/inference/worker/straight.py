@@ -91,16 +91,14 @@ class Straight:
         turned = torch.addcmul(turned * cos, turned.roll(width // 2, -1), turn)
         attention.store(flat, number, turned[:, self._heads :], qkv[:, both:])
         found = attention.look(flat, number, turned[:, : self._heads].contiguous(), self._scale, layer.window)
-        hidden = hidden + self._made(layer.o, found.view(tokens, -1))
+        hidden = self._made(layer.o, found.reshape(tokens, -1), hidden)
         gates = self._made(layer.gates, self._normed(hidden, layer.after))
         half = gates.shape[-1] // 2
         opened = functional.silu(gates[:, :half]) * gates[:, half:]
-        return hidden + self._made(layer.down, opened)
+        return self._made(layer.down, opened, hidden)
 
-    def _made(self, step: _Step, x: torch.Tensor) -> torch.Tensor:
-        out = step.linear(x)
-        self._lora.add_to(step.site, x, out)
-        return out
+    def _made(self, step: _Step, x: torch.Tensor, there: torch.Tensor | None = None) -> torch.Tensor:
+        return self._lora.through(step.site, step.linear, x, there)
 
     def _turning(self, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """By what heads and their rolled halves are multiplied, [tokens, 1, width] each."""
