@@ -66,12 +66,19 @@ def test_a_file_is_answered_as_a_batch_in_its_order(cli: Cli, tmp_path: pathlib.
     assert told[0]["text"] == alone["text"]
     assert [a["text"] for a in cli.json(*asked)["answers"]] == [t["text"] for t in told]
 
-    file.write_text('"x"\n' + json.dumps({"prompt": "y " * 9000}) + "\n")
+    lines = [{"prompt": "x"}, {"prompt": "y " * 9000}, {"prompt": "x", "adapter": "no-such"}, {"prompt": "z"}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     failing = [json.loads(line) for line in cli.inside(*asked, code=1).splitlines()]
-    assert "finish" in failing[0] and failing[1]["error"]["reason"] == "INVALID_REQUEST"
-    assert "tokens" in failing[1]["error"]["message"]
-    wrong = cli.json("generate", "x", "--file", str(file), code=2)
-    assert "--file" in wrong["error"]["message"]
+    assert "finish" in failing[0] and "finish" in failing[3]
+    assert failing[1]["error"]["reason"] == "INVALID_REQUEST" and "tokens" in failing[1]["error"]["message"]
+    assert failing[2]["error"]["reason"] == "NOT_FOUND"
+    for words, option in (
+        (("generate", "x", "--file", str(file)), "--file"),
+        (("generate", "x", "--raw", "--preset", "review-code"), "--preset"),
+        (("compare", "x", "--adapter", "sample", "--raw", "--system", "y"), "--system"),
+        (("score", "x", "--system", "y"), "--system"),
+    ):
+        assert cli.json(*words, code=2)["error"]["violations"][0]["field"] == option, "no word is without effect"
 
 
 def test_likelihoods_are_told_side_by_side(cli: Cli) -> None:

@@ -93,11 +93,10 @@ def _line(given: Any, asked: Asked) -> Line:
 
 def run(client: Client, lines: Sequence[Line], priority: int, output: Format) -> int:
     """Answers every line and prints each in its place; 1 if one failed."""
-    adapters = list(dict.fromkeys(line.item.adapter for line in lines))
-    models = list(dict.fromkeys(line.item.model for line in lines if line.item.model))
-    for name in models:
+    for name in dict.fromkeys(line.item.model for line in lines if line.item.model):
         resident.model(client, name)
-    resident.ready(client, "", adapters)
+    if all(line.item.adapter in ("", "base") for line in lines):
+        resident.ready(client, "", [])  # adapters, and their bases with them, the daemon brings in by itself
     answers, failed = [], 0
     for number, answer in enumerate(_answers(client, [line.item for line in lines], priority)):
         told = {"index": number, **({"id": lines[number].ident} if lines[number].ident is not None else {})}

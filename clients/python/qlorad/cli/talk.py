@@ -62,6 +62,7 @@ def generate(
         lines = sys.stdin.read() if str(file) == "-" else _text_of(file)
         with connected() as client:
             return batch.run(client, batch.read(lines, asked), priority, output)
+    _alone("--raw", raw, {"--system": system, "--preset": preset})
     if not prompt and out.terminal(sys.stdin):
         raise errors.invalid("PROMPT", prompt, "a prompt, - for stdin, or --file")
     text = _read(prompt or "-")
@@ -122,6 +123,7 @@ def compare(
     """Lets the base and adapters answer one prompt in one batch, side by side."""
     from qlorad.cli import comparing, resident
 
+    _alone("--raw", raw, {"--system": system, "--preset": preset})
     text = _read(prompt)
     voices = list(dict.fromkeys(["base", *adapter]))
     with connected() as client:
@@ -146,6 +148,7 @@ def score(
     from qlorad._messages import message
     from qlorad.cli import resident, scoring
 
+    _alone("a text without --answer", not answer, {"--system": system})
     asked = _read(text)
     turns = [*_turns(system, asked), message("assistant", answer)] if answer else None
     voices = adapter or [""]
@@ -156,6 +159,15 @@ def score(
             for voice in voices
         ]
     scoring.show(voices, told, tokens, output)
+
+
+def _alone(what: str, given: bool, others: dict[str, str]) -> None:
+    """Refuses words that would have no effect."""
+    from qlorad import errors
+
+    for option, value in others.items():
+        if given and value:
+            raise errors.invalid(option, value, f"nothing together with {what}, which has no turns")
 
 
 def _read(prompt: str) -> str:
