@@ -17,12 +17,12 @@ from dataclasses import dataclass
 
 from qlorad.v1 import errors_pb2, inference_pb2
 from services.common import generation
-from services.common.errors import Fault, invalid
+from services.common.errors import Fault
 from services.common.frames.v1 import engine_pb2
 from services.inference.admission import Admission, Entry
 from services.inference.engine import Answers
 from services.inference.generation_cache import GenerationCache, Kept, Recorder, key_of
-from services.inference.messages import Ask
+from services.inference.messages import Ask, check_fit
 from services.inference.metrics import Metrics
 from services.inference.reach import Held, Reach
 
@@ -219,13 +219,10 @@ class Answering:
 def _submit(ask: Ask, held: Held, who: str) -> engine_pb2.EngineSubmit:
     """The request in full: its own options, its preset's, its adapter's, the house's."""
     context = held.context_tokens
-    wrong = generation.check(ask.options, context)  # the door may not have known which model answers
-    if wrong:
-        raise invalid(wrong)
+    check_fit(ask, context)
     house = generation.house(secrets.randbits(_SEED_BITS))
-    options = generation.resolved(
-        ask.options, generation.within(held.defaults, context), generation.within(house, context)
-    )
+    inherited = (generation.within(said, context) for said in (ask.inherited, held.defaults, house))
+    options = generation.resolved(ask.options, *inherited)
     submit = engine_pb2.EngineSubmit(
         adapter_digest=held.adapter_digest,
         options=options,

@@ -16,7 +16,7 @@ from services.common.frames.v1 import engine_pb2
 from services.inference.admission import Admission, Entry
 from services.inference.answering import share_of
 from services.inference.engine import Asked, Report
-from services.inference.messages import Ask
+from services.inference.messages import Ask, check_fit
 from services.inference.metrics import Metrics
 from services.inference.reach import Held, Reach
 
@@ -34,6 +34,7 @@ class Looking:
     async def score(self, ask: Ask, alternatives: int) -> inference_pb2.ScoreResponse:
         """How likely a text, or the assistant's turns, are."""
         async with self._held(ask) as (held, entry):
+            check_fit(ask, held.context_tokens)
             order = engine_pb2.EngineScore(
                 adapter_digest=held.adapter_digest,
                 alternatives=alternatives,
@@ -68,6 +69,7 @@ class Looking:
     async def render(self, ask: Ask) -> inference_pb2.RenderResponse:
         """A conversation as the model sees it."""
         async with self._held(ask) as (held, _):
+            check_fit(ask, held.context_tokens)
             order = engine_pb2.EngineRender(adapter_digest=held.adapter_digest)
             report = await _asked(held, _put(order, ask))
         return inference_pb2.RenderResponse(

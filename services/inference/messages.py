@@ -27,7 +27,6 @@ MAX_PRIORITY = 10
 BYTES_A_TOKEN = 512
 """No vocabulary that we know has longer ones: a prompt of more bytes for each token of the context cannot fit."""
 ADAPTER_RULE = "'adapters/ID', 'adapters/sha256:HEX', 'base', or empty for the default"
-
 COMPARED_RULE = "'adapters/ID', 'adapters/sha256:HEX', or 'base'"
 
 Presets = Mapping[str, inference_pb2.Preset]
@@ -46,7 +45,9 @@ class Ask:
     conversation: messages_pb2.Conversation | None = None
     priority: int = 0
     options: Options = field(default_factory=Options)
-    """What the request says, and after it its preset; what neither says is absent."""
+    """What the request says; what it does not say is absent."""
+    inherited: Options = field(default_factory=Options)
+    """What its preset says; bent to the model that answers."""
 
 
 class _Named(Protocol):
@@ -66,10 +67,11 @@ class _Input(Protocol):
 
 
 def generate_ask(request: inference_pb2.GenerateRequest, context_tokens: int, fresh_id: str) -> Ask:
-    """A raw request, or INVALID_ARGUMENT with all violations. `context_tokens` 0 = not known yet."""
+    """A raw request, or INVALID_ARGUMENT with all violations. `context_tokens`: the longest that is loaded; 0 = none."""
+    context = _bound(request.adapter, context_tokens)
     wrong = [*_check_names(request), *_check_call(request.request_id, request.priority)]
-    wrong += generation.check(request.options, context_tokens)
-    wrong += _check_prompt("prompt", request.prompt, context_tokens)
+    wrong += generation.check(request.options, context)
+    wrong += _check_prompt("prompt", request.prompt, context)
     _refuse(wrong)
     return Ask(
         request.adapter,
@@ -83,9 +85,10 @@ def generate_ask(request: inference_pb2.GenerateRequest, context_tokens: int, fr
 
 def chat_ask(request: inference_pb2.ChatRequest, context_tokens: int, fresh_id: str, presets: Presets) -> Ask:
     """A chat request in the words of its preset, or INVALID_ARGUMENT with all violations."""
+    context = _bound(request.adapter, context_tokens)
     wrong = [*_check_names(request), *_check_call(request.request_id, request.priority)]
-    wrong += generation.check(request.options, context_tokens)
-    wrong += _check_talk("conversation", request.conversation, context_tokens)
+    wrong += generation.check(request.options, context)
+    wrong += _check_talk("conversation", request.conversation, context)
     wrong += _check_preset(request.preset, request.conversation)
     _refuse(wrong)
     told = find_preset(request.preset, presets)
@@ -93,9 +96,10 @@ def chat_ask(request: inference_pb2.ChatRequest, context_tokens: int, fresh_id: 
         request.adapter,
         request.model,
         request.request_id or fresh_id,
-        conversation=_worded(request.conversation, told, context_tokens),
+        conversation=_worded(request.conversation, told, context),
         priority=request.priority,
-        options=_said(request.options, told, context_tokens),
+        options=request.options,
+        inherited=told.options if told is not None else Options(),
     )
 
 
@@ -109,9 +113,9 @@ def batch_asks(request: inference_pb2.GenerateBatchRequest, context_tokens: int,
         wrong.append(Violation("items", f"{whole} bytes", f"at most {MAX_INPUT_BYTES} bytes in all"))
     asks = []
     for number, item in enumerate(request.items[:MAX_BATCH]):
-        at = f"items[{number}]."
-        wrong += [*_check_names(item, at), *_check_input(item, item.WhichOneof("input"), context_tokens, at)]
-        wrong += generation.check(item.options, context_tokens, f"{at}options")
+        at, context = f"items[{number}].", _bound(item.adapter, context_tokens)
+        wrong += [*_check_names(item, at), *_check_input(item, item.WhichOneof("input"), context, at)]
+        wrong += generation.check(item.options, context, f"{at}options")
         asks.append(
             Ask(
                 item.adapter,
@@ -131,6 +135,7 @@ def compare_asks(
     request: inference_pb2.CompareRequest, context_tokens: int, fresh_id: str, fresh_seed: int, presets: Presets
 ) -> list[Ask]:
     """The same prompt for each adapter; all draw by one seed."""
+    context = min((_bound(adapter, context_tokens) for adapter in request.adapters), default=context_tokens)
     wrong = list(_check_call(request.request_id, request.priority))
     few, many = COMPARED
     if not few <= len(request.adapters) <= many:
@@ -145,38 +150,40 @@ def compare_asks(
     if request.model:
         wrong += names.check_name("model", request.model, "models")
     kind = request.WhichOneof("input")
-    wrong += _check_input(request, kind, context_tokens)
+    wrong += _check_input(request, kind, context)
     if request.preset and kind == "prompt":
         wrong.append(Violation("preset", show(request.preset), "a preset only with a conversation"))
     elif request.preset:
         wrong += _check_preset(request.preset, request.conversation)
-    wrong += generation.check(request.options, context_tokens)
+    wrong += generation.check(request.options, context)
     _refuse(wrong)
     told = find_preset(request.preset, presets)
-    options = generation.resolved(_said(request.options, told, context_tokens), Options(seed=fresh_seed))
+    inherited = generation.resolved(told.options if told is not None else Options(), Options(seed=fresh_seed))
     ask = Ask(
         model=request.model,
         request_id=request.request_id or fresh_id,
         prompt=request.prompt,
-        conversation=_worded(request.conversation, told, context_tokens) if kind == "conversation" else None,
+        conversation=_worded(request.conversation, told, context) if kind == "conversation" else None,
         priority=request.priority,
-        options=options,
+        options=request.options,
+        inherited=inherited,
     )
     return [dataclasses.replace(ask, adapter=adapter) for adapter in request.adapters]
 
 
 def score_ask(request: inference_pb2.ScoreRequest, context_tokens: int, fresh_id: str) -> Ask:
     """What is to be scored, or INVALID_ARGUMENT with all violations."""
+    context = _bound(request.adapter, context_tokens)
     wrong = [*_check_names(request), *_check_call(request.request_id, request.priority)]
     if request.alternatives > generation.MAX_ALTERNATIVES:
         wrong.append(Violation("alternatives", str(request.alternatives), f"at most {generation.MAX_ALTERNATIVES}"))
     kind = request.WhichOneof("input")
     if kind == "conversation":
-        wrong += _check_talk("conversation", request.conversation, context_tokens, waits=False)
+        wrong += _check_talk("conversation", request.conversation, context, waits=False)
         if not any(turn.role == messages_pb2.ROLE_ASSISTANT for turn in request.conversation.messages):
             wrong.append(Violation("conversation.messages", "no turn of the assistant", "at least one"))
     else:
-        wrong += _check_input(request, kind, context_tokens)
+        wrong += _check_input(request, kind, context)
     _refuse(wrong)
     return Ask(
         request.adapter,
@@ -190,11 +197,12 @@ def score_ask(request: inference_pb2.ScoreRequest, context_tokens: int, fresh_id
 
 def render_ask(request: inference_pb2.RenderRequest, context_tokens: int, presets: Presets) -> Ask:
     """What is to be shown, or INVALID_ARGUMENT with all violations."""
-    wrong = [*_check_names(request), *_check_talk("conversation", request.conversation, context_tokens)]
+    context = _bound(request.adapter, context_tokens)
+    wrong = [*_check_names(request), *_check_talk("conversation", request.conversation, context)]
     wrong += _check_preset(request.preset, request.conversation)
     _refuse(wrong)
     told = find_preset(request.preset, presets)
-    worded = _worded(request.conversation, told, context_tokens)
+    worded = _worded(request.conversation, told, context)
     return Ask(request.adapter, request.model, conversation=worded)
 
 
@@ -213,11 +221,26 @@ def find_preset(name: str, presets: Presets) -> inference_pb2.Preset | None:
     return presets[name] if name else None
 
 
+def check_fit(ask: Ask, context_tokens: int) -> None:
+    """INVALID_ARGUMENT if a request cannot fit what answers, which the door may not have known."""
+    wrong = generation.check(ask.options, context_tokens)
+    if ask.conversation is not None:
+        wrong += _check_size("conversation", ask.conversation.ByteSize(), context_tokens)
+    else:
+        wrong += _check_size("prompt", len(ask.prompt.encode()), context_tokens)
+    _refuse(wrong)
+
+
 def check_switch(adapter: str) -> list[Violation]:
     """Violations of a name for the default."""
     if adapter == BASE or not names.check_name("adapter", adapter, "adapters"):
         return []
     return [Violation("adapter", show(adapter), COMPARED_RULE)]
+
+
+def _bound(adapter: str, longest: int) -> int:
+    """The context that a request can be held against at the door: an adapter may bring a base of its own; 0 = none."""
+    return 0 if adapter.startswith("adapters/") else longest
 
 
 def _refuse(wrong: list[Violation]) -> None:
@@ -287,9 +310,3 @@ def _worded(
     worded = preset.applied(told, conversation)
     _refuse(_check_size("conversation", worded.ByteSize(), context_tokens))
     return worded
-
-
-def _said(options: Options, told: inference_pb2.Preset | None, context_tokens: int) -> Options:
-    if told is None:
-        return options
-    return generation.resolved(options, generation.within(told.options, context_tokens))

@@ -66,10 +66,10 @@ def test_a_comparison_needs_two_who_differ() -> None:
     assert fields(lambda: messages.compare_asks(with_prompt, 512, "id", 77, PRESETS)) == ["preset"]
     asks = ask("base", "adapters/a", preset="presets/brief")
     assert [a.adapter for a in asks] == ["base", "adapters/a"]
-    assert {a.options.seed for a in asks} == {77}, "all draw by one seed"
+    assert {a.inherited.seed for a in asks} == {77}, "all draw by one seed"
     assert all(a.conversation.messages[-1].parts[0].text == "In short: x" for a in asks if a.conversation)
     seeded = ask("base", "adapters/a", options=pb.GenerationOptions(seed=0))
-    assert {a.options.seed for a in seeded} == {0}
+    assert {a.options.seed for a in seeded} == {0}, "the request's own is heard first"
 
 
 def test_a_preset_is_found_by_name_and_said_less_loudly_than_the_request() -> None:
@@ -77,7 +77,8 @@ def test_a_preset_is_found_by_name_and_said_less_loudly_than_the_request() -> No
         return messages.chat_ask(pb.ChatRequest(**({"conversation": USER} | more)), 512, "id", PRESETS)
 
     told = ask(preset="presets/brief", options=pb.GenerationOptions(temperature=0.0))
-    assert (told.options.max_tokens, told.options.temperature) == (9, 0.0)
+    assert (told.inherited.max_tokens, told.options.temperature) == (9, 0.0)
+    assert not told.options.HasField("max_tokens")
     assert fields(lambda: ask(preset="brief", priority=99)) == ["priority", "preset"]
     with pytest.raises(Fault, match="did you mean 'presets/brief'"):
         ask(preset="presets/breif")
@@ -101,6 +102,20 @@ def test_what_cannot_fit_is_refused_by_its_bytes() -> None:
     grown = {"presets/brief": pb.Preset(name="presets/brief", template="y" * most + INPUT)}
     chat = pb.ChatRequest(conversation=USER, preset="presets/brief")
     assert fields(lambda: messages.chat_ask(chat, context, "id", grown)) == ["conversation"]
+
+
+def test_a_named_adapter_may_bring_a_longer_context_so_it_is_held_against_that() -> None:
+    text, options = "x" * (65 * messages.BYTES_A_TOKEN), pb.GenerationOptions(max_tokens=65)
+    for adapter in ("", "base", "nonsense"):
+        request = pb.GenerateRequest(adapter=adapter, prompt=text, options=options)
+        assert fields(lambda request=request: messages.generate_ask(request, 64, "id"))[-2:] == [
+            "options.max_tokens", "prompt",
+        ]  # fmt: skip
+    ask = messages.generate_ask(pb.GenerateRequest(adapter="adapters/a", prompt=text, options=options), 64, "id")
+    assert fields(lambda: messages.check_fit(ask, 64)) == ["options.max_tokens", "prompt"]
+    messages.check_fit(ask, 65)
+    talk = messages.chat_ask(pb.ChatRequest(adapter="adapters/a", conversation=USER), 64, "id", PRESETS)
+    messages.check_fit(talk, 64)
 
 
 def test_a_score_needs_something_to_score() -> None:
