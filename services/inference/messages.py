@@ -67,7 +67,7 @@ class _Input(Protocol):
 
 
 def generate_ask(request: inference_pb2.GenerateRequest, context_tokens: int, fresh_id: str) -> Ask:
-    """A raw request, or INVALID_ARGUMENT with all violations. `context_tokens`: the longest that is loaded; 0 = none."""
+    """A raw request, or INVALID_ARGUMENT with all violations. `context_tokens`: the longest loaded; 0 = none."""
     context = _bound(request.adapter, context_tokens)
     wrong = [*_check_names(request), *_check_call(request.request_id, request.priority)]
     wrong += generation.check(request.options, context)
