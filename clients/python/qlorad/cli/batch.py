@@ -93,10 +93,7 @@ def _line(given: Any, asked: Asked) -> Line:
 
 def run(client: Client, lines: Sequence[Line], priority: int, output: Format) -> int:
     """Answers every line and prints each in its place; 1 if one failed."""
-    for name in dict.fromkeys(line.item.model for line in lines if line.item.model):
-        resident.model(client, name)
-    if all(line.item.adapter in ("", "base") for line in lines):
-        resident.ready(client, "", [])  # adapters, and their bases with them, the daemon brings in by itself
+    _ready(client, lines)
     answers, failed = [], 0
     for number, answer in enumerate(_answers(client, [line.item for line in lines], priority)):
         told = {"index": number, **({"id": lines[number].ident} if lines[number].ident is not None else {})}
@@ -111,6 +108,22 @@ def run(client: Client, lines: Sequence[Line], priority: int, output: Format) ->
     if failed:
         out.say(f"qlorad: {failed} of {len(lines)} failed; their lines hold the error")
     return 1 if failed else 0
+
+
+def _ready(client: Client, lines: Sequence[Line]) -> None:
+    """Loads what the lines name. An adapter that does not come is told of, and its lines fail alone."""
+    for name in dict.fromkeys(line.item.model for line in lines if line.item.model):
+        resident.model(client, name)
+    # Adapters first: they bring their bases, which "base" may mean.
+    for name in sorted(dict.fromkeys(line.item.adapter for line in lines), key=("", "base").__contains__):
+        try:
+            resident.ready(client, "", [name])
+        except errors.Unavailable:
+            raise
+        except errors.QloradError as e:
+            if name in ("", "base"):
+                raise
+            out.say(f"qlorad: {e.message}")
 
 
 def _answers(client: Client, items: Sequence[inference_pb2.BatchItem], priority: int) -> Iterator[Answer]:
