@@ -141,7 +141,7 @@ class Answering:
         if self._ending:
             raise _shutting_down()
         async with self._reach.hold(ask) as held:
-            submit = _submit(ask, held, entry.who)
+            submit = submit_of(ask, held, entry.who)
             key = key_of(submit, held.model_digest, held.precision) if self._cache.on else None
             kept = self._cache.get(key)
             if key is not None:
@@ -216,7 +216,7 @@ class Answering:
         )
 
 
-def _submit(ask: Ask, held: Held, who: str) -> engine_pb2.EngineSubmit:
+def submit_of(ask: Ask, held: Held, who: str) -> engine_pb2.EngineSubmit:
     """The request in full: its own options, its preset's, its adapter's, the house's."""
     context = held.context_tokens
     check_fit(ask, context)

@@ -13,7 +13,9 @@ from qlorad.v1 import inference_pb2 as pb
 from qlorad.v1 import messages_pb2
 from services.common.errors import Fault
 from services.inference import messages
+from services.inference.answering import submit_of
 from services.inference.preset import INPUT
+from services.inference.reach import Held
 from tests.inference.kit import turn
 from tests.inference.strategies import anything
 
@@ -128,6 +130,31 @@ def test_a_score_needs_something_to_score() -> None:
     assert ask(conversation=answered).conversation == answered, "here the assistant may have the last word"
     assert ask(prompt="x y").prompt == "x y"
     assert fields(lambda: messages.tokenize_ask(pb.TokenizeRequest(model="m"))) == ["model", "text"]
+
+
+def held(**more: Any) -> Held:
+    told = {"context_tokens": 64, "adapter_digest": "sha256:a", "defaults": pb.GenerationOptions()} | more
+    return Held(None, "sha256:m", pb.PRECISION_FP32, **told)  # type: ignore[arg-type]
+
+
+def test_an_engine_is_told_everything_and_whose_it_is() -> None:
+    ask = messages.Ask(
+        prompt="x",
+        priority=3,
+        options=pb.GenerationOptions(top_k=5),
+        inherited=pb.GenerationOptions(top_k=9, max_tokens=900, temperature=0.5),
+    )
+    sealed = pb.GenerationOptions(temperature=0.9, min_p=0.1, stop=["z"])
+    submit = submit_of(ask, held(defaults=sealed), "ada")
+    said = submit.options
+    assert (said.top_k, said.temperature, list(said.stop)) == (5, 0.5, ["z"])
+    assert said.min_p == pytest.approx(0.1) and said.top_p == 1.0 and said.HasField("seed")
+    assert said.max_tokens == 64, "what is inherited bends to the model"
+    assert (submit.priority, submit.share, submit.adapter_digest) == (3, "ada/sha256:a", "sha256:a")
+    others = {submit_of(ask, held(), "bob").share, submit_of(ask, held(adapter_digest=""), "ada").share}
+    assert others == {"bob/sha256:a", "ada/"}, "keys, and adapters of one key, take turns"
+    long = messages.Ask(prompt="x", options=pb.GenerationOptions(max_tokens=65))
+    assert fields(lambda: submit_of(long, held(), "")) == ["options.max_tokens"], "what is said is refused, not bent"
 
 
 CHECKS: dict[type, Callable[[Any], object]] = {
