@@ -23,11 +23,16 @@ from services.common.server import Health
 from services.common.shelf import Shelf
 from services.common.store import Store
 from services.inference import wanted
+from services.inference.admission import Admission
 from services.inference.answering import Answering
 from services.inference.bases import Place
+from services.inference.generation_cache import GenerationCache
 from services.inference.leases import SharedLease
+from services.inference.limits import Limits, Meter
 from services.inference.messages import generate_ask
 from services.inference.metrics import Metrics
+from services.inference.places import Places
+from services.inference.reach import Reach
 from services.inference.recovery import SERVICE
 from services.inference.residency import Residency
 
@@ -84,8 +89,10 @@ class House:
         r = Residency(self.shelf, place, lease, wanted.Memory(store), adapter_bytes, metrics)
         health = Told()
         await r.begin(health)
+        admission = Admission(Places(64), Meter(Limits()), 8)
+        answering = Answering(Reach(r), admission, GenerationCache(0), metrics)
         try:
-            yield Core(self, r, Answering(r, metrics, 64), health, registry)
+            yield Core(self, r, answering, health, registry)
         finally:
             await r.end()
             await store.close()
@@ -137,7 +144,7 @@ class Core:
         return started.model_digest, started.adapter_digest
 
     async def events(self, request: inference_pb2.GenerateRequest, begun: asyncio.Event | None) -> Any:
-        async for event in self.answering.answer(generate_ask(request, 0, 1, "id")):
+        async for event in self.answering.answer(generate_ask(request, 0, "id")):
             if begun is not None and isinstance(event, inference_pb2.Delta):
                 begun.set()
             yield event
