@@ -114,27 +114,39 @@ class Answering:
     async def _work(
         self, rest: Iterator[tuple[int, Ask]], entry: Entry, told: asyncio.Queue[Told | BaseException], first: bool
     ) -> None:
-        """Answers one after another, each in a place of its own; the first has the call's."""
+        """Answers one after another, each in a place of its own; the first has the call's.
+
+        A prompt is taken up only once there is a place for it: so the call's own
+        place is enough to answer them all, and calls never wait for one another.
+        """
         places = self._admission.places
         try:
-            for index, ask in rest:
+            while True:
                 if not first:
                     await places.wait()
                 try:
-                    with self._metrics.refused():
-                        async with aclosing(self._one(ask, entry)) as events:
-                            async for event in events:
-                                await told.put((index, event))
-                except Fault as fault:
-                    failure = inference_pb2.Failure(
-                        reason=fault.reason, message=fault.message, retry_seconds=fault.retry_seconds
-                    )
-                    await told.put((index, failure))
+                    following = next(rest, None)
+                    if following is None:
+                        return
+                    await self._tell(*following, entry, told)
                 finally:
                     if not first:
                         places.free()
         except Exception as error:  # not swallowed: the reader of the queue raises it
             await told.put(error)
+
+    async def _tell(self, index: int, ask: Ask, entry: Entry, told: asyncio.Queue[Told | BaseException]) -> None:
+        """One of several; its Fault is its own."""
+        try:
+            with self._metrics.refused():
+                async with aclosing(self._one(ask, entry)) as events:
+                    async for event in events:
+                        await told.put((index, event))
+        except Fault as fault:
+            failure = inference_pb2.Failure(
+                reason=fault.reason, message=fault.message, retry_seconds=fault.retry_seconds
+            )
+            await told.put((index, failure))
 
     async def _one(self, ask: Ask, entry: Entry) -> AsyncGenerator[Event, None]:
         clock = Clock(self._metrics, entry.took, time.monotonic())
