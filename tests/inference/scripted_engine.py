@@ -37,9 +37,9 @@ class Scripted:
         self.later: list[Order] = []
 
     def send(self, *reports: Report) -> None:
-        self.steps += 1
+        self.steps += any(report.HasField("tokens") for report in reports)
         gauges = engine_pb2.EngineGauges(
-            rows=len(self.rows), on_device=sorted(self.adapters), step_tokens=1, step_seconds=0.002,
+            rows=len(self.rows), on_device=sorted(self.adapters), step_tokens=1, step_seconds=0.002 * self.steps,
             cache_bytes=10 * len(self.rows), prefix_bytes=7, prefix_hit_tokens=2 * self.steps,
             prefix_miss_tokens=self.steps,
         )  # fmt: skip

@@ -99,13 +99,12 @@ def test_an_adapter_is_served_with_the_prompt_format_it_was_trained_with(served:
 
 
 def test_the_text_that_ends_an_answer_stops_it_where_the_model_has_no_token_for_it() -> None:
-    from services.common.frames.v1 import engine_pb2
-    from services.inference.worker.scheduler import make_row
+    from services.inference.worker.rows import Answering
 
-    submit = engine_pb2.EngineSubmit(options=inference_pb2.GenerationOptions(stop=["\n\n"]))
-    assert make_row(1, submit, [1], lambda ids: "").stops.stops == ("\n\n",)
+    options = inference_pb2.GenerationOptions(stop=["\n\n"])
+    assert Answering(1, "", [1], 0, "", options=options).stops.stops == ("\n\n",)
     end = formats.end_text(messages_pb2.PROMPT_FORMAT_PHI3)
-    row = make_row(1, submit, [1], lambda ids: "", end)
+    row = Answering(1, "", [1], 0, "", options=options, end=end)
     assert row.stops.push("blue<|e") == ("blue", False) and row.stops.push("nd|>\n") == ("", True)
 
 
@@ -258,38 +257,62 @@ def test_a_request_id_is_answered_once(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_dora_beside_lora_gives_the_logits_of_plain_peft(serving_home: pathlib.Path) -> None:
-    """One batch of base, LoRA and DoRA; and what DoRA held more is gone with it."""
+@pytest.mark.parametrize("way", ["straight", "whole"])
+def test_dora_beside_lora_gives_the_logits_of_plain_peft(serving_home: pathlib.Path, way: str) -> None:
+    """One batch of base, LoRA and DoRA, some with many new tokens, some with one; nothing stays when they go."""
     import torch
     from peft import PeftModel
 
     from services.common.worker import adapter
     from services.common.worker.load import load_base
+    from services.inference.worker import flat, straight
+    from services.inference.worker.forward import Whole
+    from services.inference.worker.lanes import Lanes
     from services.inference.worker.lora import Lora
 
     shelf = Shelf(serving_home / "store")
     payload = shelf.open("models", "starter-test").payload
-    ids = torch.arange(20, 44)[None]
+    ids = list(range(20, 44))
     with torch.no_grad():
         model = load_base(payload, "none", False, "fp32")
         lora = Lora(model, torch.float32)
-        expected = [model(input_ids=ids).logits]
-        for name in ("ada", "dee"):
+        expected = {"": model(input_ids=torch.tensor([ids])).logits[0]}
+        if way == "whole":
+            lora.hook()
+        forward = Whole(model) if way == "whole" else straight.of(model, lora)
+        assert forward is not None
+        for name in ("ada", "bob", "dee"):
             folder = shelf.open("adapters", name).payload
             whole = PeftModel.from_pretrained(load_base(payload, "none", False, "fp32"), str(folder)).eval()
-            expected.append(whole(input_ids=ids).logits)
+            expected[name] = whole(input_ids=torch.tensor([ids])).logits[0]
             tensors, scaling = adapter.read_tensors(folder), adapter.scaling(adapter.read_config(folder))
             gains = lora.gains(tensors, scaling)
             assert bool(gains) == (name == "dee")
             held = lora.add(name, tensors, scaling, gains)
             assert held == sum(t.nbytes for t in tensors.values())
-        assert float((expected[2] - expected[0]).abs().max()) > 0.1
-        for rows in (("", "ada", "dee"), ("dee", "dee", ""), ("dee",), ("ada", "ada")):
-            lora.choose(rows)
-            seen = model(input_ids=ids.expand(len(rows), -1)).logits
-            for got, row in zip(seen, rows, strict=True):
-                torch.testing.assert_close(got, expected[("", "ada", "dee").index(row)][0], atol=1e-4, rtol=1e-4)
-        lora.choose(())
-        assert lora.remove("dee") == held
-        assert all(part.more is None for layer in lora._layers.values() for part in layer.parts.values())
-        assert all(layer.more is None for layer in lora._layers.values())
+        assert float((expected["dee"] - expected[""]).abs().max()) > 0.1
+        config, device = model.config, torch.device("cpu")
+        shapes = [(config.num_key_value_heads, config.head_dim)] * config.num_hidden_layers
+        for rows in (("", "ada", "dee", "bob"), ("dee", "dee", ""), ("dee",), ("ada", "ada"), ("bob", "ada")):
+            lanes = Lanes(shapes, torch.float32, device, 0)
+            places = [lanes.take(24 if number % 2 else 200) for number in range(len(rows))]
+            seen: dict[int, list[torch.Tensor]] = {number: [] for number in range(len(rows))}
+            while any(place.length < 24 for place in places):
+                pieces, whose = [], []
+                for number, (row, place) in enumerate(zip(rows, places, strict=True)):
+                    count = (1, 5, 11)[(place.length + number) % 3]
+                    some = ids[place.length : min(24, place.length + count)]
+                    if some:
+                        pieces.append(flat.Piece(place, some, row, len(some)))
+                        whose.append(number)
+                laid = flat.lay(pieces, device)
+                lora.choose(laid)
+                logits = forward(laid)
+                lora.choose(None)
+                flat.settle(pieces)
+                for at, piece in enumerate(laid.order):
+                    seen[whose[piece]].append(logits[at])
+            for number, row in enumerate(rows):
+                torch.testing.assert_close(torch.stack(seen[number]), expected[row], atol=1e-4, rtol=1e-4)
+        assert lora.remove("dee") == held and "dee" not in lora
+        assert "dee" not in lora.on_device and all(s.stack is None or "dee" not in s.stack.whose for s in lora._sites)

@@ -133,15 +133,36 @@ def test_an_adapter_with_a_prompt_format_is_compared_with_that() -> None:
             choosing.check_lineage("a", manifest, "sha256:b", MODEL, served)
 
 
-def test_precision_follows_the_free_bytes_unless_it_was_asked_for() -> None:
-    nothing = inference_pb2.PRECISION_UNSPECIFIED
-    assert precision.choose(nothing, MODEL, 2_500_000) == inference_pb2.PRECISION_BF16
-    assert precision.choose(nothing, MODEL, 2_499_999) == inference_pb2.PRECISION_NF4
-    assert precision.choose(inference_pb2.PRECISION_FP32, MODEL, 0) == inference_pb2.PRECISION_FP32
-    assert precision.bytes_of(inference_pb2.PRECISION_FP32, MODEL) == 4_000_000
+@pytest.mark.parametrize(
+    ("device", "free", "bf16", "chosen"),
+    [
+        ("cpu", 2_500_000, True, "BF16"),
+        ("cpu", 2_499_999, True, "INT8"),
+        ("cpu", 1_249_999, True, "INT4"),
+        ("cpu", 5_000_000, False, "FP32"),
+        ("cpu", 4_999_999, False, "INT8"),
+        ("cpu", 0, False, "INT4"),
+        ("cuda:0", 2_500_000, True, "BF16"),
+        ("cuda:0", 2_499_999, True, "NF4"),
+        ("cuda:0", 4_999_999, False, "NF4"),
+        ("mps", 5_000_000, False, "FP32"),
+    ],
+)
+def test_precision_follows_device_and_free_bytes(device: str, free: int, bf16: bool, chosen: str) -> None:
+    found, why = precision.choose(inference_pb2.PRECISION_UNSPECIFIED, MODEL, precision.Place(device, free, bf16))
+    assert inference_pb2.Precision.Name(found) == f"PRECISION_{chosen}" and chosen.lower() in why
+
+
+def test_what_was_asked_for_is_held() -> None:
+    place = precision.Place("cpu", 0, True)
+    assert precision.choose(inference_pb2.PRECISION_FP32, MODEL, place) == (inference_pb2.PRECISION_FP32, "asked for")
+    sizes = [precision.bytes_of(p, MODEL) for p in inference_pb2.Precision.values()[1:]]
+    assert sizes == [600_000, 2_000_000, 4_000_000, 1_000_000, 625_000]
+    assert precision.smaller("cpu") == (inference_pb2.PRECISION_INT8, inference_pb2.PRECISION_INT4)
+    assert precision.smaller("cuda:1") == (inference_pb2.PRECISION_NF4,)
     told = AdapterFacts(4, 8.0, ("q_proj",), 1_000, ())
     assert precision.adapter_bytes(told, inference_pb2.PRECISION_FP32) == 4_000
-    assert precision.adapter_bytes(told, inference_pb2.PRECISION_NF4) == 2_000
+    assert precision.adapter_bytes(told, inference_pb2.PRECISION_INT4) == 2_000
 
 
 def test_a_fault_survives_the_way_from_the_engine() -> None:

@@ -16,7 +16,10 @@ _NUMBERS = 1 << 18
 
 
 def plain_weight(module: Any) -> torch.Tensor:
-    """The frozen weight of a linear module as plain numbers, made anew where it is NF4."""
+    """The frozen weight of a linear module as plain numbers, made anew where it is held in few bits."""
+    small = getattr(module, "dequantized", None)
+    if small is not None:
+        return small
     held = module.weight
     state = getattr(held, "quant_state", None)
     if state is None:

@@ -68,6 +68,24 @@ def load_base(
     return model
 
 
+def load_kept(payload: pathlib.Path, device: str):
+    """A model whose NF4 weights were saved as they were quantised. Not for training's first load: see `load_base`."""
+    spare_the_compiler()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(
+            payload,
+            device_map={"": device},
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+        )
+    keep_autograd(model)
+    model.requires_grad_(False)
+    return model.eval()
+
+
 def keep_autograd(model) -> None:
     """Keeps bitsandbytes from repacking 4-bit weights at the first eval forward on a CPU.
 
@@ -84,14 +102,14 @@ def keep_autograd(model) -> None:
 
 
 def weight_bytes(model) -> int:
-    """Bytes that the model's weights and buffers take in memory."""
+    """Bytes that the model's weights and buffers take in memory; of what is no plain tensor, the module tells."""
     seen: dict[int, int] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
         scales = getattr(tensor, "SCB", None)  # of int8: one for each output
         for part in [*_states(getattr(tensor, "quant_state", None)), *([] if scales is None else [scales])]:
             seen[part.data_ptr()] = part.numel() * part.element_size()
-    return sum(seen.values())
+    return sum(seen.values()) + sum(getattr(module, "held_bytes", 0) for module in model.modules())
 
 
 def _states(state) -> list[torch.Tensor]:

@@ -1,40 +1,37 @@
-"""The resident base: model, tokenizer, template, adapters and rows, put together.
+"""The resident base: model, reader, adapters and rows, put together.
 
-Law of this room: brought in once a process, proven before it is told of; what a
-request becomes (rendered, tokenised, bounded) is decided here.
+Law of this room: brought in once a process, proven before it is told of.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import psutil
 import torch
 
 from qlorad.v1 import inference_pb2
 from services.common import facts
-from services.common.errors import Fault, Violation, invalid, rejected, show
+from services.common.errors import Fault, rejected
 from services.common.frames.v1 import engine_pb2
-from services.common.prompt import formats
-from services.common.prompt.example import ExampleError, as_template_sees
-from services.common.prompt.render import Renderer, RenderError
-from services.common.prompt.tokens import Tokenizer
 from services.common.safetensors_header import read_model_headers
-from services.common.worker.load import load_base, weight_bytes
+from services.common.worker.bfloat import has_bf16
+from services.common.worker.load import weight_bytes
 from services.inference import precision
-from services.inference.worker import proof
+from services.inference.worker import proof, straight, weights
+from services.inference.worker.forward import Forward, Whole
+from services.inference.worker.lanes import Lanes
 from services.inference.worker.lora import Lora
-from services.inference.worker.scheduler import Scheduler, make_row
+from services.inference.worker.prefix import Prefixes
+from services.inference.worker.prepared import Prepared
+from services.inference.worker.reading import Reader
+from services.inference.worker.rows import Answering, Scoring
+from services.inference.worker.scheduler import Scheduler
 
-_HOW = {
-    inference_pb2.PRECISION_NF4: ("nf4", "bf16"),
-    inference_pb2.PRECISION_BF16: ("none", "bf16"),
-    inference_pb2.PRECISION_FP32: ("none", "fp32"),
-}
-_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_FULL = inference_pb2.PRECISION_FP32
+_SMALL_BITS = (inference_pb2.PRECISION_INT8, inference_pb2.PRECISION_INT4)
 
 _SMALL = 8_000_000
 """Parameters below which threads wait for one another longer than they compute."""
@@ -43,30 +40,45 @@ Report = engine_pb2.EngineReport
 
 
 class Base:
-    """One base in memory. Made by `bring`; the engine's loop owns all but `read` and `prepare`."""
+    """One base in memory. Made by `bring`; the engine's loop owns all but `reader` and `prepare`."""
 
     def __init__(self, load: engine_pb2.EngineLoad) -> None:
         payload = pathlib.Path(load.payload)
         told = facts.from_manifest(facts.ModelFacts, load.manifest)
-        if told.parameters < _SMALL:
-            torch.set_num_threads(1)
-        self.name = load.name
-        self.precision = precision.choose(load.precision, told, _free_bytes(load.device))
-        method, compute = _HOW[self.precision]
-        self._open_renderer = functools.cache(lambda chosen: Renderer.open(payload, told.template_date, chosen))
-        self.renderer: Renderer = self._open_renderer(formats.OWN)
-        self._renderers: dict[str, Renderer] = {}
-        """Of adapters by digest; those that left stay, since a request may still be read."""
-        self.tokenizer = Tokenizer.open(payload)
+        threads = load.threads or (1 if told.parameters < _SMALL else 0)
+        if threads:
+            torch.set_num_threads(threads)
+        place = precision.Place(load.device, _free_bytes(load.device), has_bf16(load.device))
+        self.precision, self._reason = precision.choose(load.precision, told, place)
+        name = inference_pb2.Precision.Name(self.precision).removeprefix("PRECISION_")
+        if self.precision in _SMALL_BITS and not place.is_processor:
+            raise rejected(load.name, f"is held as {name} on processors only; on {load.device} accepted: NF4")
+        self.reader = Reader(load.name, payload, told.template_date)
         self._payload, self._headers = payload, read_model_headers(payload)
-        self.model = load_base(payload, method, True, compute, load.device)
-        self.context_tokens = _context(self.model.config, told.context_tokens)
-        self.lora = Lora(self.model, _DTYPE[compute])
-        self._probe = proof.Probe(self.model, told.vocabulary)
-        self._probe.check_cache(load.name, self.context_tokens)
-        self.scheduler = Scheduler(
-            self.model, self.lora, load.max_rows, self.context_tokens, frozenset(told.eos_token_ids)
+        kept = Prepared(load.prepared, load.manifest.digest, name)
+        self.model, self._from_prepared = weights.bring(payload, self.precision, load.device, kept)
+        device = next(self.model.parameters()).device
+        self.reader.context_tokens = self.context_tokens = _context(self.model.config, told.context_tokens)
+        self.lora = Lora(
+            self.model, torch.float32 if self.precision == _FULL else torch.bfloat16, load.device_adapter_bytes
         )
+        self._probe = proof.Probe(self.model, told.vocabulary, load.name)
+        limit = load.cache_bytes or _free_bytes(load.device) // 2
+        lanes = Lanes(self._probe.shapes, self._probe.dtype, device, limit)
+        forward = self._probe.proven(self._forwards(), lanes)
+        self.scheduler = Scheduler(
+            forward, self.lora, lanes, Prefixes(load.prefix_bytes), load.max_rows, self.context_tokens,
+            frozenset(told.eos_token_ids), device,
+        )  # fmt: skip
+
+    def _forwards(self) -> Iterator[Forward]:
+        """Ways to compute this model, the quickest first."""
+        written_out = straight.of(self.model, self.lora)
+        if written_out is not None:
+            yield written_out
+            self.lora.forget_sites()
+        self.lora.hook()
+        yield Whole(self.model)
 
     def told(self, seconds: float) -> engine_pb2.EngineLoaded:
         """What the daemon learns of it."""
@@ -75,71 +87,52 @@ class Base:
             memory_bytes=weight_bytes(self.model),
             context_tokens=self.context_tokens,
             load_seconds=seconds,
+            reason=self._reason,
+            from_prepared=self._from_prepared,
         )
 
     # requests
 
-    def read(self, submit: engine_pb2.EngineSubmit) -> Sequence[int]:
-        """The prompt's tokens; INVALID_ARGUMENT if the template refuses it or it does not fit. Any thread."""
-        if submit.WhichOneof("input") == "prompt":
-            field, ids = "prompt", self.tokenizer.encode_prompt(submit.prompt)
-        else:
-            field, ids = "conversation", self.tokenizer.encode(self._render(submit)).ids
-        longest = self.context_tokens - 1
-        if not 1 <= len(ids) <= longest:
-            accepted = f"1 to {longest} tokens (the context is {self.context_tokens}, and one is for the answer)"
-            raise invalid([Violation(field, f"{len(ids)} tokens", accepted)])
-        return ids
-
-    def _renderer(self, submit: engine_pb2.EngineSubmit) -> Renderer:
-        return self._renderers.get(submit.adapter_digest, self.renderer)
-
-    def _render(self, submit: engine_pb2.EngineSubmit) -> str:
-        renderer = self._renderer(submit)
-        try:
-            messages, tools = as_template_sees(submit.conversation, renderer.sees_parts)
-            return renderer.render(messages, tools, add_generation_prompt=True).text
-        except ExampleError as e:
-            raise invalid(
-                [Violation(f"conversation.{e.field}", show(e.message), "what the template can show")]
-            ) from None
-        except RenderError as e:
-            where = f"conversation.messages[{self._refused_turn(renderer, messages, tools)}]"
-            own = renderer.prompt_format == formats.OWN
-            taken = f"what {self.name}'s template takes" if own else "what the adapter's prompt format takes"
-            raise invalid([Violation(where, f"refused: {e.message[:300]}", taken)]) from None
-
-    def _refused_turn(self, renderer: Renderer, messages: list, tools: list | None) -> int:
-        """The first turn with which the template refuses; the last if it takes every beginning."""
-        for count in range(1, len(messages)):
-            try:
-                renderer.render(messages[:count], tools)
-            except RenderError:
-                return count - 1
-        return len(messages) - 1
-
     def submit(self, call: int, submit: engine_pb2.EngineSubmit, ids: Sequence[int]) -> list[Report]:
         """Queues a request whose prompt was read."""
-        if submit.adapter_digest and submit.adapter_digest not in self.lora:
-            raise rejected(submit.adapter_digest, "is not in the engine")
-        # A model whose tokenizer lacks the format's end token spells it; nobody wants to read that.
-        end = formats.end_text(self._renderer(submit).prompt_format) if submit.HasField("conversation") else ""
-        self.scheduler.submit(make_row(call, submit, ids, self.tokenizer.decode, end))
+        self._need(submit.adapter_digest)
+        row = Answering(
+            call, submit.adapter_digest, list(ids), submit.priority, submit.share,
+            options=submit.options, decode=self.reader.tokenizer.decode, end=self.reader.end_text(submit),
+        )  # fmt: skip
+        self.scheduler.submit(row)
         return [Report(call=call, accepted=engine_pb2.EngineAccepted(prompt_tokens=len(ids)))]
+
+    def submit_score(
+        self, call: int, order: engine_pb2.EngineScore, ids: Sequence[int], counted: Sequence[bool]
+    ) -> list[Report]:
+        """Queues what is to be scored."""
+        self._need(order.adapter_digest)
+        row = Scoring(
+            call, order.adapter_digest, list(ids), order.priority, order.share,
+            counted=counted, alternatives=order.alternatives, decode=self.reader.tokenizer.decode,
+        )  # fmt: skip
+        self.scheduler.submit(row)
+        return []
+
+    def _need(self, digest: str) -> None:
+        if digest and digest not in self.lora:
+            raise rejected(digest, "is not in the engine")
 
     # adapters
 
     def prepare(self, order: engine_pb2.EngineLoadAdapter) -> proof.Prepared:
         """Reads and checks an adapter without changing the model. Any thread."""
         prepared = proof.prepare(
-            order.name, pathlib.Path(order.payload), order.manifest, self._payload, self._headers, self._open_renderer
-        )
+            order.name, pathlib.Path(order.payload), order.manifest, self._payload, self._headers,
+            self.reader.renderer_of,
+        )  # fmt: skip
         return dataclasses.replace(prepared, gains=self.lora.gains(prepared.tensors, prepared.scaling))
 
     def add(self, call: int, prepared: proof.Prepared) -> Report:
         """Takes an adapter in and proves its effect; on failure it is out again."""
         size = self.lora.add(prepared.digest, prepared.tensors, prepared.scaling, prepared.gains)
-        self._renderers[prepared.digest] = prepared.renderer
+        self.reader.learn(prepared.digest, prepared.renderer)
         try:
             effect = self._probe.effect(self.lora, prepared.digest, prepared.name)
         except Fault:
@@ -169,8 +162,12 @@ def _free_bytes(device: str) -> int:
 
 
 def _context(config, told: int) -> int:
-    """The longest context that plain attention serves: a sliding window bounds it."""
-    window = getattr(config, "sliding_window", None)
-    if window is None or not getattr(config, "use_sliding_window", True):
-        return told
-    return min(told, int(window))
+    """The longest context that is served alike for everybody.
+
+    Positions that are stretched only beyond the length of training would be stretched for every row as soon as
+    one is that long, so that length is the limit then.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        return min(told, int(rope.get("original_max_position_embeddings") or told))
+    return told

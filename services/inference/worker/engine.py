@@ -35,11 +35,11 @@ class Out:
         self._line = line
         self._one_at_a_time = threading.Lock()
 
-    def send(self, reports: list[Report]) -> None:
+    def send(self, reports: list[Report], gauges: engine_pb2.EngineGauges | None = None) -> None:
         """Sends what there is; ends the process if the daemon is gone."""
         if not reports:
             return
-        body = engine_pb2.EngineReports(reports=reports).SerializeToString()
+        body = engine_pb2.EngineReports(reports=reports, gauges=gauges).SerializeToString()
         try:
             with self._one_at_a_time:
                 self._line.send(body)
@@ -90,18 +90,37 @@ class Engine:
         try:
             while (body := self._line.receive()) is not None:
                 order = Order.FromString(body)
-                self._inbox.put(self._read(order) if order.WhichOneof("order") == "submit" else order)
+                read = {"submit": self._read, "score": self._read_score, "render": self._render}
+                kind = order.WhichOneof("order")
+                self._inbox.put(read[kind](order) if kind in read else order)
         finally:
             leave()
 
     def _read(self, order: Order):
         """Renders and tokenises beside the loop; what the loop then does with it."""
         try:
-            ids = self.base.read(order.submit)
+            ids = self.base.reader.prompt(order.submit)
         except Exception as e:
             self.out.refuse(order.call, e)
             return list
         return lambda: self._guard(order.call, lambda: self.base.submit(order.call, order.submit, ids))
+
+    def _read_score(self, order: Order):
+        try:
+            ids, counted = self.base.reader.scored(order.score)
+        except Exception as e:
+            self.out.refuse(order.call, e)
+            return list
+        return lambda: self._guard(order.call, lambda: self.base.submit_score(order.call, order.score, ids, counted))
+
+    def _render(self, order: Order):
+        try:
+            rendered = self.base.reader.rendered(order.render)
+        except Exception as e:
+            self.out.refuse(order.call, e)
+            return list
+        self.out.send([Report(call=order.call, rendered=rendered)])
+        return list
 
     # the loop
 
@@ -115,7 +134,7 @@ class Engine:
                 idle = False
             reports += self.base.scheduler.step()
             reports += self._let_go()
-            self.out.send(reports)
+            self.out.send(reports, self.base.scheduler.gauges())
 
     def _obey(self, item) -> list[Report]:
         """One order, or what another thread made of one."""

@@ -1,15 +1,19 @@
-"""Adapters beside one base: every row of a batch gets the change of its own adapter.
+"""Adapters beside one base: every token gets the change of its own adapter.
 
-Law of this room: the base's weights are never touched. At a layer the A and B of
-all adapters in the batch stand side by side; what a row's own adapter does not
-make is set to zero between A and B, so no row is coloured by another. DoRA (see
-common/worker/dora) needs gain * (W x + BA x): the gain is in B, and gain - 1 times
-what the base's weight made of x comes on top, only where a row of the batch has it.
+Law of this room: the base's weights are never touched. A site is one linear module, or several that
+read the same input. For rows with one new token the A and B of all their adapters stand side by side,
+and what a row's own adapter does not make is set to zero between A and B, so no row is coloured by
+another; a row with many new tokens has its own adapter alone. DoRA (see common/worker/dora) needs
+gain * (W x + BA x): the gain is in B, and gain - 1 times what the base's weight made of x comes on top.
+
+An adapter is held on the host, and on the device from the first forward that needs it; there those used
+longest ago make room. On a processor both are the same tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,46 +22,168 @@ from torch.nn import functional
 from services.common.errors import rejected
 from services.common.worker import dora
 from services.common.worker.adapter import MAGNITUDE, WEIGHTS
+from services.inference.worker.flat import Flat
+from services.inference.worker.linears import Linear
+from services.inference.worker.reordered import Weights
+
+_OFTEN = 4
+"""Uses after which a matrix is reordered."""
+_SINGLES = 4
+"""Adapters that read prompts at the same time whose matrices of a site are kept."""
+_SPARE = 32
+"""Ranks of adapters that have left which may stay in a stack, beyond a quarter: it is not made anew for each."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Part:
-    """One adapter at one layer; scaling and gain are in `b`."""
+    """One adapter at one module; scaling and gain are in `b`."""
 
     a: torch.Tensor  # [rank, in]
     b: torch.Tensor  # [out, rank]
     more: torch.Tensor | None = None  # [out], gain - 1, fp32
 
+    def to(self, device: torch.device) -> _Part:
+        more = None if self.more is None else self.more.to(device)
+        return _Part(self.a.to(device), self.b.to(device), more)
+
+    @property
+    def nbytes(self) -> int:
+        return self.a.nbytes + self.b.nbytes + (0 if self.more is None else self.more.nbytes)
+
+
+class _Matrix:
+    """A matrix that is reordered once it has been used a few times: doing so costs as much as some uses."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._weight = weight
+        self._uses = 0
+        self._quick: Weights | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._quick is not None:
+            return self._quick(x)
+        self._uses += 1
+        if self._uses == _OFTEN and self._weight.dtype == torch.bfloat16 and self._weight.device.type == "cpu":
+            self._quick = Weights(self._weight, None)
+        return functional.linear(x, self._weight)
+
+    def onto(self, x: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+        """`there` and the product; a new tensor."""
+        return self._quick.onto(x, there) if self._quick is not None else there + self(x)
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """Modules of a site that lie side by side and are changed together."""
+
+    low: int
+    high: int
+    """Ranks from, to."""
+    start: int
+    end: int
+    """Outputs from, to."""
+    b: _Matrix
+    """[outputs, ranks]; of several modules, each has its own corner."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Stack:
+    """Several adapters side by side at one site."""
+
+    whose: tuple[str, ...]
+    a: _Matrix | None
+    """[all ranks of all modules, in]; None where none of them changes this site."""
+    changes: tuple[_Change, ...]
+    columns: tuple[str, ...]
+    """Whose each rank is."""
+    has_more: bool
+
 
 @dataclass(slots=True)
-class _Layer:
-    """What all adapters add to one linear module."""
+class Site:
+    """One linear module, or several with the same input whose outputs stand side by side."""
 
-    parts: dict[str, _Part] = field(default_factory=dict)
-    stacked: tuple[tuple[str, ...], torch.Tensor, torch.Tensor, tuple[int, ...]] | None = None
-    more: tuple[tuple[str, ...], torch.Tensor] | None = None
-    """Of each row of a batch, [rows, 1, out]; zero where it is not DoRA."""
-    hook: torch.utils.hooks.RemovableHandle | None = None
+    names: tuple[str, ...]
+    outs: tuple[int, ...]
+    biases: tuple[torch.Tensor | None, ...]
+    stack: _Stack | None = None
+    singles: dict[str, _Stack] = field(default_factory=dict)
+    """Of adapters that read a prompt, a few."""
+
+    def starts(self) -> list[int]:
+        """Where each module's outputs begin."""
+        return [sum(self.outs[:n]) for n in range(len(self.outs))]
+
+
+@dataclass(slots=True)
+class _Held:
+    """An adapter's parts by module."""
+
+    host: dict[str, _Part]
+    device: dict[str, _Part] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.host.values())
+
+
+@dataclass(slots=True)
+class _Choice:
+    """Who is in the forward that comes."""
+
+    flat: Flat | None = None
+    rows: tuple[str, ...] = ()
+    stacked: tuple[str, ...] = ()
+    """Adapters side by side; may hold some that no row has."""
+    only: bool = False
+    """Whether one adapter alone stands there, and every row has it."""
+    masks: dict[tuple[str, ...], torch.Tensor] = field(default_factory=dict)
 
 
 class Lora:
     """The adapters of one model. Not for training; dropout is left out as in eval mode."""
 
-    def __init__(self, model: torch.nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, model: torch.nn.Module, dtype: torch.dtype, device_bytes: int = 0) -> None:
+        """`device_bytes` bounds the adapters on the device; 0 = nothing does."""
         self._modules = dict(model.named_modules())
         self._dtype = dtype
-        self._layers: dict[str, _Layer] = {}
-        self._bytes: dict[str, int] = {}
-        self._rows: tuple[str, ...] = ()
-        self._active: tuple[str, ...] = ()
-        self._masks: dict[tuple[int, ...], torch.Tensor] = {}
+        self._device = next(model.parameters()).device
+        self._device_bytes = device_bytes
+        self._held: OrderedDict[str, _Held] = OrderedDict()
+        """Those used longest ago first."""
+        self._sites: list[Site] = []
+        self._choice = _Choice()
 
     def __contains__(self, digest: str) -> bool:
-        return digest in self._bytes
+        return digest in self._held
+
+    @property
+    def on_device(self) -> list[str]:
+        """Digests of adapters that the device holds."""
+        return [digest for digest, held in self._held.items() if held.device is not None]
 
     def bytes_of(self, digest: str) -> int:
-        """Bytes of an adapter's tensors."""
-        return self._bytes[digest]
+        """Bytes of an adapter's tensors on the host."""
+        return self._held[digest].nbytes
+
+    def site(self, *names: str) -> Site:
+        """A site of the model; made once for each place that adds to it."""
+        modules = [self._modules[name] for name in names]
+        site = Site(names, tuple(m.out_features for m in modules), tuple(m.bias for m in modules))
+        self._sites.append(site)
+        return site
+
+    def hook(self) -> None:
+        """Makes every linear module a site that adds to itself, for models that run their own code."""
+        for name, module in self._modules.items():
+            if name and hasattr(module, "in_features") and hasattr(module, "out_features"):
+                module.register_forward_hook(self._adder(self.site(name)))
+
+    def forget_sites(self) -> None:
+        """Before another way to compute the model makes its own."""
+        self._sites.clear()
+
+    # taking in and letting go
 
     def gains(self, tensors: Mapping[str, torch.Tensor], scaling: float) -> dict[str, torch.Tensor]:
         """What DoRA multiplies each module's outputs by; nothing for LoRA. Reads weights only: any thread."""
@@ -75,99 +201,217 @@ class Lora:
         return found
 
     def add(
-        self, digest: str, tensors: dict[str, torch.Tensor], scaling: float, gains: Mapping[str, torch.Tensor]
+        self, digest: str, tensors: Mapping[str, torch.Tensor], scaling: float, gains: Mapping[str, torch.Tensor]
     ) -> int:
         """Takes an adapter's checked tensors ("base_model.model.MODULE.lora_A.weight"); returns the bytes held."""
-        total = 0
+        host = {}
         for name, tensor_a in tensors.items():
             if not name.endswith(".lora_A.weight"):
                 continue
             module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            where = self._modules[module].weight.device
-            a = tensor_a.to(where, self._dtype).contiguous()
-            b = tensors[name.replace(".lora_A.", ".lora_B.")].to(where, torch.float32)
-            gain = gains.get(module)
+            b = tensors[name.replace(".lora_A.", ".lora_B.")].float()
+            gain = gains[module].cpu() if module in gains else None
+            b = b * scaling if gain is None else b * scaling * gain[:, None]
             more = None if gain is None else gain - 1
-            b = (b * scaling if gain is None else b * scaling * gain[:, None]).to(self._dtype).contiguous()
-            layer = self._layers.setdefault(module, _Layer())
-            layer.parts[digest] = _Part(a, b, more)
-            if layer.hook is None:
-                layer.hook = self._modules[module].register_forward_hook(self._adder(layer))
-            total += a.nbytes + b.nbytes + (0 if more is None else more.nbytes)
-        self._bytes[digest] = total
-        return total
+            host[module] = _Part(tensor_a.to(self._dtype).contiguous(), b.to(self._dtype).contiguous(), more)
+        self._held[digest] = _Held(host)
+        return self._held[digest].nbytes
 
     def remove(self, digest: str) -> int:
         """Frees an adapter that no row uses; returns the bytes of its tensors."""
-        for name, layer in list(self._layers.items()):
-            layer.parts.pop(digest, None)
-            if layer.stacked is not None and digest in layer.stacked[0]:
-                layer.stacked = None
-            if layer.more is not None and digest in layer.more[0]:
-                layer.more = None
-            if not layer.parts and layer.hook is not None:
-                layer.hook.remove()
-                del self._layers[name]
-        if digest in self._active:
-            self.choose(())
-        return self._bytes.pop(digest)
+        freed = self._held.pop(digest).nbytes
+        self._unstack(digest)
+        return freed
 
-    def choose(self, rows: Sequence[str]) -> None:
-        """Says which adapter each row of the next forwards has; "" = the base alone."""
-        rows = tuple(rows)
-        if rows == self._rows:
+    def choose(self, flat: Flat | None) -> None:
+        """Says which adapters the next forward has; None = the base alone."""
+        rows = flat.adapters if flat is not None else ()
+        needed = {a for a in rows if a} | {a for _, _, a in flat.pieces if a} if flat is not None else set()
+        for digest in sorted(needed):
+            self._bring(digest, needed)
+        active = {a for a in rows if a}
+        before = self._choice
+        if rows != before.rows:
+            stacked = self._side_by_side(before.stacked, active)
+            only = len(active) == 1 and "" not in rows and len(stacked) == 1
+            self._choice = _Choice(flat, rows, stacked, only)
+        before.flat = self._choice.flat = flat
+
+    def _side_by_side(self, before: tuple[str, ...], active: set[str]) -> tuple[str, ...]:
+        """Who stands in the stacks: whoever is there already, unless that is too many."""
+        there = tuple(d for d in before if d in self._held and self._held[d].device is not None)
+        kept = (*there, *sorted(active - set(there)))
+        wanted = sum(self._rank(d) for d in active)
+        if there == before[: len(there)] and sum(map(self._rank, kept)) <= wanted + wanted // 4 + _SPARE:
+            return kept if active else before
+        return tuple(sorted(active))
+
+    def _rank(self, digest: str) -> int:
+        return next(iter(self._held[digest].host.values())).a.shape[0]
+
+    def _bring(self, digest: str, needed: set[str]) -> None:
+        """To the device; those used longest ago, and not needed now, make room."""
+        held = self._held[digest]
+        self._held.move_to_end(digest)
+        if held.device is None:
+            held.device = {name: part.to(self._device) for name, part in held.host.items()}
+        if not self._device_bytes:
             return
-        self._rows = rows
-        self._active = tuple(sorted(set(rows) - {""}))
-        self._masks = {}
+        there = [d for d in self._held if self._held[d].device is not None]
+        over = sum(self._held[d].nbytes for d in there) - self._device_bytes
+        for other in there:
+            if over > 0 and other not in needed:
+                over -= self._held[other].nbytes
+                self._held[other].device = None
+                self._unstack(other)
 
-    def _adder(self, layer: _Layer):
+    def _unstack(self, digest: str) -> None:
+        self._choice = _Choice()
+        for site in self._sites:
+            site.singles.pop(digest, None)
+            if site.stack is not None and digest in site.stack.whose:
+                site.stack = None
+
+    # adding
+
+    def through(self, site: Site, linear: Linear, x: torch.Tensor, there: torch.Tensor | None = None) -> torch.Tensor:
+        """What a site makes of `x` [tokens, in] with the tokens' adapters, added to `there` if that is given."""
+        flat = self._choice.flat
+        if flat is None or not (self._choice.stacked or flat.pieces):
+            return linear(x) if there is None else linear.onto(x, there)
+        rows = len(self._choice.rows)
+        stack = self._stack_of(site) if rows and self._choice.stacked else None
+        singles = [(b, e, self._single(site, digest)) for b, e, digest in flat.pieces if digest]
+        if any(one.has_more for one in (stack, *(one for _, _, one in singles)) if one is not None):
+            # DoRA looks at what the base alone makes.
+            out = self._with_more(site, linear(x), x, stack, singles)
+            return out if there is None else there + out
+        out = linear(x) if there is None else linear.onto(x, there)
+        if stack is not None and stack.a is not None:
+            inner = self._inner(stack, x[:rows])
+            whole = stack.changes[0]
+            if rows == len(x) and whole.end - whole.start == out.shape[-1]:
+                return whole.b.onto(inner, out)
+            _add(stack, inner, out[:rows])
+        for begin, end, one in singles:
+            if one.a is not None:
+                _add(one, one.a(x[begin:end].to(self._dtype)), out[begin:end])
+        return out
+
+    def add_to(self, site: Site, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Adds to `out` [tokens, all outputs], which the base made of `x` [tokens, in]."""
+        flat = self._choice.flat
+        if flat is not None:
+            rows = len(self._choice.rows)
+            stack = self._stack_of(site) if rows and self._choice.stacked else None
+            singles = [(b, e, self._single(site, digest)) for b, e, digest in flat.pieces if digest]
+            self._with_more(site, out, x, stack, singles)
+
+    def _with_more(
+        self,
+        site: Site,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        stack: _Stack | None,
+        singles: list[tuple[int, int, _Stack]],
+    ) -> torch.Tensor:
+        rows = self._choice.rows
+        if stack is not None and stack.a is not None:
+            more = self._more(site, rows, out[: len(rows)]) if stack.has_more else None
+            _add(stack, self._inner(stack, x[: len(rows)]), out[: len(rows)], more)
+        for begin, end, one in singles:
+            if one.a is not None:
+                more = self._more(site, one.whose * (end - begin), out[begin:end]) if one.has_more else None
+                _add(one, one.a(x[begin:end].to(self._dtype)), out[begin:end], more)
+        return out
+
+    def _inner(self, stack: _Stack, x: torch.Tensor) -> torch.Tensor:
+        """What A makes of the rows, without what belongs to others."""
+        assert stack.a is not None
+        inner = stack.a(x.to(self._dtype))
+        if not self._choice.only:
+            inner.masked_fill_(self._foreign(self._choice, stack.columns, inner), 0.0)
+        return inner
+
+    def _stack_of(self, site: Site) -> _Stack:
+        if site.stack is None or site.stack.whose != self._choice.stacked:
+            site.stack = self._stacked(site, self._choice.stacked)
+        return site.stack
+
+    def _single(self, site: Site, digest: str) -> _Stack:
+        one = site.singles.get(digest)
+        if one is None:
+            while len(site.singles) >= _SINGLES:
+                del site.singles[next(iter(site.singles))]
+            one = site.singles[digest] = self._stacked(site, (digest,))
+        return one
+
+    def _stacked(self, site: Site, whose: tuple[str, ...]) -> _Stack:
+        a: list[torch.Tensor] = []
+        corners: list[tuple[int, int, torch.Tensor]] = []
+        columns: list[str] = []
+        has_more = False
+        for start, name in zip(site.starts(), site.names, strict=True):
+            there = [(d, part) for d in whose if (part := (self._held[d].device or {}).get(name)) is not None]
+            if not there:
+                continue
+            corners.append((len(columns), start, torch.cat([part.b for _, part in there], dim=1)))
+            for digest, part in there:
+                a.append(part.a)
+                columns.extend([digest] * part.a.shape[0])
+                has_more = has_more or part.more is not None
+        first = _Matrix(torch.cat(a)) if a else None
+        return _Stack(whose, first, tuple(_changes(corners)), tuple(columns), has_more)
+
+    def _more(self, site: Site, whose: Sequence[str], out: torch.Tensor) -> torch.Tensor:
+        """What DoRA adds of the base's own outputs, of each token."""
+        added = torch.zeros_like(out, dtype=torch.float32)
+        for row, digest in enumerate(whose):
+            parts = (self._held[digest].device or {}) if digest else {}
+            for start, width, name, bias in zip(site.starts(), site.outs, site.names, site.biases, strict=True):
+                part = parts.get(name)
+                if part is not None and part.more is not None:
+                    own = out[row, start : start + width]
+                    added[row, start : start + width] = part.more * (own if bias is None else own - bias)
+        return added
+
+    @staticmethod
+    def _foreign(choice: _Choice, columns: tuple[str, ...], like: torch.Tensor) -> torch.Tensor:
+        """[rows, ranks]: whether a rank is made by another adapter than the row's own."""
+        if columns not in choice.masks:
+            number = {digest: n for n, digest in enumerate(dict.fromkeys(columns))}
+            whose = torch.tensor([number[c] for c in columns], device=like.device)
+            rows = torch.tensor([number.get(row, -1) for row in choice.rows], device=like.device)
+            choice.masks[columns] = rows[:, None] != whose[None, :]
+        return choice.masks[columns]
+
+    def _adder(self, site: Site):
         def add(module, inputs, output):
-            if not self._active:
-                return output
-            active = tuple(d for d in self._active if d in layer.parts)
-            if not active:
-                return output
-            x = inputs[0].to(self._dtype)
-            if len(active) == 1 and all(row == active[0] for row in self._rows):
-                part = layer.parts[active[0]]
-                more = part.more
-                delta = functional.linear(functional.linear(x, part.a), part.b)
-            else:
-                a, b, ranks = self._stack(layer, active)
-                inner = functional.linear(x, a)
-                mask = self._mask(active, ranks, inner.device)
-                delta = functional.linear(torch.where(mask, inner, inner.new_zeros(())), b)
-                more = self._more(layer)
-            if more is None:
-                return output + delta.to(output.dtype)
-            made = output if module.bias is None else output - module.bias
-            return (output + delta + more * made).to(output.dtype)
+            if self._choice.flat is not None:
+                width = output.shape[-1]
+                self.add_to(site, inputs[0].reshape(-1, inputs[0].shape[-1]), output.view(-1, width))
+            return output
 
         return add
 
-    def _stack(self, layer: _Layer, active: tuple[str, ...]):
-        if layer.stacked is None or layer.stacked[0] != active:
-            parts = [layer.parts[d] for d in active]
-            ranks = tuple(p.a.shape[0] for p in parts)
-            layer.stacked = (active, torch.cat([p.a for p in parts]), torch.cat([p.b for p in parts], dim=1), ranks)
-        return layer.stacked[1], layer.stacked[2], layer.stacked[3]
 
-    def _more(self, layer: _Layer) -> torch.Tensor | None:
-        own = [layer.parts[row].more if row in layer.parts else None for row in self._rows]
-        some = next((more for more in own if more is not None), None)
-        if some is None:
-            return None
-        if layer.more is None or layer.more[0] != self._rows:
-            rows = torch.stack([torch.zeros_like(some) if more is None else more for more in own])
-            layer.more = (self._rows, rows[:, None, :])
-        return layer.more[1]
+def _add(stack: _Stack, inner: torch.Tensor, out: torch.Tensor, more: torch.Tensor | None = None) -> None:
+    """Adds what B makes of `inner`, and `more`."""
+    for change in stack.changes:
+        own = out[:, change.start : change.end]
+        own += change.b(inner[:, change.low : change.high])
+    if more is not None:
+        out += more
 
-    def _mask(self, active: tuple[str, ...], ranks: tuple[int, ...], device) -> torch.Tensor:
-        """[rows, 1, sum of ranks]: whether a row's adapter made this column."""
-        key = (*ranks, -1, *(self._active.index(d) for d in active))
-        if key not in self._masks:
-            own = [[row == digest for digest, rank in zip(active, ranks, strict=True) for _ in range(rank)]
-                   for row in self._rows]  # fmt: skip
-            self._masks[key] = torch.tensor(own, device=device)[:, None, :]
-        return self._masks[key]
+
+def _changes(corners: list[tuple[int, int, torch.Tensor]]) -> Iterator[_Change]:
+    """Modules whose outputs follow one another become one matrix: one product costs less than two half as large."""
+    group: list[tuple[int, int, torch.Tensor]] = []
+    for corner in (*corners, None):
+        if group and (corner is None or corner[1] != group[-1][1] + group[-1][2].shape[0]):
+            low, start = group[0][0], group[0][1]
+            b = torch.block_diag(*(part for _, _, part in group)) if len(group) > 1 else group[0][2]
+            yield _Change(low, low + b.shape[1], start, start + b.shape[0], _Matrix(b))
+            group = []
+        if corner is not None:
+            group.append(corner)

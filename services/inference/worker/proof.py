@@ -7,10 +7,11 @@ visible to a request.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
+from transformers import Cache
 
 from qlorad.v1 import artifacts_pb2
 from services.common import facts
@@ -19,11 +20,13 @@ from services.common.prompt import formats, golden
 from services.common.prompt.render import Renderer
 from services.common.safetensors_header import TensorInfo
 from services.common.worker import adapter as files
-from services.inference.worker.cache import SlotCache
+from services.inference.worker import flat
+from services.inference.worker.forward import Forward
+from services.inference.worker.lanes import Lanes
 from services.inference.worker.lora import Lora
 
 _PROBE_TOKENS = 24
-# How far the slot cache may be from the model's own forward, as a part of the largest logit.
+# How far a forward of ours may be from the model's own, as a part of the largest logit.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15}
 
 
@@ -73,48 +76,105 @@ def _named(check: str, name: str, work):
 
 
 class Probe:
-    """A fixed input and what the base says to it."""
+    """A fixed input, what the model's own code says to it, and how its keys and values are shaped."""
 
-    def __init__(self, model, vocabulary: int) -> None:
-        self._model = model
-        device = model.get_input_embeddings().weight.device
-        ids = [(7919 * n + 13) % vocabulary for n in range(_PROBE_TOKENS)]
-        self.ids = torch.tensor([ids], dtype=torch.long, device=device)
-        self._base = self._logits()
+    def __init__(self, model, vocabulary: int, name: str) -> None:
+        self._model, self._name = model, name
+        self._device = model.get_input_embeddings().weight.device
+        self._ids = [(7919 * n + 13) % vocabulary for n in range(_PROBE_TOKENS)]
+        ids = torch.tensor([self._ids], dtype=torch.long, device=self._device)
+        seen = _Shapes()
+        self._own = model(input_ids=ids, past_key_values=seen, use_cache=True).logits[0].float()
+        if not torch.isfinite(self._own).all():
+            raise rejected(name, "check 'values': its logits are not finite")
+        self.shapes, self.dtype = seen.told(name), model.dtype
+        self._forward: Forward
+        self._lanes: Lanes
+        self._base: torch.Tensor
 
-    def _logits(self) -> torch.Tensor:
-        return self._model(input_ids=self.ids, use_cache=False).logits[0].float()
+    def proven(self, forwards: Iterable[Forward], lanes: Lanes) -> Forward:
+        """The first of these that gives what the model's own code gives; REJECTED if none does."""
+        self._lanes = lanes
+        told = []
+        for forward in forwards:
+            self._forward = forward
+            try:
+                apart, largest = self._apart()
+            except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+                told.append(f"{type(forward).__name__}: {error}")
+                continue
+            if apart <= _TOLERANCE[self.dtype if self.dtype in _TOLERANCE else torch.bfloat16] * largest:
+                self._base = self._logits("", None)
+                return forward
+            told.append(f"{type(forward).__name__}: logits are off by {apart:g} of {largest:g}")
+        raise rejected(self._name, f"check 'forward': this engine does not compute it right ({'; '.join(told)})")
 
     def effect(self, lora: Lora, digest: str, name: str) -> float:
         """Largest change of a logit by an adapter; REJECTED if there is none, or if it is not finite."""
-        lora.choose((digest,))
-        try:
-            change = float((self._logits() - self._base).abs().max())
-        finally:
-            lora.choose(())
+        change = float((self._logits(digest, lora) - self._base).abs().max())
         if change == 0.0 or not torch.isfinite(torch.tensor(change)):
             raise rejected(name, f"check 'effect': it changes the logits of a probe by {change:g}")
         return change
 
-    def check_cache(self, name: str, context_tokens: int) -> None:
-        """REJECTED unless reading in pieces through the slot cache gives what the model's own forward gives."""
-        if not torch.isfinite(self._base).all():
-            raise rejected(name, "check 'values': its logits are not finite")
-        cache = SlotCache(4, context_tokens, self.ids.device)
+    def _logits(self, digest: str, lora: Lora | None) -> torch.Tensor:
+        place = self._lanes.take(_PROBE_TOKENS)
+        if place is None:
+            raise rejected(self._name, "check 'forward': no room for a probe's keys and values; try again")
+        try:
+            laid = flat.lay([flat.Piece(place, self._ids, digest, _PROBE_TOKENS)], self._device)
+            if lora is not None:
+                lora.choose(laid)
+            return self._forward(laid)
+        finally:
+            if lora is not None:
+                lora.choose(None)
+            self._lanes.give(place)
+
+    def _apart(self) -> tuple[float, float]:
+        """How far reading in pieces, beside another row, is from the model's own; and the largest logit."""
+        mine, other = self._lanes.take(_PROBE_TOKENS), self._lanes.take(_PROBE_TOKENS)
+        if mine is None or other is None:
+            raise rejected(self._name, "check 'forward': no room for two probes' keys and values")
         seen = []
-        # Two rows of slots, pieces of many tokens, then one by one: every way the scheduler uses it.
+        # Pieces of many tokens, then one by one, and another row that is shorter: every way the scheduler uses it.
         for begin, end in ((0, 10), (10, 20), *((n, n + 1) for n in range(20, _PROBE_TOKENS))):
-            positions, mask = cache.open(1, [begin], end - begin)
-            out = self._model(
-                input_ids=self.ids[:, begin:end],
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            seen.append(out.logits[0].float())
-        apart = float((torch.cat(seen) - self._base).abs().max())
-        largest = max(1.0, float(self._base.abs().max()))
-        dtype = self._model.dtype if self._model.dtype in _TOLERANCE else torch.bfloat16
-        if not apart <= _TOLERANCE[dtype] * largest:
-            raise rejected(name, f"check 'cache': this engine's logits are off by {apart:g} of {largest:g}")
+            pieces = [
+                flat.Piece(other, self._ids[begin : begin + 1], ""),
+                flat.Piece(mine, self._ids[begin:end], "", end - begin),
+            ]
+            laid = flat.lay(pieces, self._device)
+            logits = self._forward(laid)
+            flat.settle(pieces)
+            seen.append(logits[[at for at, number in enumerate(laid.order) if number == 1]])
+        self._lanes.give(mine)
+        self._lanes.give(other)
+        return float((torch.cat(seen) - self._own).abs().max()), max(1.0, float(self._own.abs().max()))
+
+
+class _Shapes(Cache):
+    """A cache that keeps nothing and learns what would be kept."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self._seen: dict[int, tuple[int, int]] = {}
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        if key_states.shape != value_states.shape:
+            raise ValueError("keys and values of different shapes are not served here")
+        self._seen[layer_idx] = (key_states.shape[1], key_states.shape[3])
+        return key_states, value_states
+
+    def told(self, name: str) -> list[tuple[int, int]]:
+        """Heads and width of every layer."""
+        if sorted(self._seen) != list(range(len(self._seen))) or not self._seen:
+            raise rejected(name, "check 'forward': not every layer keeps keys and values")
+        return [self._seen[layer] for layer in range(len(self._seen))]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length, layer_idx: int = 0) -> tuple[int, int]:
+        return query_length, 0
+
+    def __len__(self) -> int:
+        return len(self._seen)

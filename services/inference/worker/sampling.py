@@ -7,6 +7,8 @@ from nothing else in the batch.
 from __future__ import annotations
 
 import random
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,38 +18,90 @@ from qlorad.v1 import inference_pb2
 
 @dataclass(slots=True)
 class Chooser:
-    """Chooses for one request. Two equal ones choose alike for equal logits."""
+    """Chooses for one request. Two equal ones that saw the same choose alike for equal logits."""
 
     options: inference_pb2.GenerationOptions
+    prompt: Sequence[int] = ()
     _draws: random.Random = field(init=False)
+    _repetition: float = field(init=False)
+    _made: Counter[int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self._draws = random.Random(self.options.seed)
+        self._repetition = self.options.repetition_penalty if self.options.HasField("repetition_penalty") else 1.0
 
     @property
-    def is_greedy(self) -> bool:
-        return self.options.temperature == 0.0
+    def is_plain(self) -> bool:
+        """Whether the likeliest token is taken as it is."""
+        return self.options.temperature == 0.0 and not self._turns_down
 
-    def draw(self, logits: torch.Tensor) -> int:
-        """The token for one row of logits [vocabulary]; consumes one draw."""
-        u = self._draws.random()
-        ordered, tokens = torch.sort(logits.double() / self.options.temperature, descending=True, stable=True)
-        if self.options.top_k:
-            ordered, tokens = ordered[: self.options.top_k], tokens[: self.options.top_k]
+    @property
+    def _turns_down(self) -> bool:
+        o = self.options
+        return self._repetition != 1.0 or o.presence_penalty != 0.0 or o.frequency_penalty != 0.0
+
+    def saw(self, token: int) -> None:
+        """Notes a token that was made."""
+        if self._turns_down:
+            self._made[token] += 1
+
+    def choose(self, logits: torch.Tensor) -> int:
+        """The token for one row of logits [vocabulary]; consumes one draw unless it is greedy."""
+        if self._turns_down:
+            logits = self._turned_down(logits.clone())
+        return int(logits.argmax()) if self.options.temperature == 0.0 else self._draw(logits)
+
+    def _turned_down(self, logits: torch.Tensor) -> torch.Tensor:
+        o, made = self.options, self._made
+        if self._repetition != 1.0:
+            seen = torch.tensor(sorted({*self.prompt, *made}), dtype=torch.long, device=logits.device)
+            some = logits[seen]
+            logits[seen] = torch.where(some > 0, some / self._repetition, some * self._repetition)
+        if made and (o.presence_penalty or o.frequency_penalty):
+            which = torch.tensor(list(made), dtype=torch.long, device=logits.device)
+            times = torch.tensor(list(made.values()), dtype=logits.dtype, device=logits.device)
+            logits[which] -= o.presence_penalty + o.frequency_penalty * times
+        return logits
+
+    def _draw(self, logits: torch.Tensor) -> int:
+        u, o = self._draws.random(), self.options
+        ordered, tokens = torch.sort(logits.double() / o.temperature, descending=True, stable=True)
+        if o.top_k:
+            ordered, tokens = ordered[: o.top_k], tokens[: o.top_k]
         chances = torch.softmax(ordered, dim=-1)
+        keep = len(chances)
+        if o.min_p > 0.0:
+            keep = max(1, int((chances >= o.min_p * chances[0]).sum()))
         heaped = torch.cumsum(chances, dim=-1)
-        if self.options.top_p < 1.0:
+        if o.top_p < 1.0:
             # Every token whose better ones together stay below top_p; the best always.
-            keep = max(1, int((heaped - chances < self.options.top_p).sum()))
-            heaped = heaped[:keep]
+            keep = min(keep, max(1, int((heaped - chances < o.top_p).sum())))
+        heaped = heaped[:keep]
         at = int(torch.searchsorted(heaped, u * heaped[-1], right=True))
-        return int(tokens[min(at, len(heaped) - 1)])
+        return int(tokens[min(at, keep - 1)])
 
 
 def choose(logits: torch.Tensor, choosers: list[Chooser]) -> list[int]:
     """One token a row of logits [rows, vocabulary]."""
     best = logits.argmax(dim=-1).tolist()
     return [
-        token if chooser.is_greedy else chooser.draw(row)
+        token if chooser.is_plain else chooser.choose(row)
         for token, chooser, row in zip(best, choosers, logits, strict=True)
     ]
+
+
+def told(
+    logits: torch.Tensor, tokens: Sequence[int], count: int, text: Callable[[int], str]
+) -> list[inference_pb2.TokenLogProbability]:
+    """How likely each token was in its row of logits [tokens, vocabulary], and the likeliest `count`."""
+    sure = torch.log_softmax(logits.double(), dim=-1)
+    at = torch.tensor(list(tokens), dtype=torch.long, device=logits.device)
+    own = sure.gather(-1, at[:, None])[:, 0].tolist()
+    best, which = torch.topk(sure, min(count, sure.shape[-1]), dim=-1)
+    found = []
+    for token, likely, values, ids in zip(tokens, own, best.tolist(), which.tolist(), strict=True):
+        one = inference_pb2.TokenLogProbability(id=token, log_probability=likely)
+        for ident, value in zip(ids, values, strict=True):
+            one.alternatives.add(id=ident, text=text(ident), log_probability=value)
+        found.append(one)
+    return found

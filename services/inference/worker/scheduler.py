@@ -1,17 +1,15 @@
 """Continuous batching: rows come and go at every step.
 
-Law of this room: one step = at most one piece of one prompt, then one token for
-every row that has its prompt behind it; so a long prompt never stalls the
-others, and a cancelled request is gone before the next token. Rows lie in the
-cache's slots without a gap; the one row that still reads its prompt lies last.
+Law of this room: one step = one forward: a token for every row that has its prompt behind it, and as much of
+the waiting prompts as `pace` allows, the shortest first, but a quarter for the oldest. So a long prompt never
+stalls the others, and a cancelled request is gone before the next token. A row begins only where there is room
+for all that it can ever need.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 import torch
 
@@ -19,209 +17,205 @@ from qlorad.v1 import inference_pb2
 from services.common.errors import rejected
 from services.common.frames.v1 import engine_pb2
 from services.inference import wire
-from services.inference.text import Detokeniser, StopFilter
-from services.inference.worker.cache import SlotCache
+from services.inference.worker import flat, sampling
+from services.inference.worker.forward import Forward
+from services.inference.worker.lanes import Lanes
 from services.inference.worker.lora import Lora
-from services.inference.worker.sampling import Chooser, choose
-
-_PIECE = 256  # tokens of a prompt read in one step
-_CONTEXT_OF_TEXT = 8  # tokens of the prompt that the detokeniser sees
+from services.inference.worker.pace import Pace
+from services.inference.worker.prefix import Prefixes
+from services.inference.worker.rows import Answering, Scoring
+from services.inference.worker.turns import Turns
 
 Report = engine_pb2.EngineReport
-
-
-@dataclass(slots=True)
-class Row:
-    """One request in the engine."""
-
-    call: int
-    adapter: str
-    prompt: list[int]
-    options: inference_pb2.GenerationOptions
-    text: Detokeniser
-    stops: StopFilter
-    chooser: Chooser
-    arrived: float = field(default_factory=time.monotonic)
-    length: int = 0
-    """Tokens in the cache: those of the prompt that were read, then all made but the newest."""
-    made: list[int] = field(default_factory=list)
-
-
-def make_row(
-    call: int,
-    submit: engine_pb2.EngineSubmit,
-    prompt: Sequence[int],
-    decode: Callable[[Sequence[int]], str],
-    end: str = "",
-) -> Row:
-    """A fresh row for a request whose prompt fits; `end` is text that ends an answer as its stop strings do."""
-    options = submit.options
-    return Row(
-        call,
-        submit.adapter_digest,
-        list(prompt),
-        options,
-        Detokeniser(decode, tuple(prompt[-_CONTEXT_OF_TEXT:])),
-        StopFilter((*options.stop, end) if end else tuple(options.stop)),
-        Chooser(options),
-    )
+Row = Answering | Scoring
+_OLDEST = 4
+"""A part of what a step reads that belongs to the oldest prompt, as one by this."""
 
 
 class Scheduler:
     """Rows of one model. Not thread-safe: the engine's loop owns it."""
 
-    def __init__(self, model, lora: Lora, max_rows: int, context_tokens: int, end_ids: frozenset[int]) -> None:
-        self._model = model
-        self._lora = lora
-        self._max_rows = max_rows
-        self._context = context_tokens
-        self._end_ids = end_ids
-        self._device = model.get_input_embeddings().weight.device
-        self._cache = SlotCache(max_rows, context_tokens, self._device)
-        self._waiting: deque[Row] = deque()
+    def __init__(
+        self,
+        forward: Forward,
+        lora: Lora,
+        lanes: Lanes,
+        prefixes: Prefixes,
+        max_rows: int,
+        context_tokens: int,
+        end_ids: frozenset[int],
+        device: torch.device,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._forward, self._lora, self._lanes, self._prefixes = forward, lora, lanes, prefixes
+        self._max_rows, self._context, self._end_ids = max_rows, context_tokens, end_ids
+        self._device, self._clock = device, clock
+        self._turns: Turns[Row] = Turns()
         self._rows: list[Row] = []
-        """In the order of their slots; those that decode first, the one that reads last."""
+        """Oldest first."""
+        self._pace = Pace()
+        self._gauges = engine_pb2.EngineGauges()
 
     @property
     def has_work(self) -> bool:
-        return bool(self._rows or self._waiting)
+        return bool(self._rows or len(self._turns))
 
-    @property
-    def cache_bytes(self) -> int:
-        return self._cache.bytes_held
+    def gauges(self) -> engine_pb2.EngineGauges:
+        """How it is after the last step."""
+        self._gauges.rows, self._gauges.waiting = len(self._rows), len(self._turns)
+        self._gauges.cache_bytes, self._gauges.prefix_bytes = self._lanes.bytes_used, self._prefixes.bytes_held
+        self._gauges.prefix_hit_tokens = self._prefixes.hit_tokens
+        self._gauges.prefix_miss_tokens = self._prefixes.miss_tokens
+        self._gauges.on_device[:] = self._lora.on_device
+        return self._gauges
 
     def uses(self, digest: str) -> bool:
         """Whether a request in flight or waiting has this adapter."""
-        return any(row.adapter == digest for row in (*self._rows, *self._waiting))
+        return any(row.adapter == digest for row in (*self._rows, *self._turns))
 
     def submit(self, row: Row) -> None:
-        """Queues a request."""
-        self._waiting.append(row)
+        """Queues a request; REJECTED if it could never be given room."""
+        needed = self._lanes.bytes_for(row.longest(self._context))
+        if self._lanes.limit and needed > self._lanes.limit:
+            told = f"would need {needed} bytes for keys and values; this engine has {self._lanes.limit}"
+            raise rejected(row.adapter or "the base", f"{told}; accepted: a shorter prompt or fewer max_tokens")
+        self._turns.put(row)
 
     def cancel(self, call: int) -> list[Report]:
         """Drops a request; its end, or nothing if it is not here (any more)."""
-        for row in self._waiting:
+        for row in self._turns:
             if row.call == call:
-                self._waiting.remove(row)
+                self._turns.take(row)
                 return [_ended(row, inference_pb2.FINISH_REASON_UNSPECIFIED)]
-        for slot, row in enumerate(self._rows):
+        for row in self._rows:
             if row.call == call:
-                self._retire(slot)
+                self._retire(row)
                 return [_ended(row, inference_pb2.FINISH_REASON_UNSPECIFIED)]
         return []
 
     def step(self) -> list[Report]:
-        """Admits, reads one piece of a prompt, makes one token for every other row."""
+        """Admits, then one forward for all rows."""
         reports = self._admit()
-        reading = self._reading()
-        if reading is not None:
-            reports += self._read(reading)
-        decoding = [row for row in self._rows if row is not reading]
-        if decoding:
-            reports += self._decode(decoding)
         if not self._rows:
-            self._lora.choose(())
-            self._cache.clear()
+            return reports
+        begun = self._clock()
+        planned = self._planned()
+        pieces = [piece for _, piece in planned]
+        laid = flat.lay(pieces, self._device)
+        self._lora.choose(laid)
+        logits = self._forward(laid)
+        flat.settle(pieces)
+        reports += self._taken(planned, laid, logits)
+        self._lora.choose(None)
+        self._note(self._clock() - begun, planned)
         return reports
+
+    def _note(self, seconds: float, planned: list[tuple[Row, flat.Piece]]) -> None:
+        read = sum(len(piece.ids) for _, piece in planned if len(piece.ids) > 1)
+        rows = sum(len(piece.ids) == 1 for _, piece in planned)
+        self._pace.note(seconds, read, rows)
+        self._gauges.step_seconds, self._gauges.step_tokens = seconds, read + rows
+        for row, piece in planned:
+            self._turns.charge(row.share, len(piece.ids))
+        if not self._turns:
+            self._turns.forget({row.share for row in self._rows})
 
     # admitting and retiring
 
-    def _reading(self) -> Row | None:
-        last = self._rows[-1] if self._rows else None
-        return last if last is not None and not last.made else None
-
     def _admit(self) -> list[Report]:
-        if not self._waiting or len(self._rows) >= self._max_rows or self._reading() is not None:
-            return []
-        row = self._waiting.popleft()
-        self._rows.append(row)
-        waited = time.monotonic() - row.arrived
-        return [Report(call=row.call, begun=engine_pb2.EngineBegun(waited_seconds=waited))]
-
-    def _retire(self, slot: int) -> None:
-        """Takes a row out and closes the gap without unsettling the reading row's place."""
-        reading = self._reading()
-        last = len(self._rows) - 1
-        last_decoding = last - 1 if reading is not None and self._rows[slot] is not reading else last
-        if slot != last_decoding:
-            self._move(last_decoding, slot)
-        if last_decoding != last:
-            self._move(last, last_decoding)
-        self._rows.pop()
-
-    def _move(self, source: int, target: int) -> None:
-        self._cache.move(source, target, self._rows[source].length)
-        self._rows[target] = self._rows[source]
-
-    # forwards
-
-    def _forward(self, first: int, rows: list[Row], tokens: list[list[int]]) -> torch.Tensor:
-        """Logits [rows, vocabulary] after the last of each row's new tokens."""
-        positions, mask = self._cache.open(first, [row.length for row in rows], len(tokens[0]))
-        self._lora.choose([row.adapter for row in rows])
-        out = self._model(
-            input_ids=torch.tensor(tokens, dtype=torch.long, device=self._device),
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        for row in rows:
-            row.length += len(tokens[0])
-        return out.logits[:, -1].float()
-
-    def _read(self, row: Row) -> list[Report]:
-        piece = row.prompt[row.length : row.length + _PIECE]
-        logits = self._forward(len(self._rows) - 1, [row], [piece])
-        return self._take([row], logits) if row.length == len(row.prompt) else []
-
-    def _decode(self, rows: list[Row]) -> list[Report]:
-        return self._take(rows, self._forward(0, rows, [[row.made[-1]] for row in rows]))
-
-    def _take(self, rows: list[Row], logits: torch.Tensor) -> list[Report]:
-        """Chooses a token for each row, tells of it, and retires the rows that are done."""
-        sound = torch.isfinite(logits).all(dim=-1).tolist()
-        tokens = choose(torch.nan_to_num(logits), [row.chooser for row in rows])
-        reports: list[Report] = []
-        for row, token, is_sound in zip(rows, tokens, sound, strict=True):
-            if is_sound:
-                reports += self._settle(row, token)
-                continue
-            # Its keys and values may not be finite either; nobody must inherit them.
-            self._cache.scrub(self._rows.index(row))
-            self._retire(self._rows.index(row))
-            fault = rejected(row.adapter or "the base", "gave logits that are not finite")
-            reports.append(Report(call=row.call, refusal=wire.pack(fault)))
+        reports = []
+        while len(self._rows) < self._max_rows and (row := self._turns.next()) is not None:
+            place = self._lanes.take(row.longest(self._context))
+            if place is None:
+                break
+            self._turns.take(row)
+            row.place = place
+            self._rows.append(row)
+            cached = 0 if isinstance(row, Scoring) else self._prefixes.find(row.adapter, row.prompt, place)
+            begun = engine_pb2.EngineBegun(waited_seconds=self._clock() - row.arrived, cached_tokens=cached)
+            reports.append(Report(call=row.call, begun=begun))
         return reports
 
-    def _settle(self, row: Row, token: int) -> list[Report]:
-        row.made.append(token)
-        reason = inference_pb2.FINISH_REASON_UNSPECIFIED
-        if token in self._end_ids:
-            piece, stopped = "", False
-            reason = inference_pb2.FINISH_REASON_END
-        else:
-            piece, stopped = row.stops.push(row.text.push(token))
-        if stopped:
-            reason = inference_pb2.FINISH_REASON_STOP
-        elif not reason and (
-            len(row.made) >= row.options.max_tokens or len(row.prompt) + len(row.made) >= self._context
-        ):
-            reason = inference_pb2.FINISH_REASON_LENGTH
-        if reason and not stopped:
-            rest, stopped = row.stops.push(row.text.flush())
-            piece += rest
-            if stopped:
-                reason = inference_pb2.FINISH_REASON_STOP
-            else:
-                piece += row.stops.flush()
-        reports = [Report(call=row.call, tokens=engine_pb2.EngineTokens(ids=[token], text=piece))]
+    def _retire(self, row: Row) -> None:
+        if isinstance(row, Answering) and row.made:
+            self._prefixes.keep(row.adapter, [*row.prompt, *row.made], row.place)
+        self._rows.remove(row)
+        self._lanes.give(row.place)
+
+    # a step
+
+    def _planned(self) -> list[tuple[Row, flat.Piece]]:
+        """Every row's next tokens; rows whose prompt has no turn in this step are left out."""
+        going = [row for row in self._rows if not row.unread]
+        reading = [row for row in self._rows if row.unread]
+        budget = self._pace.tokens(len(going))
+        planned = [(row, row.piece(1)) for row in going]
+        given: dict[int, int] = {}
+        if reading:
+            oldest = reading[0]
+            given[id(oldest)] = min(oldest.unread, max(1, budget // _OLDEST))
+            left = budget - given[id(oldest)]
+            for row in sorted(reading, key=lambda r: r.unread):
+                more = min(left, row.unread - given.get(id(row), 0))
+                if more > 0:
+                    given[id(row)] = given.get(id(row), 0) + more
+                    left -= more
+        return planned + [(row, row.piece(given[id(row)])) for row in reading if id(row) in given]
+
+    def _taken(self, planned: list[tuple[Row, flat.Piece]], laid: flat.Flat, logits: torch.Tensor) -> list[Report]:
+        """Gives every row its logits, tells what came of it, and retires those that are done."""
+        sound = torch.isfinite(logits).all(dim=-1).tolist()
+        where: dict[int, list[int]] = {}
+        for at, number in enumerate(laid.order):
+            where.setdefault(number, []).append(at)
+        reports: list[Report] = []
+        answering: list[tuple[Answering, int]] = []
+        for number, (row, piece) in enumerate(planned):
+            mine = where.get(number, [])
+            if not all(sound[at] for at in mine):
+                reports.append(self._unsound(row))
+            elif isinstance(row, Scoring):
+                reports += self._scored(row, logits[mine])
+            elif mine:
+                if len(piece.ids) > 1 or not row.made:
+                    self._prefixes.keep(row.adapter, row.prompt, row.place)
+                answering.append((row, mine[0]))
+        if answering:
+            rows = logits if len(answering) == len(logits) else logits[[at for _, at in answering]]
+            if rows is logits:
+                answering.sort(key=lambda pair: pair[1])
+            tokens = sampling.choose(rows, [row.chooser for row, _ in answering])
+            for n, ((row, _), token) in enumerate(zip(answering, tokens, strict=True)):
+                reports += self._settled(row, token, rows[n])
+        return reports
+
+    def _settled(self, row: Answering, token: int, logits: torch.Tensor) -> list[Report]:
+        tokens = engine_pb2.EngineTokens(ids=[token])
+        if row.options.HasField("log_probabilities"):
+            count, decode = row.options.log_probabilities, row.decode
+            tokens.log_probabilities.extend(sampling.told(logits[None], [token], count, lambda i: decode((i,))))
+        tokens.text, reason = row.settle(token, self._end_ids, self._context)
+        reports = [Report(call=row.call, tokens=tokens)]
         if reason:
-            self._retire(self._rows.index(row))
+            self._retire(row)
             reports.append(_ended(row, reason))
         return reports
 
+    def _scored(self, row: Scoring, logits: torch.Tensor) -> list[Report]:
+        row.take(logits)
+        if row.unread:
+            return []
+        self._retire(row)
+        return [row.report()]
 
-def _ended(row: Row, reason: inference_pb2.FinishReason.ValueType) -> Report:
+    def _unsound(self, row: Row) -> Report:
+        """Its keys and values may not be finite either; nobody must inherit them."""
+        self._lanes.scrub(row.place)
+        row.place.length = 0
+        self._retire(row)
+        fault = rejected(row.adapter or "the base", "gave logits that are not finite")
+        return Report(call=row.call, refusal=wire.pack(fault))
+
+
+def _ended(row: Row, reason: int) -> Report:
     return Report(call=row.call, ended=engine_pb2.EngineEnded(reason=reason))

@@ -1,0 +1,120 @@
+"""Keys and values of every row in flight, in slots of equal length side by side.
+
+Law of this room: a row's place is as long as the row can ever get, so nothing grows or is
+refused in mid-answer, and the bytes are known before a row begins. Places of one lane have
+the same length and lie in slots 0 … n-1 without a gap: a row that leaves is replaced by the
+last. What lies behind a row's tokens is finite garbage that a mask hides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+_SHORTEST = 128
+"""Length of the shortest lane; each other is twice as long as the one before."""
+
+
+@dataclass(slots=True, eq=False)
+class Place:
+    """Where one row's keys and values are. Its slot may change when others leave."""
+
+    lane: Lane
+    slot: int
+    length: int = 0
+    """Tokens whose keys and values are there."""
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """Slots of one length."""
+
+    capacity: int
+    keys: list[torch.Tensor] = field(default_factory=list)
+    """Of each layer: [slots, heads, capacity, width]."""
+    values: list[torch.Tensor] = field(default_factory=list)
+    places: list[Place] = field(default_factory=list)
+    slots: int = 0
+
+
+class Lanes:
+    """All places of one model. Learns the shape of its keys and values from `shape_of`."""
+
+    def __init__(self, shapes: list[tuple[int, int]], dtype: torch.dtype, device: torch.device, limit: int) -> None:
+        """`shapes`: heads and width of each layer's keys; `limit`: bytes of all places, 0 = no bound."""
+        self._shapes, self._dtype, self._device, self._limit = shapes, dtype, device, limit
+        size = torch.empty((), dtype=dtype).element_size()
+        self.token_bytes = 2 * size * sum(heads * width for heads, width in shapes)
+        self._lanes: dict[int, Lane] = {}
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of all places, in use or not."""
+        return self.token_bytes * sum(lane.slots * lane.capacity for lane in self._lanes.values())
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes of the places that rows have."""
+        return self.token_bytes * sum(len(lane.places) * lane.capacity for lane in self._lanes.values())
+
+    def bytes_for(self, tokens: int) -> int:
+        """What a place for so many tokens takes."""
+        return self.token_bytes * _capacity(tokens)
+
+    @property
+    def limit(self) -> int:
+        return self._limit
+
+    def take(self, tokens: int) -> Place | None:
+        """A place for a row of at most so many tokens; None if there is no room for it now."""
+        capacity = _capacity(tokens)
+        if self._limit and self.bytes_used + self.token_bytes * capacity > self._limit:
+            return None
+        lane = self._lanes.setdefault(capacity, Lane(capacity))
+        if len(lane.places) == lane.slots:
+            self._widen(lane, capacity)
+        place = Place(lane, len(lane.places))
+        lane.places.append(place)
+        return place
+
+    def give(self, place: Place) -> None:
+        """Takes a place back; the last of its lane moves there."""
+        lane, last = place.lane, place.lane.places[-1]
+        if last is not place:
+            for held in (*lane.keys, *lane.values):
+                held[place.slot, :, : last.length] = held[last.slot, :, : last.length]
+            lane.places[place.slot] = last
+            last.slot = place.slot
+        lane.places.pop()
+        if not lane.places:
+            del self._lanes[lane.capacity]
+
+    def scrub(self, place: Place) -> None:
+        """Sets a place to zero: a mask hides garbage, but not what is not a number."""
+        for held in (*place.lane.keys, *place.lane.values):
+            held[place.slot].zero_()
+
+    def _widen(self, lane: Lane, capacity: int) -> None:
+        slots = max(1, 2 * lane.slots)
+        if self._limit:
+            free = (self._limit - self.bytes_used) // (self.token_bytes * capacity)
+            slots = max(lane.slots + 1, min(slots, lane.slots + free))
+        longest = max((p.length for p in lane.places), default=0)
+        for held in (lane.keys, lane.values):
+            for layer, (heads, width) in enumerate(self._shapes):
+                # Zeros, and not whatever was there: what a mask hides must still be a number.
+                fresh = torch.zeros((slots, heads, capacity, width), dtype=self._dtype, device=self._device)
+                if lane.slots:
+                    fresh[: lane.slots, :, :longest] = held[layer][:, :, :longest]
+                    held[layer] = fresh
+                else:
+                    held.append(fresh)
+        lane.slots = slots
+
+
+def _capacity(tokens: int) -> int:
+    capacity = _SHORTEST
+    while capacity < tokens:
+        capacity *= 2
+    return capacity

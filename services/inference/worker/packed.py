@@ -1,0 +1,121 @@
+"""Linear layers of 8 and 4 bits for processors.
+
+Law of this room: made from plain weights, in place of torch's linear modules, one at a time. A token's outputs
+depend on its own inputs alone, whatever else is in the batch: inputs are rounded row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+_GROUP = 32
+_MULTIPLE = 64
+"""Both sizes of a matrix of 4 bits; others are held in 8."""
+_LEAST = 1e-8
+
+
+class Int8(nn.Module):
+    """Weights of 8 bits with a scale for each output; inputs of 8 bits with a scale for each token."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        whole = weight.float()
+        scale = whole.abs().amax(1).clamp_(min=_LEAST) / 127
+        self.register_buffer("quantized", (whole / scale[:, None]).round_().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @classmethod
+    def joined(cls, modules: list[Int8]) -> Int8:
+        """Modules that read the same input, as one; each keeps a view of its part."""
+        whole = cls.__new__(cls)
+        nn.Module.__init__(whole)
+        whole.in_features, whole.out_features = modules[0].in_features, sum(m.out_features for m in modules)
+        whole.register_buffer("quantized", torch.cat([m.quantized for m in modules]))
+        whole.register_buffer("scale", torch.cat([m.scale for m in modules]))
+        biases = [m.bias for m in modules]
+        whole.bias = None if biases[0] is None else nn.Parameter(torch.cat(biases), requires_grad=False)
+        begin = 0
+        for module in modules:
+            end = begin + module.out_features
+            module.quantized, module.scale = whole.quantized[begin:end], whole.scale[begin:end]
+            begin = end
+        return whole
+
+    @property
+    def dequantized(self) -> torch.Tensor:
+        """The weights as they count, fp32."""
+        return self.quantized * self.scale[:, None]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, self.in_features).float()
+        scale = flat.abs().amax(1, keepdim=True).clamp_(min=_LEAST) / 127
+        small = (flat / scale).round_().to(torch.int8)
+        made = torch._int_mm(small, self.quantized.t()).float().mul_(scale).mul_(self.scale)
+        if self.bias is not None:
+            made += self.bias
+        return made.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+
+class Int4(nn.Module):
+    """Weights of 4 bits with a scale and a zero for each group of 32 inputs."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        groups = weight.float().view(self.out_features, -1, _GROUP)
+        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+        scale = (high - low).clamp_(min=_LEAST) / 15
+        # The kernel's own formula is (number - 8) * scale + zero, with both in bfloat16.
+        scale = scale.to(torch.bfloat16).float()
+        zero = (low + 8 * scale).to(torch.bfloat16).float()
+        numbers = ((groups - zero) / scale).round_().add_(8).clamp_(0, 15)
+        whole = numbers.view(self.out_features, self.in_features).to(torch.int32)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1)
+        both = torch.cat([scale, zero], dim=-1).transpose(0, 1).contiguous().to(torch.bfloat16)
+        self.register_buffer("quantized", packed)
+        self.register_buffer("scale_and_zero", both)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @property
+    def dequantized(self) -> torch.Tensor:
+        """The weights as they count, fp32."""
+        eye = torch.eye(self.in_features, dtype=torch.bfloat16)
+        return self._product(eye).float().t().contiguous()
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.quantized, _GROUP, self.scale_and_zero)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made = self._product(x.reshape(-1, self.in_features).to(torch.bfloat16))
+        if self.bias is not None:
+            made += self.bias
+        return made.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+
+def pack(model: nn.Module, bits: int, empty: bool = False) -> None:
+    """Puts small weights in place of the plain ones of every linear module; `empty` ones without numbers yet.
+
+    The output layer is held in 8 bits at least; where it shares its weights with the embedding it stays as it is.
+    """
+    tied = model.get_output_embeddings()
+    shared = bool(getattr(model.config, "tie_word_embeddings", False))
+    for owner, name, module in list(_linears(model)):
+        if module is tied and shared:
+            continue
+        fits = module.in_features % _MULTIPLE == 0 and module.out_features % _MULTIPLE == 0
+        kind = Int4 if bits == 4 and fits and module is not tied else Int8
+        weight = torch.zeros_like(module.weight, device="cpu") if empty else module.weight.data
+        bias = torch.zeros_like(module.bias, device="cpu") if empty and module.bias is not None else module.bias
+        setattr(owner, name, kind(weight, bias))
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    for owner in model.modules():
+        for name, module in owner.named_children():
+            if type(module) is nn.Linear:
+                yield owner, name, module

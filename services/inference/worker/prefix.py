@@ -1,0 +1,91 @@
+"""Keys and values of prompts seen before, so that what is asked again need not be read again.
+
+Law of this room: kept by blocks of tokens, each known by the adapter's digest and every token before it, so a
+prompt never meets what another adapter, or another beginning, left. Those used longest ago make room. What is
+kept is a copy: rows come and go without it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from services.inference.worker.lanes import Place
+
+BLOCK = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (*self.keys, *self.values))
+
+
+class Prefixes:
+    """Blocks within a number of bytes; 0 = keeps nothing."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._blocks: OrderedDict[bytes, _Block] = OrderedDict()
+        """Those used longest ago first."""
+        self.bytes_held = 0
+        self.hit_tokens = 0
+        self.miss_tokens = 0
+
+    def find(self, adapter: str, ids: Sequence[int], place: Place) -> int:
+        """Puts what is known of a prompt into a fresh place; how many tokens. Leaves at least one to be read."""
+        at = 0
+        for name in _names(adapter, ids[: len(ids) - 1]) if self._limit else ():
+            block = self._blocks.get(name)
+            if block is None:
+                break
+            self._blocks.move_to_end(name)
+            for held, known in ((place.lane.keys, block.keys), (place.lane.values, block.values)):
+                for layer, tensor in enumerate(known):
+                    held[layer][place.slot, :, at : at + BLOCK] = tensor
+            at += BLOCK
+        place.length = at
+        self.hit_tokens += at
+        self.miss_tokens += len(ids) - at
+        return at
+
+    def keep(self, adapter: str, ids: Sequence[int], place: Place) -> None:
+        """Keeps what a place knows of tokens that it begins with."""
+        if not self._limit:
+            return
+        for number, name in enumerate(_names(adapter, ids[: place.length])):
+            if name in self._blocks:
+                self._blocks.move_to_end(name)
+                continue
+            part = slice(number * BLOCK, (number + 1) * BLOCK)
+            keys, values = (tuple(t[place.slot, :, part].clone() for t in held)
+                            for held in (place.lane.keys, place.lane.values))  # fmt: skip
+            block = _Block(keys, values)
+            if block.nbytes > self._limit:
+                return
+            self._blocks[name] = block
+            self.bytes_held += block.nbytes
+            while self.bytes_held > self._limit:
+                _, oldest = self._blocks.popitem(last=False)
+                self.bytes_held -= oldest.nbytes
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._blocks.clear()
+        self.bytes_held = 0
+
+
+def _names(adapter: str, ids: Sequence[int]) -> Iterator[bytes]:
+    """What each whole block of a prompt is known by."""
+    chain = hashlib.sha256(adapter.encode())
+    for at in range(0, len(ids) - BLOCK + 1, BLOCK):
+        chain.update(b"".join(i.to_bytes(4, "little") for i in ids[at : at + BLOCK]))
+        yield chain.digest()

@@ -1,0 +1,139 @@
+"""A request in the engine: what it still needs, and what it says of what it got.
+
+Law of this room: knows nothing of other rows. An `Answering` reads its prompt and then makes a token a step;
+a `Scoring` reads to its end and tells how likely each token was.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from qlorad.v1 import inference_pb2
+from services.common.frames.v1 import engine_pb2
+from services.inference.text import Detokeniser, StopFilter
+from services.inference.worker import sampling
+from services.inference.worker.flat import Piece
+from services.inference.worker.lanes import Place
+
+_CONTEXT_OF_TEXT = 8  # tokens of the prompt that the detokeniser sees
+_SCORED_AT_ONCE = 256  # tokens whose logits are held at the same time
+
+Report = engine_pb2.EngineReport
+Decode = Callable[[Sequence[int]], str]
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """What both have."""
+
+    call: int
+    adapter: str
+    prompt: list[int]
+    priority: int
+    share: str
+    arrived: float = field(default_factory=time.monotonic)
+    place: Place | None = None
+
+    @property
+    def unread(self) -> int:
+        """Tokens of the prompt that are not read."""
+        return max(0, len(self.prompt) - self.place.length) if self.place is not None else len(self.prompt)
+
+
+@dataclass(slots=True, eq=False)
+class Answering(Row):
+    """Makes tokens."""
+
+    options: inference_pb2.GenerationOptions = field(default_factory=inference_pb2.GenerationOptions)
+    decode: Decode = lambda ids: ""
+    text: Detokeniser = field(init=False)
+    stops: StopFilter = field(init=False)
+    chooser: sampling.Chooser = field(init=False)
+    end: str = ""
+    """Text that ends an answer as its stop strings do; empty = none."""
+    made: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.text = Detokeniser(self.decode, tuple(self.prompt[-_CONTEXT_OF_TEXT:]))
+        self.stops = StopFilter((*self.options.stop, self.end) if self.end else tuple(self.options.stop))
+        self.chooser = sampling.Chooser(self.options, self.prompt)
+
+    def longest(self, context: int) -> int:
+        """Tokens that it can ever hold keys and values of: the newest token of all is never read."""
+        return min(len(self.prompt) + self.options.max_tokens, context) - 1
+
+    def piece(self, tokens: int) -> Piece:
+        """Its next tokens, at most so many of the prompt."""
+        if self.made:
+            return Piece(self.place, self.made[-1:], self.adapter)
+        at = self.place.length
+        some = self.prompt[at : at + tokens]
+        return Piece(self.place, some, self.adapter, 1 if at + len(some) == len(self.prompt) else 0)
+
+    def settle(self, token: int, ends: frozenset[int], context: int) -> tuple[str, int]:
+        """Takes a token: text that is certain now, and why it ends (0 = it goes on)."""
+        self.made.append(token)
+        self.chooser.saw(token)
+        reason = inference_pb2.FINISH_REASON_UNSPECIFIED
+        if token in ends and not self.options.ignore_end:
+            piece, stopped = "", False
+            reason = inference_pb2.FINISH_REASON_END
+        else:
+            piece, stopped = self.stops.push(self.text.push(token))
+        if stopped:
+            return piece, inference_pb2.FINISH_REASON_STOP
+        if not reason and (len(self.made) >= self.options.max_tokens or len(self.prompt) + len(self.made) >= context):
+            reason = inference_pb2.FINISH_REASON_LENGTH
+        if reason:
+            rest, stopped = self.stops.push(self.text.flush())
+            piece += rest
+            if stopped:
+                return piece, inference_pb2.FINISH_REASON_STOP
+            piece += self.stops.flush()
+        return piece, reason
+
+
+@dataclass(slots=True, eq=False)
+class Scoring(Row):
+    """Tells how likely its tokens are."""
+
+    counted: Sequence[bool] = ()
+    """Whether each token counts."""
+    alternatives: int = 0
+    decode: Decode = lambda ids: ""
+    found: list[inference_pb2.TokenLogProbability] = field(default_factory=list)
+
+    @property
+    def unread(self) -> int:
+        """Every token but the last foretells another, so the last is not read."""
+        return len(self.prompt) - 1 - (self.place.length if self.place is not None else 0)
+
+    def longest(self, context: int) -> int:
+        """Tokens that it holds keys and values of."""
+        return min(len(self.prompt) - 1, context)
+
+    def piece(self, tokens: int) -> Piece:
+        """Its next tokens, at most so many; logits of every one."""
+        at = self.place.length
+        some = self.prompt[at : min(at + tokens, at + _SCORED_AT_ONCE, len(self.prompt) - 1)]
+        return Piece(self.place, some, self.adapter, len(some))
+
+    def take(self, logits: torch.Tensor) -> None:
+        """Logits of the tokens of the newest piece."""
+        at = len(self.found) + 1
+        tokens = self.prompt[at : at + len(logits)]
+        self.found += sampling.told(logits, tokens, self.alternatives, lambda i: self.decode((i,)))
+
+    def report(self) -> Report:
+        """Everything, once it is read."""
+        scored = engine_pb2.EngineScored()
+        for number, token in enumerate(self.prompt):
+            one = scored.tokens.add(id=token, text=self.decode((token,)), is_scored=self.counted[number])
+            if number:
+                one.log_probability = self.found[number - 1].log_probability
+                one.alternatives.extend(self.found[number - 1].alternatives)
+        return Report(call=self.call, scored=scored)

@@ -1,0 +1,78 @@
+"""A base's weights in the precision that was chosen, from the sealed model or from what was kept of a load before.
+
+Law of this room: both ways give the same numbers.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qlorad.v1 import inference_pb2
+from services.common.worker.bfloat import has_bf16
+from services.common.worker.load import load_base, load_kept
+from services.inference.worker import packed, reordered
+from services.inference.worker.prepared import Prepared
+
+_FILE = "weights.safetensors"
+_BITS = {inference_pb2.PRECISION_INT8: 8, inference_pb2.PRECISION_INT4: 4}
+_PLAIN = {inference_pb2.PRECISION_BF16: "bf16", inference_pb2.PRECISION_FP32: "fp32"}
+
+
+def bring(
+    payload: pathlib.Path, precision: inference_pb2.Precision.ValueType, device: str, kept: Prepared
+) -> tuple[Any, bool]:
+    """The model, in eval mode, and whether its quantised weights were kept from before."""
+    if precision in _PLAIN:
+        model = load_base(payload, "none", True, _PLAIN[precision], device)
+        if reordered.pays(model) and has_bf16(device):
+            reordered.reorder(model)
+        return model, False
+    there = kept.find()
+    if there is not None:
+        try:
+            read = _unpacked(payload, there, _BITS[precision]) if precision in _BITS else load_kept(there, device)
+            return read, True
+        except (ValueError, RuntimeError, AttributeError) as error:
+            kept.drop(error)
+    if precision in _BITS:
+        model = load_base(payload, "none", True, "bf16", device)
+        packed.pack(model, _BITS[precision])
+        kept.keep(lambda folder: save_file(_tensors(model), folder / _FILE))
+    else:
+        model = load_base(payload, "nf4", True, "bf16", device)
+        kept.keep(lambda folder: model.save_pretrained(folder))
+    return model, False
+
+
+def _tensors(model: Any) -> dict[str, torch.Tensor]:
+    """Every tensor that the model's code does not make by itself; what is shared, once."""
+    seen: dict[int, str] = {}
+    found = {}
+    for name, tensor in model.state_dict().items():
+        if seen.setdefault(tensor.data_ptr(), name) == name:
+            found[name] = tensor.contiguous()
+    return found
+
+
+def _unpacked(payload: pathlib.Path, kept: pathlib.Path, bits: int) -> Any:
+    """The model around kept weights; none of its plain ones is ever read."""
+    from accelerate import init_empty_weights
+
+    config = AutoConfig.from_pretrained(payload, local_files_only=True, trust_remote_code=False)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    packed.pack(model, bits, empty=True)
+    found = model.load_state_dict(load_file(kept / _FILE), strict=False, assign=True)
+    model.tie_weights()
+    # What is shared was kept once, by the first of its names.
+    own = {id(model.get_input_embeddings().weight)} if getattr(config, "tie_word_embeddings", False) else set()
+    missing = [name for name in found.missing_keys if id(model.get_parameter(name)) not in own]
+    if missing or found.unexpected_keys:
+        raise ValueError(f"kept weights do not fit: {[*missing, *found.unexpected_keys][0]}")
+    model.requires_grad_(False)
+    return model.eval()

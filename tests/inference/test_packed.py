@@ -1,0 +1,74 @@
+"""Weights of 8 and 4 bits: how near they are, and that rows stay their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from services.inference.worker import linears, packed
+from tests.inference import rows_kit as kit
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize(("kind", "near"), [(packed.Int8, 0.02), (packed.Int4, 0.12)])
+def test_products_are_near_those_of_plain_weights(kind: Any, near: float) -> None:
+    with torch.no_grad():
+        torch.manual_seed(0)
+        plain = nn.Linear(128, 192, bias=True)
+        small = kind(plain.weight.data, plain.bias)
+        x = torch.randn(9, 128)
+        wanted = plain(x)
+        assert float((small(x) - wanted).norm() / wanted.norm()) < near
+        assert float((small.dequantized - plain.weight).norm() / plain.weight.norm()) < near
+        torch.testing.assert_close(small(x[None])[0], small(x))
+        held = sum(b.nbytes for b in small.buffers())
+        assert held < plain.weight.nbytes / (3.5 if kind is packed.Int8 else 6)
+
+
+@pytest.mark.parametrize("kind", [packed.Int8, packed.Int4])
+def test_a_row_is_not_changed_by_its_neighbours(kind: Any) -> None:
+    with torch.no_grad():
+        torch.manual_seed(0)
+        small = kind(torch.randn(64, 128), None)
+        x = torch.randn(5, 128)
+        x[3] *= 1000
+        torch.testing.assert_close(small(x)[0], small(x[:1])[0], rtol=1e-3, atol=1e-3)
+
+
+def test_joined_modules_are_the_modules_side_by_side() -> None:
+    with torch.no_grad():
+        torch.manual_seed(0)
+        parts = [packed.Int8(torch.randn(n, 128), torch.randn(n)) for n in (64, 32, 32)]
+        x = torch.randn(7, 128)
+        wanted = torch.cat([part(x) for part in parts], -1)
+        torch.testing.assert_close(linears.of(parts)(x), wanted)
+        torch.testing.assert_close(torch.cat([part(x) for part in parts], -1), wanted)
+        assert parts[1].quantized.untyped_storage().data_ptr() == parts[0].quantized.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("family", ["Llama", "Phi", "GPTNeoX"])
+def test_a_packed_model_answers_with_its_adapters(family: str, bits: int) -> None:
+    """Near the plain model in likelihood, and an adapter beside it counts as it should."""
+    with torch.no_grad():
+        adapters = {"ada": kit.with_adapter(family, 1)}
+        model = kit.tiny(family)
+        plain = {"": model, "ada": adapters["ada"]}
+        prompt = kit.prompt_of(2, 60)
+        sure = {name: torch.log_softmax(m(input_ids=torch.tensor([prompt])).logits[0], -1) for name, m in plain.items()}
+        small = kit.tiny(family)
+        packed.pack(small, bits)
+        assert any(isinstance(m, packed.Int4 if bits == 4 else packed.Int8) for m in small.modules())
+        made = kit.engine(small, adapters)
+        calls = {name: made.score(prompt, name) for name in plain}
+        made.run()
+        for name, call in calls.items():
+            (scored,) = made.said(call, "scored")
+            own = torch.tensor([t.log_probability for t in scored.tokens[1:]])
+            wanted = sure[name][torch.arange(59), torch.tensor(prompt[1:])]
+            other = sure["ada" if name == "" else ""][torch.arange(59), torch.tensor(prompt[1:])]
+            assert float((own - wanted).abs().mean()) < 0.5 * float((own - other).abs().mean())
