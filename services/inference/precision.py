@@ -55,7 +55,7 @@ def choose(asked: Precision, model: ModelFacts, place: Place) -> tuple[Precision
     """
     if asked != inference_pb2.PRECISION_UNSPECIFIED:
         return asked, "asked for"
-    told = []
+    told: list[str] = []
     for precision in _order(place):
         needed = int(bytes_of(precision, model) * _HEADROOM)
         name = inference_pb2.Precision.Name(precision).removeprefix("PRECISION_").lower()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import pathlib
+import random
 import signal
 from contextlib import AsyncExitStack
 
@@ -168,6 +169,22 @@ async def test_adapters_come_on_demand_once_and_make_room(house: House) -> None:
         assert await core.ask("adapters/large")
         assert list(await core.states()) == ["adapters/large"]
         assert sum(i.bytes for i in core.r.roster.table.items()) == 400
+
+
+async def test_many_users_of_many_adapters_wait_their_turn_where_half_has_room(house: House) -> None:
+    names = [f"a{n}" for n in range(24)]
+    digests = {name: house.adapter(name, "one") for name in names}
+    async with house.live(adapter_bytes=12 * 200) as core:
+        await core.r.load_model("models/one", ANY, False)
+
+        async def user(number: int) -> None:
+            draw = random.Random(number)
+            for name in draw.choices(names, [1 / (n + 1) for n in range(24)], k=4):
+                assert await core.ask(f"adapters/{name}") == (house.bases["one"], digests[name])
+
+        await asyncio.gather(*(user(n) for n in range(32)))
+        assert core.count("evictions", kind="adapter") > 0
+        assert sum(i.bytes for i in core.r.roster.table.items()) <= 12 * 200
 
 
 async def test_a_slow_load_stalls_nobody_and_a_refused_one_is_listed_and_tried_again(house: House) -> None:
