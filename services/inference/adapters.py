@@ -127,11 +127,15 @@ class Table:
         return [e for e in self.entries.values() if e.base_digest == base_digest]
 
     def items(self) -> list[Item]:
-        """What takes memory, as the budget sees it."""
+        """What takes memory, as the budget sees it.
+
+        One that leaves and that nobody uses any more counts no longer: its bytes are
+        spoken for by whom it leaves for, who waits until they are free.
+        """
         return [
             Item(e.digest, e.name, e.memory_bytes, e.used_tick, e.pinned, e.busy())
             for e in self.entries.values()
-            if e.state not in (ABSENT, REJECTED)
+            if e.state not in (ABSENT, REJECTED) and (e.state != DRAINING or e.holds)
         ]
 
     def listed(self, default_digest: str) -> list[inference_pb2.LoadedAdapter]:

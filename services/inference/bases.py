@@ -172,7 +172,7 @@ class Bases:
         if wanted is not None:
             name, precision, pin = name or wanted.model, precision or wanted.precision, pin or wanted.pinned
         async with self._room:
-            chosen = fit(name, precision, told, self._items(), *self._limit())
+            chosen = fit(name, precision, told, self._lease.device, self._items(), *self._limit())
             await self._send_away(chosen.leave)
             awake = await self._start(name, sealed, told, chosen, pin, begun)
             self.awake[digest] = awake

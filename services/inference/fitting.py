@@ -30,21 +30,21 @@ def fit(
     name: str,
     asked: inference_pb2.Precision.ValueType,
     model: ModelFacts,
+    device: str,
     items: Sequence[budget.Item],
     limit: int,
     setting: str,
 ) -> Fit:
-    """The precision asked for; else bfloat16 if there is room for it, else NF4. TOO_LARGE names what is in the way."""
-    bf16, nf4 = inference_pb2.PRECISION_BF16, inference_pb2.PRECISION_NF4
-    need = precision.bytes_of(asked or bf16, model)
-    verdict = budget.decide(items, need, limit)
+    """The precision asked for; else the most exact that there is room for. TOO_LARGE names what is in the way."""
+    first = precision.bytes_of(asked or inference_pb2.PRECISION_BF16, model)
+    verdict = budget.decide(items, first, limit)
     if verdict.fits:
-        return Fit(asked, "", need, verdict.leave)
-    if not asked:
-        smaller = precision.bytes_of(nf4, model)
-        verdict = budget.decide(items, smaller, limit)
+        return Fit(asked, "", first, verdict.leave)
+    need = first
+    for other in precision.smaller(device) if not asked else ():
+        need = precision.bytes_of(other, model)
+        verdict = budget.decide(items, need, limit)
         if verdict.fits:
-            why = f"bfloat16 takes {need} bytes, more than {setting} leaves"
-            return Fit(nf4, why, smaller, verdict.leave)
-        need = smaller
+            held = inference_pb2.Precision.Name(other).removeprefix("PRECISION_").lower()
+            return Fit(other, f"{held}: bf16 takes {first} bytes, more than {setting} leaves", need, verdict.leave)
     raise budget.too_large(name, need, limit, setting, verdict)

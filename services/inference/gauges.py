@@ -60,6 +60,10 @@ def gauges(residency: Residency) -> telemetry.Live:
         "qlorad_inference_batch_rows", "Rows in the batches of all engines.", (),
         one(lambda: sum(a.engine.gauges.rows for a in awake())),
     )  # fmt: skip
+    live.add(
+        "qlorad_inference_batch_waiting", "Requests that wait in the engines for a row.", (),
+        one(lambda: sum(a.engine.gauges.waiting for a in awake())),
+    )  # fmt: skip
     return live
 
 

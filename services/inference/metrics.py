@@ -85,7 +85,8 @@ class Metrics:
 
     def step(self, before: engine_pb2.EngineGauges, gauges: engine_pb2.EngineGauges) -> None:
         """Counts one step of an engine; what it counts since its start is told as what came on top."""
-        if gauges.step_tokens:
+        # Without a step in between, the last one is told again.
+        if gauges.step_tokens and gauges.step_seconds != before.step_seconds:
             self.step_seconds.observe(gauges.step_seconds)
             self.step_tokens.inc(gauges.step_tokens)
         self.prefix_hits.inc(max(0, gauges.prefix_hit_tokens - before.prefix_hit_tokens))

@@ -29,6 +29,7 @@ class Scripted:
     def __init__(self, line: frames.Line) -> None:
         self.line = line
         self.width = 2
+        self.steps = 0
         self.base = ""
         self.adapters: dict[str, int] = {}
         self.rows: dict[int, engine_pb2.EngineSubmit] = {}
@@ -36,7 +37,12 @@ class Scripted:
         self.later: list[Order] = []
 
     def send(self, *reports: Report) -> None:
-        gauges = engine_pb2.EngineGauges(rows=len(self.rows), on_device=sorted(self.adapters), step_tokens=1)
+        self.steps += any(report.HasField("tokens") for report in reports)
+        gauges = engine_pb2.EngineGauges(
+            rows=len(self.rows), on_device=sorted(self.adapters), step_tokens=1, step_seconds=0.002 * self.steps,
+            cache_bytes=10 * len(self.rows), prefix_bytes=7, prefix_hit_tokens=2 * self.steps,
+            prefix_miss_tokens=self.steps,
+        )  # fmt: skip
         self.line.send(engine_pb2.EngineReports(reports=reports, gauges=gauges).SerializeToString())
 
     def run(self) -> None:

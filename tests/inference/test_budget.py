@@ -79,16 +79,21 @@ def test_a_refusal_names_who_is_in_the_way_and_whether_waiting_helps() -> None:
 
 
 FACTS = ModelFacts("X", "x", 1_000, 600, 512, 100, ("q_proj",), "sha256:t", "sha256:c", True, "2026-01-01", (1,))
-NONE, NF4, BF16 = inference_pb2.PRECISION_UNSPECIFIED, inference_pb2.PRECISION_NF4, inference_pb2.PRECISION_BF16
+NONE, BF16 = inference_pb2.PRECISION_UNSPECIFIED, inference_pb2.PRECISION_BF16
+PINNED = [Item("a", "models/a", 1_000, 1.0, pinned=True)]
 
 
 def test_a_base_that_may_be_held_in_any_way_takes_the_smaller_one_where_the_larger_has_no_room() -> None:
-    pinned = [Item("a", "models/a", 1_000, 1.0, pinned=True)]
-    wide = fit("models/m", NONE, FACTS, pinned, 3_000, "memory_bytes")
-    assert (wide.precision, wide.why, wide.need) == (NONE, "", 2_000), "the engine may choose"
-    narrow = fit("models/m", NONE, FACTS, pinned, 2_900, "memory_bytes")
-    assert (narrow.precision, narrow.need) == (NF4, 600) and "memory_bytes" in narrow.why
-    for asked, limit in ((BF16, 2_900), (NONE, 1_500)):
+    def held(device: str, limit: int) -> tuple[str, int]:
+        found = fit("models/m", NONE, FACTS, device, PINNED, limit, "memory_bytes")
+        assert bool(found.why) == bool(found.precision) and ("memory_bytes" in found.why or not found.why)
+        return inference_pb2.Precision.Name(found.precision).removeprefix("PRECISION_"), found.need
+
+    assert held("cpu", 3_000) == ("UNSPECIFIED", 2_000), "the engine may choose"
+    assert held("cpu", 2_999) == ("INT8", 1_000)
+    assert held("cpu", 1_999) == ("INT4", 625)
+    assert held("cuda:0", 2_999) == ("NF4", 600)
+    for asked, limit in ((BF16, 2_999), (NONE, 1_500)):
         with pytest.raises(Fault) as caught:
-            fit("models/m", asked, FACTS, pinned, limit, "memory_bytes")
+            fit("models/m", asked, FACTS, "cpu", PINNED, limit, "memory_bytes")
         assert "models/a (1000 bytes; pinned)" in caught.value.message

@@ -137,12 +137,11 @@ def test_what_was_asked_for_is_held() -> None:
     assert precision.choose(inference_pb2.PRECISION_FP32, MODEL, place) == (inference_pb2.PRECISION_FP32, "asked for")
     sizes = [precision.bytes_of(p, MODEL) for p in inference_pb2.Precision.values()[1:]]
     assert sizes == [600_000, 2_000_000, 4_000_000, 1_000_000, 625_000]
-
-
-def test_what_an_adapter_takes_is_known_before() -> None:
+    assert precision.smaller("cpu") == (inference_pb2.PRECISION_INT8, inference_pb2.PRECISION_INT4)
+    assert precision.smaller("cuda:1") == (inference_pb2.PRECISION_NF4,)
     told = AdapterFacts(4, 8.0, ("q_proj",), 1_000, ())
     assert precision.adapter_bytes(told, inference_pb2.PRECISION_FP32) == 4_000
-    assert precision.adapter_bytes(told, inference_pb2.PRECISION_NF4) == 2_000
+    assert precision.adapter_bytes(told, inference_pb2.PRECISION_INT4) == 2_000
 
 
 def test_a_fault_survives_the_way_from_the_engine() -> None:

@@ -187,12 +187,15 @@ def test_a_draining_daemon_lets_answers_finish(serving_home: pathlib.Path, house
     daemon, stub = kit.start(house)
     kit.load(stub)
     engine = kit.engine_of(daemon)
+    watch = stub.WatchAdapters(inference_pb2.WatchAdaptersRequest(), timeout=60)
+    assert next(watch).snapshot_end
     stream = stub.Generate(long_request(tokens=300), timeout=60)
     assert next(stream).HasField("started")
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         ending = pool.submit(daemon.stop)
         assert kit.read_rest(stream).completion_tokens == 300
         assert ending.result() == 0
+    assert list(watch) == [], "a watch ends well"
     assert not engine.is_running()
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import pathlib
+import random
 import signal
 from contextlib import AsyncExitStack
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from qlorad.v1 import errors_pb2, inference_pb2
 from services.common import devices
 from services.inference import wanted
+from services.inference.gauges import gauges
 from tests.inference.core import ANY, BF16, FP32, House, refused, until
 
 
@@ -168,6 +171,22 @@ async def test_adapters_come_on_demand_once_and_make_room(house: House) -> None:
         assert sum(i.bytes for i in core.r.roster.table.items()) == 400
 
 
+async def test_many_users_of_many_adapters_wait_their_turn_where_half_has_room(house: House) -> None:
+    names = [f"a{n}" for n in range(24)]
+    digests = {name: house.adapter(name, "one") for name in names}
+    async with house.live(adapter_bytes=12 * 200) as core:
+        await core.r.load_model("models/one", ANY, False)
+
+        async def user(number: int) -> None:
+            draw = random.Random(number)
+            for name in draw.choices(names, [1 / (n + 1) for n in range(24)], k=4):
+                assert await core.ask(f"adapters/{name}") == (house.bases["one"], digests[name])
+
+        await asyncio.gather(*(user(n) for n in range(32)))
+        assert core.count("evictions", kind="adapter") > 0
+        assert sum(i.bytes for i in core.r.roster.table.items()) <= 12 * 200
+
+
 async def test_a_slow_load_stalls_nobody_and_a_refused_one_is_listed_and_tried_again(house: House) -> None:
     gate = house.shelf.root / "adapters" / house.adapter("slow", "one")[7:] / "gate"
     gate.touch()
@@ -300,3 +319,31 @@ async def test_the_tiers_that_an_engine_tells_are_listed(house: House) -> None:
         core.r.roster.on_device(house.bases["one"], [])
         assert (await core.states())["adapters/ada"].state == inference_pb2.ADAPTER_STATE_HOST
         assert await core.r.unload_adapter("adapters/ada") == 200
+
+
+async def test_what_engines_tell_of_themselves_is_counted_over_their_lives(house: House) -> None:
+    async with house.live() as core:
+        live = CollectorRegistry()
+        live.register(gauges(core.r))
+
+        def read(name: str, **labels: str) -> float:
+            return live.get_sample_value(f"qlorad_inference_{name}", labels) or 0.0
+
+        await core.r.load_model("models/one", ANY, False)
+        await core.r.load_model("models/two", ANY, False)
+        await core.r.load_adapter("adapters/ada", False)
+        long = await core.begin("adapters/ada")
+        assert (read("models_resident"), read("batch_rows"), read("batch_waiting")) == (2, 1, 0)
+        assert (read("requests_running"), read("requests_waiting")) == (1, 0)
+        told = {kind: read("memory_bytes", kind=kind) for kind in ("weights", "adapters", "cache", "prefix")}
+        assert told == {"weights": 4_000, "adapters": 200, "cache": 10, "prefix": 14}
+        assert (read("adapters", state="device"), read("adapters", state="rejected")) == (1, 0)
+        await long.end()
+        hits, misses = core.count("prefix_hit_tokens"), core.count("prefix_miss_tokens")
+        steps = core.registry.get_sample_value("qlorad_inference_step_seconds_count")
+        assert hits == 2 * misses > 0 and steps == misses == core.count("step_tokens") == 3
+        await core.r.unload_model("models/one")
+        await core.ask("adapters/ada")
+        assert core.count("prefix_hit_tokens") > hits, "a fresh engine counts from 0; the daemon goes on"
+        assert core.count("prefix_hit_tokens") == 2 * core.count("prefix_miss_tokens")
+        assert core.registry.get_sample_value("qlorad_inference_load_seconds_count", {"kind": "base"}) == 3

@@ -93,10 +93,13 @@ async def test_a_watcher_hears_everything_first_and_then_the_newest_of_each() ->
         both = arrived(table, "sha256:bob")
         watching.changed(table, both, "", "")
         watching.changed(both, both, "", "sha256:ada")
+        pinned = both.pinned("sha256:bob")
+        watching.changed(both, pinned, "sha256:ada", "sha256:ada")
         seen = [await anext(said) for _ in range(2)]
         assert [(m.sequence, m.adapter.adapter, m.adapter.state, m.adapter.is_default) for m in seen] == [
-            (2, "adapters/bob", HOST, False), (3, "adapters/ada", HOST, True),
-        ]  # fmt: skip
+            (2, "adapters/ada", HOST, True), (3, "adapters/bob", HOST, False),
+        ], "each once, in the order of the newest changes"  # fmt: skip
+        assert seen[1].adapter.pinned
         busy = both.asked("sha256:bob", "adapters/bob", "sha256:b")
         busy = busy.granted("sha256:bob", Moment(2, 2)).gave_up("sha256:bob")
         watching.changed(both, busy, "sha256:ada", "sha256:ada")

@@ -144,7 +144,7 @@ class Adapters(RuleBasedStateMachine):
 
     @invariant()
     def bytes_are_within_the_budget(self) -> None:
-        assert sum(e.memory_bytes for e in self.table.entries.values()) <= LIMIT
+        assert sum(item.bytes for item in self.table.items()) <= LIMIT
 
     @invariant()
     def nothing_lingers_and_only_the_refused_have_a_reason(self) -> None:
