@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from qlorad import aio
 from qlorad._messages import Answer
 from qlorad.cli import batch, comparing
 from qlorad.cli.conversation import Conversation
@@ -79,6 +80,23 @@ def test_a_file_is_answered_as_a_batch_in_its_order(cli: Cli, tmp_path: pathlib.
         (("score", "x", "--system", "y"), "--system"),
     ):
         assert cli.json(*words, code=2)["error"]["violations"][0]["field"] == option, "no word is without effect"
+
+
+async def test_several_by_asyncio(cli: Cli) -> None:
+    async with aio.connect(home=cli.home) as client:
+        items = ["import", {"messages": [{"role": "user", "content": "x"}], "adapter": "base", "options": {"seed": 3}}]
+        told = client.inference.generate_batch([*items, {"prompt": "x", "model": "no-such"}])
+        raw, talk, failed = await client.inference.answers(told, 3)
+        assert raw.text and talk.started.seed == 3 and not talk.started.adapter_digest and raw.failed is None
+        assert failed.failed is not None and "no-such" in failed.failed.message
+        beside = client.inference.compare("import", ["base", "sample"], raw=True, max_tokens=2, log_probabilities=1)
+        both = await client.inference.answers(beside, 2)
+        assert [len(a.log_probabilities) for a in both] == [len(a.ids) for a in both]
+        cut = [t.id for t in await client.inference.tokenize("def f():")]
+        shown = await client.inference.render("hello", adapter="base")
+        assert cut and "hello" in shown.text and len(shown.tokens) > 1
+        with pytest.raises(InvalidArgument, match="max_token"):
+            await client.inference.answer(client.inference.generate("x", max_token=3))  # type: ignore[call-arg]
 
 
 def test_likelihoods_are_told_side_by_side(cli: Cli) -> None:
