@@ -22,7 +22,6 @@ from services.common.shelf import Shelf
 from services.common.store import Store
 from services.inference import wanted
 from services.inference.answering import Answering
-from services.inference.bases import Place
 from services.inference.changes import Changes
 from services.inference.gauges import gauges
 from services.inference.leases import SharedLease
@@ -30,6 +29,7 @@ from services.inference.metrics import Metrics
 from services.inference.recovery import SERVICE
 from services.inference.residency import Residency
 from services.inference.servicer import InferenceServicer
+from services.inference.starting import Place
 
 PORTS = (50054, 9104)
 _DEVICES = ("cpu", "cuda", "mps")

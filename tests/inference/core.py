@@ -24,12 +24,12 @@ from services.common.shelf import Shelf
 from services.common.store import Store
 from services.inference import wanted
 from services.inference.answering import Answering
-from services.inference.bases import Place
 from services.inference.leases import SharedLease
 from services.inference.messages import generate_ask
 from services.inference.metrics import Metrics
 from services.inference.recovery import SERVICE
 from services.inference.residency import Residency
+from services.inference.starting import Place
 
 BF16, FP32 = inference_pb2.PRECISION_BF16, inference_pb2.PRECISION_FP32
 ANY = inference_pb2.PRECISION_UNSPECIFIED
