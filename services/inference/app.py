@@ -27,7 +27,6 @@ from services.common.store import Store
 from services.inference import limits, preset, preset_book, wanted
 from services.inference.admission import Admission
 from services.inference.answering import Answering
-from services.inference.bases import Place
 from services.inference.changes import Changes
 from services.inference.gauges import gauges
 from services.inference.generation_cache import GenerationCache
@@ -41,6 +40,7 @@ from services.inference.reach import Reach
 from services.inference.recovery import SERVICE
 from services.inference.residency import Residency
 from services.inference.servicer import InferenceServicer
+from services.inference.starting import Place
 
 PORTS = (50054, 9104)
 _DEVICES = ("cpu", "cuda", "mps")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import collections
 import logging
-import pathlib
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -24,37 +23,22 @@ from services.common.errors import Fault, rejected, worker_lost
 from services.common.facts import ModelFacts
 from services.common.frames.v1 import engine_pb2
 from services.common.server import Health
-from services.common.shelf import Sealed, Shelf
+from services.common.shelf import Shelf
 from services.inference import budget
 from services.inference.adapters import Moment
 from services.inference.choosing import no_model
-from services.inference.engine import WORKER, EngineProcess
-from services.inference.fitting import Fit, fit
+from services.inference.fitting import fit
 from services.inference.leases import SharedLease
 from services.inference.life import Awake
 from services.inference.metrics import Metrics
 from services.inference.pins import Pins
 from services.inference.recovery import Recovery
+from services.inference.starting import Hooks, Place, Starter
 from services.inference.wanted import Memory
 
 log = logging.getLogger("qlorad.inference")
 
 Precision: TypeAlias = inference_pb2.Precision.ValueType
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where engines run and how much they take on."""
-
-    order: engine_pb2.EngineLoad
-    """What every engine is told: device, rows, bytes."""
-    memory_bytes: int
-    """Bound of all weights; 0 = what the device has free."""
-    free_bytes: Callable[[], int]
-    """What the device has free; 0 = not known here, so that only loading tells."""
-    log: pathlib.Path
-    module: str = WORKER
-    """The engine; another one must speak its frames."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +67,8 @@ class Bases:
     ) -> None:  # fmt: skip
         self._shelf = shelf
         self._place = place
+        hooks = Hooks(self._settle, self._on_lost, self._on_gauges)
+        self._starter = Starter(place, lease, pins, hooks)
         self._lease = lease
         self._pins = pins
         self._memory = memory
@@ -174,7 +160,7 @@ class Bases:
         async with self._room:
             chosen = fit(name, precision, told, self._lease.device, self._items(), *self._limit())
             await self._send_away(chosen.leave)
-            awake = await self._start(name, sealed, told, chosen, pin, begun)
+            awake = await self._starter.start(name, sealed, told, chosen, pin, begun)
             self.awake[digest] = awake
         self._metrics.loads.labels("base", "loaded").inc()
         self._metrics.load_seconds.labels("base").observe(awake.model.load_seconds)
@@ -183,52 +169,6 @@ class Bases:
         held = inference_pb2.Precision.Name(awake.model.precision)
         log.info("%s is loaded on %s as %s", name, self._lease.device, held)
         return awake
-
-    async def _start(self, name: str, sealed: Sealed, told: ModelFacts, chosen: Fit, pin: bool, begun: float) -> Awake:
-        """An engine under the shared lease; on any failure it is gone again."""
-        digest = sealed.digest
-        order = engine_pb2.EngineLoad()
-        order.CopyFrom(self._place.order)
-        order.name, order.payload, order.precision = name, str(sealed.payload), chosen.precision
-        order.manifest.CopyFrom(sealed.manifest)
-        deaths: list[Fault] = []
-
-        def on_lost(fault: Fault) -> None:
-            deaths.append(fault)
-            self._on_lost(digest, fault)
-
-        lease = await self._lease.take(digest, name, chosen.need)
-        try:
-            engine = await EngineProcess.start(
-                order, lease, self._place.log, on_lost, self._gauges(digest), self._place.module
-            )
-            try:
-                await self._settle(name, engine.loaded.memory_bytes)
-                await self._pins.take(digest)
-                if deaths:
-                    raise deaths[0]
-            except BaseException:
-                await engine.close()
-                self._pins.let_go([digest])
-                raise
-        except BaseException:
-            self._lease.give(digest)
-            raise
-        self._lease.tell(digest, name, engine.loaded.memory_bytes)
-        model = inference_pb2.LoadedModel(
-            model=name,
-            digest=digest,
-            precision=engine.loaded.precision,
-            device=order.device,
-            memory_bytes=engine.loaded.memory_bytes,
-            load_seconds=time.monotonic() - begun,
-            context_tokens=engine.loaded.context_tokens,
-            precision_reason=chosen.why or engine.loaded.reason,
-            pinned=pin,
-            from_prepared=engine.loaded.from_prepared,
-        )
-        tick = time.monotonic()
-        return Awake(sealed, told, engine, model, Moment(tick, 0.0), tick)
 
     async def _settle(self, name: str, memory_bytes: int) -> None:
         """What it really takes may be more than was guessed."""
@@ -310,13 +250,10 @@ class Bases:
 
     # what engines tell
 
-    def _gauges(self, digest: str) -> Callable[[engine_pb2.EngineGauges, engine_pb2.EngineGauges], None]:
-        def told(before: engine_pb2.EngineGauges, gauges: engine_pb2.EngineGauges) -> None:
-            self._metrics.step(before, gauges)
-            if list(before.on_device) != list(gauges.on_device):
-                self._comers.on_device(digest, gauges.on_device)
-
-        return told
+    def _on_gauges(self, digest: str, before: engine_pb2.EngineGauges, gauges: engine_pb2.EngineGauges) -> None:
+        self._metrics.step(before, gauges)
+        if list(before.on_device) != list(gauges.on_device):
+            self._comers.on_device(digest, gauges.on_device)
 
     def _on_lost(self, digest: str, fault: Fault) -> None:
         log.error("%s", fault)

@@ -19,7 +19,7 @@ from services.common.errors import Fault, wrong_state
 from services.common.server import Health
 from services.common.shelf import Shelf
 from services.inference.adapters import Table
-from services.inference.bases import Bases, Comers, Place, now
+from services.inference.bases import Bases, Comers, now
 from services.inference.choosing import check_precision, choose_base, no_model, not_loaded, only_one
 from services.inference.engine import Engine
 from services.inference.leases import SharedLease
@@ -28,6 +28,7 @@ from services.inference.messages import BASE
 from services.inference.metrics import Metrics
 from services.inference.pins import Pins
 from services.inference.roster import Roster
+from services.inference.starting import Place
 from services.inference.wanted import Default, Memory
 from services.inference.watching import Watching
 

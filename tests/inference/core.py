@@ -25,7 +25,6 @@ from services.common.store import Store
 from services.inference import wanted
 from services.inference.admission import Admission
 from services.inference.answering import Answering
-from services.inference.bases import Place
 from services.inference.generation_cache import GenerationCache
 from services.inference.leases import SharedLease
 from services.inference.limits import Limits, Meter
@@ -35,6 +34,7 @@ from services.inference.places import Places
 from services.inference.reach import Reach
 from services.inference.recovery import SERVICE
 from services.inference.residency import Residency
+from services.inference.starting import Place
 
 BF16, FP32 = inference_pb2.PRECISION_BF16, inference_pb2.PRECISION_FP32
 ANY = inference_pb2.PRECISION_UNSPECIFIED

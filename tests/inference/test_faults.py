@@ -204,11 +204,11 @@ def test_bases_take_turns_under_a_budget_and_are_remembered_over_kill_9(
     serving_home: pathlib.Path, house_factory: Houses, oracle: dict
 ) -> None:
     house = house_factory(serving_home)
-    flags = ("--memory-bytes", "4000000", "--adapter-bytes", "1000000", "--idle-unload-seconds", "0")
+    flags = ("--memory-bytes", "3000000", "--adapter-bytes", "1000000", "--idle-unload-seconds", "0")
     daemon, stub = kit.start(house, *flags)
     kit.load(stub, "ada")
     (first,) = kit.models(stub).values()
-    assert 2_000_000 < first.memory_bytes < 4_000_000, "two do not fit"
+    assert 2_000_000 < first.memory_bytes < 3_000_000, "two do not fit, also if one is half as large"
     eve, ada = oracle["eve"][0], oracle["ada"][0]
     for name, expected in (("eve", eve), ("ada", ada), ("eve", eve)):
         answer = kit.generate(stub, expected["prompt"], f"adapters/{name}", max_tokens=5)

@@ -197,6 +197,7 @@ def cycles(house: House, count: int) -> None:
     assert kit.metric(daemon, "qlorad_inference_memory_bytes", 'kind="adapters"') == 0
     for name, points in seen.items():
         slope = statistics.linear_regression(*zip(*points, strict=True)).slope
+        print([round(rss / 2**20, 2) for _, rss in points[:: max(1, len(points) // 12)]])
         grown = slope * (points[-1][0] - points[0][0])
         held = points[0][1]
         print(f"{name}: {held / 2**20:.1f} MiB, {slope:.1f} bytes a cycle, {grown / 2**20:+.2f} MiB in all")
