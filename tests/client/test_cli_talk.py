@@ -148,6 +148,19 @@ def test_compare_says_who_failed_and_ends_with_one(cli: Cli) -> None:
     assert plain.index("=== base") < plain.index("tok/s") < plain.index("=== sample")
 
 
+def test_the_base_and_two_adapters_stand_side_by_side(cli: Cli) -> None:
+    cli.json("adapter", "alias", "twin", "sample")
+    try:
+        voices = ("--adapter", "sample", "--adapter", "twin")
+        seen = cli.on_terminal("compare", "add numbers", *voices, "--max-tokens", "12")
+        assert any(all(w in line for w in ("base", "sample", "twin")) for line in seen.splitlines())
+        told = cli.json("compare", "add numbers", *voices, "--max-tokens", "12")["answers"]
+        assert [t["adapter"] for t in told] == ["base", "sample", "twin"]
+        assert told[1]["ids"] == told[2]["ids"] != told[0]["ids"]
+    finally:
+        cli.json("adapter", "delete", "twin")
+
+
 def test_what_comes_interleaved_is_told_in_turn(capsys: pytest.CaptureFixture[str]) -> None:
     start, end = pb.Started(), pb.Finish(reason=pb.FINISH_REASON_END)
     fail = pb.Failure(reason=errors_pb2.REASON_CORRUPT, message="torn")
