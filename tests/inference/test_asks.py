@@ -170,7 +170,7 @@ CHECKS: dict[type, Callable[[Any], object]] = {
 
 @pytest.mark.parametrize("kind", CHECKS, ids=lambda k: k.__name__)
 @given(st.data())
-@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 def test_no_request_however_odd_does_worse_than_a_refusal(kind: type, data: st.DataObject) -> None:
     request = data.draw(anything(kind.DESCRIPTOR))
     before = request.SerializeToString(deterministic=True)
