@@ -59,6 +59,8 @@ class AdapterFacts:
     """Whether the update is scaled by alpha / sqrt(rank)."""
     dora: bool = False
     """Whether each output's magnitude is learnt apart from its direction."""
+    generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """How it is served where a request says nothing: qlorad.v1.GenerationOptions, as common/generation keeps them."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -15,16 +15,18 @@ import hmac
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from qlorad.v1 import errors_pb2
-from services.common import telemetry
-from services.common.errors import Fault, disk_full, show, to_status
+from services.common import caller, telemetry
+from services.common.errors import Fault, Violation, disk_full, invalid, show, to_status
 
 log = logging.getLogger("qlorad.rpc")
 
@@ -55,6 +57,10 @@ class Tokens:
         if not hashes:
             raise ValueError("holds no token; accepted: lines '<sha256 of the token in hex> <name>'")
         return cls(hashes)
+
+    def names(self) -> list[str]:
+        """Whose tokens they are."""
+        return sorted(set(self._hashes.values()))
 
     def name_of(self, token: str) -> str | None:
         """Whose token it is; compares with every hash in constant time."""
@@ -123,7 +129,7 @@ class Door(grpc.aio.ServerInterceptor):
         call = _Call(self, method, metadata, (kind, service, name))
         inner = getattr(handler, attribute)
         wrapped = call.streaming(inner) if many else call.single(inner)
-        return make(wrapped, handler.request_deserializer, handler.response_serializer)
+        return make(wrapped, _reading(handler.request_deserializer), handler.response_serializer)
 
     def admit(self, method: str, metadata: dict[str, Any]) -> str:
         """Who calls; UNAUTHENTICATED if tokens are asked for and none is right."""
@@ -204,6 +210,28 @@ class _Call:
             raise Fault(errors_pb2.REASON_UNIMPLEMENTED, f"{show(self._method)} is not served here")
 
 
+@dataclass(frozen=True, slots=True)
+class _Malformed:
+    """Bytes in the place of a message; refused inside the call, where a refusal has its form."""
+
+    size: int
+    accepted: str
+
+
+def _reading(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    """As `parse`, but what is no message is no exception: gRPC would answer that with UNKNOWN."""
+    if parse is None:
+        return None
+
+    def read(data: bytes) -> Any:
+        try:
+            return parse(data)
+        except (DecodeError, ValueError):
+            return _Malformed(len(data), "a message in the contract's encoding")
+
+    return read
+
+
 class _Passage:
     """Measures and maps what happens inside."""
 
@@ -229,6 +257,8 @@ class _Passage:
         return counted()
 
     def _count_in(self, message: Any) -> None:
+        if isinstance(message, _Malformed):
+            raise invalid([Violation("request", f"{message.size} bytes that are no such message", message.accepted)])
         self._door._received.labels(*self._call._labels).inc()
         self._door._bytes_in.labels(*self._call._labels).inc(message.ByteSize())
 
@@ -239,11 +269,12 @@ class _Passage:
     async def __aenter__(self) -> _Passage:
         self._door._started.labels(*self._call._labels).inc()
         try:
-            caller = self._door.admit(self._call._method, self._call._metadata)
+            who = self._door.admit(self._call._method, self._call._metadata)
         except Fault as fault:
             await self._end(fault)
             raise
-        self._scope.enter_context(telemetry.context(rpc=self._call._method, request_id=self._request_id, caller=caller))
+        self._scope.enter_context(telemetry.context(rpc=self._call._method, request_id=self._request_id, caller=who))
+        self._scope.enter_context(caller.calling(who))
         task = asyncio.current_task()
         if task is not None and self._call._method.startswith(STANDING_PREFIXES):
             self._door._standing.add(task)

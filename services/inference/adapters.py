@@ -1,149 +1,253 @@
-"""What is resident and who answers: the table of one base and its adapters.
+"""Adapters and where each is: the table that requests, budgets and watchers read.
 
-Law of this room: pure. Names were resolved to digests before they come here; a
-table is never changed, a new one takes its place, so a request keeps what it
-was promised.
+Law of this room: pure. A table is never changed, a new one takes its place. An
+adapter moves only along `LAW`; one that a request waits for or uses never leaves
+by itself; bytes are counted from the moment that room was made for them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TypeAlias
 
-from qlorad.v1 import artifacts_pb2, errors_pb2, inference_pb2
-from services.common.errors import Fault, rejected, wrong_state
-from services.common.facts import ModelFacts
-from services.common.names import short
+from qlorad.v1 import inference_pb2
+from services.inference.budget import Item
+
+State: TypeAlias = inference_pb2.AdapterState.ValueType
+
+ABSENT = inference_pb2.ADAPTER_STATE_ABSENT
+FETCHING = inference_pb2.ADAPTER_STATE_FETCHING
+VERIFYING = inference_pb2.ADAPTER_STATE_VERIFYING
+HOST = inference_pb2.ADAPTER_STATE_HOST
+DEVICE = inference_pb2.ADAPTER_STATE_DEVICE
+DRAINING = inference_pb2.ADAPTER_STATE_DRAINING
+REJECTED = inference_pb2.ADAPTER_STATE_REJECTED
+
+LAW: Mapping[State, frozenset[State]] = MappingProxyType({
+    ABSENT: frozenset({FETCHING}),
+    FETCHING: frozenset({VERIFYING, REJECTED, ABSENT}),
+    VERIFYING: frozenset({HOST, REJECTED, ABSENT}),
+    HOST: frozenset({DEVICE, DRAINING, ABSENT}),
+    DEVICE: frozenset({HOST, DRAINING, ABSENT}),
+    DRAINING: frozenset({ABSENT}),
+    REJECTED: frozenset({FETCHING, ABSENT}),
+})  # fmt: skip
+LOADING = frozenset({FETCHING, VERIFYING})
+IN_MEMORY = frozenset({HOST, DEVICE})
+REJECTED_KEPT = 64
+"""Refused adapters that stay listed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Now, on both clocks: the one that only goes forward decides, the other is told."""
+
+    tick: float
+    wall: float
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One adapter. `waits` and `holds` are requests that wait for it and that use it."""
+
+    digest: str
+    name: str
+    """As it was last asked for."""
+    base_digest: str
+    state: State = ABSENT
+    reason: str = ""
+    rank: int = 0
+    memory_bytes: int = 0
+    load_seconds: float = 0.0
+    probe_effect: float = 0.0
+    loaded_at: float = 0.0
+    pinned: bool = False
+    waits: int = 0
+    holds: int = 0
+    used_tick: float = 0.0
+    used_at: float = 0.0
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether it answers now."""
+        return self.state in IN_MEMORY
+
+    def busy(self) -> str:
+        """What keeps it from leaving, but for a pin; empty = nothing."""
+        if self.state in LOADING:
+            return "loading"
+        if self.state == DRAINING:
+            return "leaving"
+        count = self.waits + self.holds
+        return f"{count} request{'s' if count > 1 else ''}" if count else ""
+
+    def told(self, is_default: bool) -> inference_pb2.LoadedAdapter:
+        """As callers see it."""
+        seen = inference_pb2.LoadedAdapter(
+            adapter=self.name,
+            digest=self.digest,
+            base_digest=self.base_digest,
+            rank=self.rank,
+            memory_bytes=self.memory_bytes,
+            load_seconds=self.load_seconds,
+            probe_effect=self.probe_effect,
+            is_default=is_default,
+            state=self.state,
+            state_reason=self.reason,
+            pinned=self.pinned,
+            in_flight=self.waits + self.holds,
+        )
+        if self.loaded_at:
+            seen.load_time.FromNanoseconds(int(self.loaded_at * 1e9))
+        if self.used_at:
+            seen.last_used_time.FromNanoseconds(int(self.used_at * 1e9))
+        return seen
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """One base, its adapters, and the default. Says nothing of requests in flight."""
+    """Every adapter that is in memory, on its way, wanted by a request, or lately refused; oldest first."""
 
-    model: inference_pb2.LoadedModel | None = None
-    adapters: tuple[inference_pb2.LoadedAdapter, ...] = ()
-    """Oldest first; `is_default` is filled only by `listed`."""
-    default: str = ""
-    """Digest that answers where a request names none; empty = the base."""
-    leaving: frozenset[str] = frozenset()
-    """Digests whose last requests are finishing; they take no new ones."""
+    entries: Mapping[str, Entry] = field(default_factory=lambda: MappingProxyType({}))
 
-    def adapter(self, digest: str) -> inference_pb2.LoadedAdapter | None:
-        """A resident adapter that takes requests, or None."""
-        return next((a for a in self.adapters if a.digest == digest and digest not in self.leaving), None)
+    def get(self, digest: str) -> Entry | None:
+        """An adapter, or None if nothing is known of it."""
+        return self.entries.get(digest)
 
-    def names(self) -> list[str]:
-        """What a request could name."""
-        return [a.adapter for a in self.adapters if a.digest not in self.leaving]
+    def state(self, digest: str) -> State:
+        """Where an adapter is."""
+        entry = self.entries.get(digest)
+        return ABSENT if entry is None else entry.state
 
-    def digest_by_name(self, name: str) -> str:
-        """The digest of the adapter that was loaded by this name; empty if none was."""
-        return next((a.digest for a in self.adapters if a.adapter == name), "")
+    def of_base(self, base_digest: str) -> list[Entry]:
+        """The adapters of one base."""
+        return [e for e in self.entries.values() if e.base_digest == base_digest]
 
-    def with_adapter(self, adapter: inference_pb2.LoadedAdapter) -> Table:
-        """After loading; the same digest takes its old place."""
-        others = tuple(a for a in self.adapters if a.digest != adapter.digest)
-        return dataclasses.replace(self, adapters=(*others, adapter), leaving=self.leaving - {adapter.digest})
+    def items(self) -> list[Item]:
+        """What takes memory, as the budget sees it.
 
-    def taking_leave(self, digest: str) -> Table:
-        """While unloading: no new requests; if it was the default, the base is now."""
-        default = "" if self.default == digest else self.default
-        return dataclasses.replace(self, default=default, leaving=self.leaving | {digest})
-
-    def without(self, digest: str) -> Table:
-        """After unloading."""
-        others = tuple(a for a in self.adapters if a.digest != digest)
-        return dataclasses.replace(self, adapters=others, leaving=self.leaving - {digest})
-
-    def switched(self, digest: str) -> Table:
-        """After switching the default; the empty digest is the base."""
-        return dataclasses.replace(self, default=digest)
-
-    def listed(self) -> list[inference_pb2.LoadedAdapter]:
-        """Every adapter as callers see it."""
-        seen = []
-        for adapter in self.adapters:
-            copy = inference_pb2.LoadedAdapter()
-            copy.CopyFrom(adapter)
-            copy.is_default = adapter.digest == self.default
-            seen.append(copy)
-        return seen
-
-    def who_answers(self, named: str, digest: str) -> str:
-        """The digest that answers a request; NOT_FOUND if it is not loaded.
-
-        `named` is what the request says, `digest` what that resolved to; both
-        empty means the default.
+        One that leaves and that nobody uses any more counts no longer: its bytes are
+        spoken for by whom it leaves for, who waits until they are free.
         """
-        if not named and not digest:
-            if self.default and self.adapter(self.default) is None:
-                raise not_loaded(f"adapters/{self.default}", self.names(), "it is the default")
-            return self.default
-        if digest and self.adapter(digest) is None:
-            raise not_loaded(named, self.names(), f"that name is {short(digest)} now")
-        return digest
+        return [
+            Item(e.digest, e.name, e.memory_bytes, e.used_tick, e.pinned, e.busy())
+            for e in self.entries.values()
+            if e.state not in (ABSENT, REJECTED) and (e.state != DRAINING or e.holds)
+        ]
+
+    def listed(self, default_digest: str) -> list[inference_pb2.LoadedAdapter]:
+        """What callers see; what is only asked for is not there yet."""
+        return [e.told(e.digest == default_digest) for e in self.entries.values() if e.state != ABSENT]
+
+    # requests
+
+    def asked(self, digest: str, name: str, base_digest: str) -> Table:
+        """A request waits for an adapter, under this name."""
+        known = self.entries.get(digest) or Entry(digest, name, base_digest)
+        return self._with(dataclasses.replace(known, name=name, waits=known.waits + 1))
+
+    def gave_up(self, digest: str) -> Table:
+        """A request waits no longer, whether it got it or not."""
+        entry = self.entries[digest]
+        return self._with(dataclasses.replace(entry, waits=entry.waits - 1))
+
+    def granted(self, digest: str, now: Moment) -> Table:
+        """A request that waits for it uses it now."""
+        entry = self.entries[digest]
+        if not entry.is_in_memory:
+            raise ValueError(f"{entry.name} cannot be used in state {entry.state}")
+        return self._with(
+            dataclasses.replace(entry, holds=entry.holds + 1, used_tick=now.tick, used_at=now.wall)
+        )  # fmt: skip
+
+    def released(self, digest: str, now: Moment) -> Table:
+        """A request that used it has ended."""
+        entry = self.entries[digest]
+        return self._with(
+            dataclasses.replace(entry, holds=entry.holds - 1, used_tick=now.tick, used_at=now.wall)
+        )  # fmt: skip
+
+    # moves
+
+    def fetching(self, digest: str) -> Table:
+        """It is being read."""
+        return self._moved(digest, FETCHING, reason="")
+
+    def reserved(self, digest: str, memory_bytes: int) -> Table:
+        """Room was made for so many bytes of it."""
+        return self._with(dataclasses.replace(self.entries[digest], memory_bytes=memory_bytes))
+
+    def verifying(self, digest: str) -> Table:
+        """It is being proven."""
+        return self._moved(digest, VERIFYING)
+
+    def arrived(
+        self, digest: str, now: Moment, *, rank: int, memory_bytes: int, load_seconds: float, probe_effect: float
+    ) -> Table:
+        """It is in memory and proven."""
+        return self._moved(
+            digest, HOST, rank=rank, memory_bytes=memory_bytes, load_seconds=load_seconds, probe_effect=probe_effect,
+            loaded_at=now.wall, used_tick=now.tick,
+        )  # fmt: skip
+
+    def rejected(self, digest: str, reason: str) -> Table:
+        """It is refused; it stays listed, last, until there are too many of its kind."""
+        moved = self._moved(digest, REJECTED, reason=reason, memory_bytes=0, pinned=False)
+        entries = dict(moved.entries)
+        entries[digest] = entries.pop(digest)
+        refused = [e for e in entries.values() if e.state == REJECTED]
+        for entry in refused[: max(0, len(refused) - REJECTED_KEPT)]:
+            entries[entry.digest] = dataclasses.replace(entry, state=ABSENT, reason="")
+        return _kept(entries)
+
+    def leaving(self, digest: str) -> Table:
+        """It takes no new requests."""
+        return self._moved(digest, DRAINING, pinned=False)
+
+    def absent(self, digest: str) -> Table:
+        """It is only in the store."""
+        return self._moved(digest, ABSENT, memory_bytes=0, holds=0, reason="")
+
+    def lost(self, base_digest: str) -> Table:
+        """Its base's engine is gone, and all that was in it; what was refused stays refused."""
+        table = self
+        for entry in self.of_base(base_digest):
+            if entry.state not in (ABSENT, REJECTED):
+                table = table.absent(entry.digest)
+        return table
+
+    def on_device(self, base_digest: str, digests: Iterable[str]) -> Table:
+        """What a base's engine tells of its tiers."""
+        there, table = set(digests), self
+        for entry in self.of_base(base_digest):
+            if entry.is_in_memory and (entry.state == DEVICE) != (entry.digest in there):
+                table = table._moved(entry.digest, DEVICE if entry.digest in there else HOST)
+        return table
+
+    def pinned(self, digest: str) -> Table:
+        """It does not make room for others any more."""
+        return self._with(dataclasses.replace(self.entries[digest], pinned=True))
+
+    def touched(self, digest: str, now: Moment) -> Table:
+        """Somebody asked for it without using it."""
+        return self._with(dataclasses.replace(self.entries[digest], used_tick=now.tick))
+
+    def _moved(self, digest: str, state: State, **told: object) -> Table:
+        entry = self.entries[digest]
+        if state not in LAW[entry.state]:
+            raise ValueError(f"{entry.name} cannot go from {entry.state} to {state}")
+        return self._with(dataclasses.replace(entry, state=state, **told))  # type: ignore[arg-type]
+
+    def _with(self, entry: Entry) -> Table:
+        return _kept({**self.entries, entry.digest: entry})
 
 
-def not_loaded(name: str, loaded: list[str], note: str = "") -> Fault:
-    """NOT_FOUND: an adapter that is not in memory, with the nearest that is."""
-    near = difflib.get_close_matches(name, loaded, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    have = ", ".join(loaded) or "none"
-    told = f"{name!r} is not loaded" + (f" ({note})" if note else "")
-    return Fault(errors_pb2.REASON_NOT_FOUND, f"{told}{hint}; loaded: {have}; load it first", resource=name)
-
-
-def no_model(asked: str) -> Fault:
-    """NOT_FOUND: nothing is loaded, or something else is."""
-    name = asked or "models"
-    return Fault(
-        errors_pb2.REASON_NOT_FOUND,
-        f"{asked!r} is not loaded; load it first" if asked else "no model is loaded; load one first",
-        resource=name,
-    )
-
-
-def check_model(model: inference_pb2.LoadedModel | None, asked: str, digest: str) -> None:
-    """NOT_FOUND if nothing is loaded, or a request names another model than the one that is."""
-    if model is None:
-        raise no_model(asked)
-    if digest and digest != model.digest:
-        fault = no_model(asked)
-        fault.message += f"; {model.model} is loaded"
-        raise fault
-
-
-def check_reload(
-    model: inference_pb2.LoadedModel, name: str, digest: str, precision: inference_pb2.Precision.ValueType
-) -> None:
-    """WRONG_STATE unless what is loaded is what is asked for."""
-    if model.digest != digest:
-        raise wrong_state(model.model, "loaded", [f"no other model loaded (unload it before {name})"])
-    if precision not in (inference_pb2.PRECISION_UNSPECIFIED, model.precision):
-        held = inference_pb2.Precision.Name(model.precision)
-        raise wrong_state(model.model, f"loaded as {held}", [f"{held}, or the model unloaded first"])
-
-
-def check_lineage(
-    name: str, manifest: artifacts_pb2.Manifest, base_digest: str, base: ModelFacts, template_digest: str = ""
-) -> None:
-    """REJECTED if an adapter was trained on another base, tokenizer or template.
-
-    `template_digest` is that of the prompt format it was trained with; empty
-    where that is the base's own template.
-    """
-    told = manifest.lineage
-    if told.base_digest != base_digest:
-        raise rejected(
-            name,
-            f"check 'base': it was trained on {told.base_digest or 'a base it does not name'}; loaded is {base_digest}",
-        )
-    for what, theirs, ours in (
-        ("tokenizer", told.tokenizer_digest, base.tokenizer_digest),
-        ("template", told.template_digest, template_digest or base.template_digest),
-    ):
-        if theirs != ours:
-            raise rejected(
-                name, f"check '{what}': it was trained with {theirs or 'none'}; served would be {ours or 'none'}"
-            )
+def _kept(entries: dict[str, Entry]) -> Table:
+    """Without those of which nobody has a reason to know."""
+    gone = [d for d, e in entries.items() if e.state == ABSENT and not e.waits and not e.holds]
+    for digest in gone:
+        del entries[digest]
+    return Table(MappingProxyType(entries))

@@ -7,23 +7,40 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
+import pathlib
 from dataclasses import dataclass, field
 
 import grpc.aio
+import psutil
+import yaml
 from prometheus_client import CollectorRegistry
 
-from qlorad.v1 import inference_pb2_grpc
-from services.common import idempotency, telemetry
-from services.common.config import setting
+from qlorad.v1 import inference_pb2, inference_pb2_grpc
+from services.common import devices, idempotency, telemetry
+from services.common.config import ConfigError, setting
+from services.common.frames.v1 import engine_pb2
+from services.common.interceptors import Tokens
 from services.common.server import App, Health, ServerSettings
 from services.common.shelf import Shelf
 from services.common.store import Store
-from services.inference import wanted
+from services.inference import limits, preset, preset_book, wanted
+from services.inference.admission import Admission
 from services.inference.answering import Answering
 from services.inference.changes import Changes
+from services.inference.gauges import gauges
+from services.inference.generation_cache import GenerationCache
+from services.inference.leases import SharedLease
+from services.inference.limits import Limits, Meter
+from services.inference.looking import Looking
 from services.inference.metrics import Metrics
-from services.inference.residency import SERVICE, Place, Residency
+from services.inference.places import Places
+from services.inference.preset_book import PresetBook
+from services.inference.reach import Reach
+from services.inference.recovery import SERVICE
+from services.inference.residency import Residency
 from services.inference.servicer import InferenceServicer
+from services.inference.starting import Place
 
 PORTS = (50054, 9104)
 _DEVICES = ("cpu", "cuda", "mps")
@@ -40,10 +57,63 @@ class Config:
     )  # fmt: skip
     max_rows: int = setting(16, "requests answered at the same time", lambda v: 1 <= v <= 256, "1 to 256")
     max_waiting: int = setting(64, "requests that may wait for their turn", lambda v: 0 <= v <= 10_000, "0 to 10000")
+    memory_bytes: int = setting(
+        0, "bytes that the weights of all bases may take together; 0 = what the device has free",
+        lambda v: 0 <= v <= 1 << 50, "0 to 1125899906842624",
+    )  # fmt: skip
+    adapter_bytes: int = setting(
+        0, "bytes of adapters in memory, of all bases together; 0 = no bound",
+        lambda v: 0 <= v <= 1 << 50, "0 to 1125899906842624",
+    )  # fmt: skip
+    device_adapter_bytes: int = setting(
+        0, "bytes of adapters on the device, for each base; the others wait in the host's memory; 0 = no bound",
+        lambda v: 0 <= v <= 1 << 50, "0 to 1125899906842624",
+    )  # fmt: skip
     idle_unload_seconds: float = setting(
-        300.0, "give the device back after so long without a request; 0 = never",
+        300.0, "let a base go after so long without a request, the device with the last; 0 = never",
         lambda v: math.isfinite(v) and 0 <= v <= 31_536_000, "0 to 31536000",
     )  # fmt: skip
+    generation_cache_bytes: int = setting(
+        0, "keep whole answers to greedy requests, at most so many bytes; 0 = none",
+        lambda v: 0 <= v <= 1 << 40, "0 to 1099511627776",
+    )  # fmt: skip
+    limits_file: str = setting("", "a YAML file of what each token, by its name, may take; see docs/serving.md")
+
+    def __post_init__(self) -> None:
+        read_limits(self)
+
+
+def read_limits(config: Config) -> Limits:
+    """What the limits file says; ConfigError with all that is wrong with it."""
+    if not config.limits_file:
+        return Limits()
+    where = f"--limits-file: {config.limits_file}"
+    try:
+        tree = yaml.safe_load(pathlib.Path(config.limits_file).read_text())
+    except OSError as e:
+        raise ConfigError([f"{where} cannot be read: {e.strerror}; accepted: a readable file"]) from None
+    except (UnicodeDecodeError, yaml.YAMLError) as e:
+        raise ConfigError([f"{where} is not YAML: {e}"]) from None
+    found, faults = limits.read(tree, _keys(config.server))
+    if faults:
+        raise ConfigError([f"{where}: {fault}" for fault in faults])
+    return found
+
+
+def _keys(server: ServerSettings) -> list[str]:
+    """Names of the tokens that are taken; a file that cannot be read is told of by those who need it."""
+    if not server.tokens_file or not os.access(server.tokens_file, os.R_OK):
+        return []
+    try:
+        return Tokens.parse(pathlib.Path(server.tokens_file).read_text()).names()
+    except ValueError as e:
+        raise ConfigError([f"--tokens-file: {server.tokens_file}: {e}"]) from None
+
+
+def shipped_presets() -> dict[str, inference_pb2.Preset]:
+    """The presets that come with qlorad, by full name."""
+    folder = pathlib.Path(__file__).parent / "presets"
+    return preset.read_shipped({p.stem: yaml.safe_load(p.read_text()) for p in folder.glob("*.yaml")})
 
 
 def build(config: Config) -> App:
@@ -52,22 +122,37 @@ def build(config: Config) -> App:
     registry = CollectorRegistry()
     metrics = Metrics(registry)
     shelf = Shelf(s.home / "store")
-    store = Store.open(s.state / "inference.sqlite", (idempotency.MIGRATION, wanted.MIGRATION))
-    place = Place(config.device, config.max_rows, s.state / "devices", s.logs / "inference-engine.log")
-    residency = Residency(shelf, place, metrics)
-    changes = Changes(shelf, store, residency)
-    answering = Answering(shelf, residency, metrics, config.max_rows + config.max_waiting)
-    registry.register(_gauges(residency))
+    store = Store.open(
+        s.state / "inference.sqlite", (idempotency.MIGRATION, wanted.MIGRATION, wanted.SEVERAL, preset_book.MIGRATION)
+    )
+    device = config.device or devices.devices_here()[0]
+    order = engine_pb2.EngineLoad(
+        device=device, max_rows=config.max_rows, device_adapter_bytes=config.device_adapter_bytes
+    )
+    place = Place(order, config.memory_bytes, lambda: _free_bytes(device), s.logs / "inference-engine.log")
+    lease = SharedLease(s.state / "devices", device)
+    residency = Residency(shelf, place, lease, wanted.Memory(store), config.adapter_bytes, metrics)
+    changes = Changes(store, residency)
+    presets = PresetBook(store, shipped_presets())
+    places = Places(config.max_rows + config.max_waiting)
+    admission = Admission(places, Meter(read_limits(config)), config.max_rows)
+    cache = GenerationCache(config.generation_cache_bytes)
+    reach = Reach(residency)
+    answering = Answering(reach, admission, cache, metrics)
+    looking = Looking(reach, admission, metrics)
+    registry.register(gauges(residency))
+    registry.register(_calls(places, cache))
     tasks: set[asyncio.Task[None]] = set()
 
     async def sleep_when_idle() -> None:
         while True:
-            left = await residency.sleep_if_idle(config.idle_unload_seconds, lambda: answering.in_use)
+            left = await residency.bases.sleep_idle(config.idle_unload_seconds)
             await asyncio.sleep(min(left, 60.0))
 
     async def start(health: Health) -> None:
         await store.run(idempotency.prune)
-        residency.begin(health, await store.run(wanted.read))
+        await presets.begin()
+        await residency.begin(health)
         if config.idle_unload_seconds:
             tasks.add(asyncio.create_task(sleep_when_idle(), name="idle unload"))
 
@@ -75,15 +160,17 @@ def build(config: Config) -> App:
         for task in tasks:
             task.cancel()
         await changes.settle()
+        await presets.settle()
         await residency.end()
         await store.close()
 
     def drain() -> None:
+        residency.watching.end()
         # A little before the server cuts them off, streams end with a reason.
         asyncio.get_running_loop().call_later(max(0.0, s.drain_seconds - 0.5), answering.end_all)
 
     def add(server: grpc.aio.Server) -> None:
-        servicer = InferenceServicer(residency, changes, answering, metrics)
+        servicer = InferenceServicer(residency, changes, answering, looking, presets, metrics)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server)
 
     return App(
@@ -98,27 +185,22 @@ def build(config: Config) -> App:
     )
 
 
-def _gauges(residency: Residency) -> telemetry.Live:
-    """What is there now, read when someone asks."""
-
-    def one(number: float) -> list[tuple[tuple[str, ...], float]]:
-        return [((), number)]
-
+def _calls(places: Places, cache: GenerationCache) -> telemetry.Live:
+    """What calls hold now."""
     live = telemetry.Live()
     live.add(
-        "qlorad_inference_requests_running", "Requests being answered.", (),
-        lambda: one(residency.engine.running if residency.engine else 0),
+        "qlorad_inference_places_taken", "Requests between the door and their finish.", (),
+        lambda: [((), places.taken)],
     )  # fmt: skip
     live.add(
-        "qlorad_inference_requests_waiting", "Requests that wait for their turn.", (),
-        lambda: one(residency.engine.waiting if residency.engine else 0),
-    )  # fmt: skip
-    live.add(
-        "qlorad_inference_adapters_resident", "Adapters in memory.", (),
-        lambda: one(len(residency.table.adapters)),
-    )  # fmt: skip
-    live.add(
-        "qlorad_inference_model_resident_bytes", "Bytes of the weights in memory.", (),
-        lambda: one(residency.table.model.memory_bytes if residency.table.model else 0),
+        "qlorad_inference_generation_cache_bytes", "Bytes of whole answers that are kept.", (),
+        lambda: [((), cache.bytes)],
     )  # fmt: skip
     return live
+
+
+def _free_bytes(device: str) -> int:
+    """What a device has free; 0 where only its engine can tell."""
+    if device.split(":")[0] != "cpu":
+        return 0
+    return int(psutil.virtual_memory().available)  # type: ignore[no-untyped-call]

@@ -25,11 +25,21 @@ from services.inference import wire
 
 Report = engine_pb2.EngineReport
 
+Asked = engine_pb2.EngineSubmit | engine_pb2.EngineScore | engine_pb2.EngineRender
+"""What a request asks an engine for; each can be cancelled."""
+
+WORKER = "services.inference.worker.engine"
+
+OnGauges = Callable[[engine_pb2.EngineGauges, engine_pb2.EngineGauges], None]
+"""Told how an engine was, and how it is."""
+
 _LOAD_SECONDS = 1800.0
+_LAST = ("ended", "scored", "rendered")
+"""The last report of a request that was not refused."""
 
 
 class Answers:
-    """Reports of one request, in order; ends with `ended` or a Fault.
+    """Reports of one request, in order; ends with its last report or a Fault.
 
     Never blocks the engine: it holds at most one report a token, and max_tokens
     bounds those. A reader that falls behind finds its tokens joined.
@@ -65,6 +75,7 @@ class Answers:
                 more = self._reports.popleft().tokens
                 report.tokens.ids.extend(more.ids)
                 report.tokens.text += more.text
+                report.tokens.log_probabilities.extend(more.log_probabilities)
         return report
 
 
@@ -72,6 +83,8 @@ class Engine(Protocol):
     """One resident base with its adapters."""
 
     loaded: engine_pb2.EngineLoaded
+    gauges: engine_pb2.EngineGauges
+    """How it was after its last step."""
 
     @property
     def running(self) -> int:
@@ -87,14 +100,11 @@ class Engine(Protocol):
     async def unload_adapter(self, digest: str) -> int:
         """Frees an adapter once nothing in flight uses it; bytes freed."""
 
-    def submit(self, submit: engine_pb2.EngineSubmit, witness: Callable[[Report], None]) -> tuple[int, Answers]:
+    def submit(self, asked: Asked, witness: Callable[[Report], None]) -> tuple[int, Answers]:
         """Queues a request; its number, and what comes of it."""
 
     def cancel(self, call: int) -> None:
         """Stops a request; nothing if it has ended."""
-
-    async def quiet(self) -> None:
-        """Waits until no request is left."""
 
     async def close(self) -> int:
         """Ends the engine; bytes given back."""
@@ -106,29 +116,35 @@ class EngineProcess:
 
     talk: process.Talk
     on_lost: Callable[[Fault], None]
+    on_gauges: OnGauges
     loaded: engine_pb2.EngineLoaded = field(default_factory=engine_pb2.EngineLoaded)
+    gauges: engine_pb2.EngineGauges = field(default_factory=engine_pb2.EngineGauges)
     _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
     _orders: dict[int, asyncio.Future[Report]] = field(default_factory=dict)
     _requests: dict[int, Answers] = field(default_factory=dict)
     _begun: set[int] = field(default_factory=set)
-    _quiet: asyncio.Event = field(default_factory=asyncio.Event)
     _closing: bool = False
-    _fault: Fault | None = None
+    fault: Fault | None = None
+    """Why it is gone, if it is."""
     _reading: asyncio.Task[None] | None = None
 
     @classmethod
     async def start(
-        cls, load: engine_pb2.EngineLoad, lease: Lease, log: pathlib.Path, on_lost: Callable[[Fault], None]
+        cls,
+        load: engine_pb2.EngineLoad,
+        lease: Lease,
+        log: pathlib.Path,
+        on_lost: Callable[[Fault], None],
+        on_gauges: OnGauges,
+        module: str = WORKER,
     ) -> EngineProcess:
         """Starts the worker and waits for its base; a Fault says why there is none.
 
-        `on_lost` is called once if the process ends by itself after that.
+        `on_lost` is called once if the process ends by itself, while it loads or
+        later; `on_gauges` after each step, with what the step before told.
         """
-        talk = await process.start_talk(
-            "services.inference.worker.engine", log, ["--lease", str(lease.fd)], pass_fds=[lease.fd]
-        )
-        engine = cls(talk, on_lost)
-        engine._quiet.set()
+        talk = await process.start_talk(module, log, ["--lease", str(lease.fd)], pass_fds=[lease.fd])
+        engine = cls(talk, on_lost, on_gauges)
         engine._reading = asyncio.create_task(engine._read(), name="engine reports")
         try:
             order = engine_pb2.EngineOrder(load=load)
@@ -159,23 +175,19 @@ class EngineProcess:
         order = engine_pb2.EngineOrder(unload_adapter=engine_pb2.EngineUnloadAdapter(digest=digest))
         return (await self._ask(order)).adapter_unloaded.freed_bytes
 
-    def submit(self, submit: engine_pb2.EngineSubmit, witness: Callable[[Report], None]) -> tuple[int, Answers]:
+    def submit(self, asked: Asked, witness: Callable[[Report], None]) -> tuple[int, Answers]:
         answers = Answers(witness)
         call = next(self._numbers)
-        if self._fault is not None:
-            answers.fail(self._fault)
+        if self.fault is not None:
+            answers.fail(self.fault)
             return call, answers
         self._requests[call] = answers
-        self._quiet.clear()
-        self._send(engine_pb2.EngineOrder(call=call, submit=submit))
+        self._send(_order_of(call, asked))
         return call, answers
 
     def cancel(self, call: int) -> None:
         if call in self._requests:
             self._send(engine_pb2.EngineOrder(call=call, cancel=engine_pb2.EngineCancel()))
-
-    async def quiet(self) -> None:
-        await self._quiet.wait()
 
     async def close(self) -> int:
         self._closing = True
@@ -186,8 +198,8 @@ class EngineProcess:
         return freed
 
     async def _ask(self, order: engine_pb2.EngineOrder) -> Report:
-        if self._fault is not None:
-            raise self._fault
+        if self.fault is not None:
+            raise self.fault
         order.call = next(self._numbers)
         answer: asyncio.Future[Report] = asyncio.get_running_loop().create_future()
         self._orders[order.call] = answer
@@ -205,9 +217,13 @@ class EngineProcess:
 
     async def _read(self) -> None:
         while (body := await self.talk.receive()) is not None:
-            for report in engine_pb2.EngineReports.FromString(body).reports:
+            reports = engine_pb2.EngineReports.FromString(body)
+            for report in reports.reports:
                 self._dispatch(report)
-        code = await self.talk.process.wait()
+            if reports.HasField("gauges"):
+                before, self.gauges = self.gauges, reports.gauges
+                self.on_gauges(before, self.gauges)
+        code = await self.talk.close()
         self._lose(worker_lost("the engine", process.exit_story(code), retry_seconds=2.0))
 
     def _dispatch(self, report: Report) -> None:
@@ -230,17 +246,15 @@ class EngineProcess:
             answers.fail(refused)
         else:
             answers.put(report)
-        if refused is not None or report.HasField("ended"):
+        if refused is not None or report.WhichOneof("report") in _LAST:
             self._drop(report.call)
 
     def _drop(self, call: int) -> None:
         self._requests.pop(call, None)
         self._begun.discard(call)
-        if not self._requests:
-            self._quiet.set()
 
     def _lose(self, fault: Fault) -> None:
-        self._fault = fault
+        self.fault = fault
         for order in self._orders.values():
             if not order.done():
                 order.set_exception(fault)
@@ -249,6 +263,14 @@ class EngineProcess:
             self._drop(call)
         if not self._closing:
             self.on_lost(fault)
+
+
+def _order_of(call: int, asked: Asked) -> engine_pb2.EngineOrder:
+    if isinstance(asked, engine_pb2.EngineSubmit):
+        return engine_pb2.EngineOrder(call=call, submit=asked)
+    if isinstance(asked, engine_pb2.EngineScore):
+        return engine_pb2.EngineOrder(call=call, score=asked)
+    return engine_pb2.EngineOrder(call=call, render=asked)
 
 
 def _memory_of(pid: int) -> int:

@@ -6,15 +6,16 @@ Law of this room: pure; sizes and what the device can do in, a precision and the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from qlorad.v1 import inference_pb2
-from services.common.facts import ModelFacts
+from services.common.facts import AdapterFacts, ModelFacts
 
 _HEADROOM = 1.25
 """Room beside the weights for key-value rows, adapters and activations."""
 _INT4_BYTES = 0.625
 """Of a weight: half a byte, and four bytes of scale and zero for each group of 32."""
-Precision = inference_pb2.Precision.ValueType
+Precision: TypeAlias = inference_pb2.Precision.ValueType
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,11 @@ def bytes_of(precision: Precision, model: ModelFacts) -> int:
     return model.parameters * (4 if precision == inference_pb2.PRECISION_FP32 else 2)
 
 
+def adapter_bytes(adapter: AdapterFacts, base: Precision) -> int:
+    """Bytes of an adapter beside a base held so, as far as they are known before loading."""
+    return adapter.parameters * (4 if base == inference_pb2.PRECISION_FP32 else 2)
+
+
 def choose(asked: Precision, model: ModelFacts, place: Place) -> tuple[Precision, str]:
     """What was asked for; else the most exact that fits with a quarter to spare, and why.
 
@@ -49,7 +55,7 @@ def choose(asked: Precision, model: ModelFacts, place: Place) -> tuple[Precision
     """
     if asked != inference_pb2.PRECISION_UNSPECIFIED:
         return asked, "asked for"
-    told = []
+    told: list[str] = []
     for precision in _order(place):
         needed = int(bytes_of(precision, model) * _HEADROOM)
         name = inference_pb2.Precision.Name(precision).removeprefix("PRECISION_").lower()
@@ -58,6 +64,11 @@ def choose(asked: Precision, model: ModelFacts, place: Place) -> tuple[Precision
             return precision, f"{name}: {because} ({needed >> 20} MiB of {place.free_bytes >> 20} free)"
         told.append(name)
     return precision, f"{name}: the smallest there is, and it may not fit ({place.free_bytes >> 20} MiB free)"
+
+
+def smaller(device: str) -> tuple[Precision, ...]:
+    """What is less exact than the first choice on a device, the most exact first."""
+    return _order(Place(device, 0, True))[1:]
 
 
 def _order(place: Place) -> tuple[Precision, ...]:

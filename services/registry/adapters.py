@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from qlorad.v1 import artifacts_pb2, registry_pb2
-from services.common import names
-from services.common.errors import Violation, invalid, invalid_field, rejected, show, too_large
+from services.common import generation, names
+from services.common.errors import Violation, corrupt, invalid, invalid_field, rejected, show, too_large
 from services.common.facts import AdapterFacts, from_manifest
 from services.registry.folder import CODE, PICKLES
 
@@ -113,4 +113,5 @@ def describe(
         aliases=pointing,
         rslora=facts.rslora,
         dora=facts.dora,
+        generation=generation.from_plain(facts.generation, lambda why: corrupt(manifest.digest, why)),
     )

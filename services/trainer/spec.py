@@ -18,7 +18,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from qlorad.v1 import datasets_pb2, messages_pb2, trainer_pb2
-from services.common import names
+from services.common import generation, names
 from services.common.errors import Violation, show
 from services.trainer import agreement, objective
 from services.trainer.agreement import within
@@ -194,6 +194,8 @@ def resolve(
     architecture = model.architecture if model is not None else ""
     objective.bend(train, given, architecture)
     wrong = [*_plain_bounds(train), *_enums(train)]
+    context = model.context_tokens if model is not None else 0
+    wrong += generation.check(train.generation, context, "spec.train.generation")
     wrong += _together(train, model, dataset, host)
     wrong += objective.check(train, architecture, objectives)
     if train.adapter:

@@ -297,3 +297,16 @@ def test_calls_while_many_clients_come_and_go(daemon: Daemon) -> None:
         10,
         "as many ends as beginnings",
     )
+
+
+@pytest.mark.parametrize("shape", ["unary_unary/GetUpload", "stream_unary/WriteUpload", "unary_stream/ExportDataset"])
+def test_bytes_that_are_no_message_are_refused_in_the_form_of_all_errors(channel: grpc.Channel, shape: str) -> None:
+    kind, _, method = shape.partition("/")
+    call = getattr(channel, kind)(f"/{SERVICE}/{method}")
+    garbage = b"\x0a\xff\xff\xff\xff\x0f not a message"
+    with pytest.raises(grpc.RpcError) as caught:
+        answer = call(iter([garbage]) if kind == "stream_unary" else garbage, timeout=10)
+        list(answer)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    info = error_details_pb2.ErrorInfo()
+    assert details(caught.value).details[0].Unpack(info) and info.reason == "INVALID_REQUEST"

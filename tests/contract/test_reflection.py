@@ -23,6 +23,8 @@ SERVES = {
     "trainer": ("qlorad.v1.TrainerService",),
     "inference": ("qlorad.v1.InferenceService",),
 }
+ENDLESS = ("WatchAdapters",)
+"""Streams that end with the daemon; their first message is answer enough."""
 EMPTY_CALLS = {
     "datasets": "DatasetService/ListDatasets",
     "registry": "ModelService/ListModels",
@@ -100,7 +102,9 @@ def test_every_call_of_the_contract_is_served(four: House, service: str) -> None
         for method in module[service].DESCRIPTOR.services_by_name[name.rpartition(".")[2]].methods:
             call = four.channel(service).stream_stream(f"/{name}/{method.name}")
             try:
-                list(call(iter([b""]), timeout=10))
+                answers = call(iter([b""]), timeout=10)
+                next(answers) if method.name in ENDLESS else list(answers)
+                answers.cancel()
                 code = grpc.StatusCode.OK
             except grpc.RpcError as e:
                 code = e.code()

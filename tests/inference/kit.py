@@ -113,19 +113,51 @@ def load(
         stub.LoadAdapter(inference_pb2.LoadAdapterRequest(adapter=f"adapters/{adapter}"), timeout=60)
 
 
-def metric(daemon: Daemon, name: str) -> float:
-    """The sum of a metric's series."""
+def metric(daemon: Daemon, name: str, label: str = "") -> float:
+    """The sum of a metric's series, or of those with a label as in 'state="host"'."""
     with urllib.request.urlopen(f"http://{daemon.told['metrics']}/metrics", timeout=10) as answer:
         text = answer.read().decode()
-    found = re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
-    assert found, name
+    found = re.findall(rf"^{name}(?:{{[^}}]*{label}[^}}]*}}){'' if label else '?'} (\S+)$", text, re.MULTILINE)
+    assert found, (name, label)
     return sum(map(float, found))
 
 
 def engine_of(daemon: Daemon) -> psutil.Process:
-    """The engine process of a daemon."""
-    (engine,) = [p for p in psutil.Process(daemon.pid).children() if "services.inference.worker.engine" in p.cmdline()]
+    """The one engine process of a daemon."""
+    (engine,) = engines_of(daemon)
     return engine
+
+
+def engines_of(daemon: Daemon) -> list[psutil.Process]:
+    """The engine processes of a daemon, oldest first."""
+    found = [p for p in psutil.Process(daemon.pid).children() if "services.inference.worker.engine" in p.cmdline()]
+    return sorted(found, key=lambda p: p.create_time())
+
+
+def adapters(stub: Stub) -> dict[str, inference_pb2.LoadedAdapter]:
+    """What ListAdapters tells, by name."""
+    return {a.adapter: a for a in stub.ListAdapters(inference_pb2.ListAdaptersRequest(), timeout=10).adapters}
+
+
+def models(stub: Stub) -> dict[str, inference_pb2.LoadedModel]:
+    """What ListLoadedModels tells, by name."""
+    return {m.model: m for m in stub.ListLoadedModels(inference_pb2.ListLoadedModelsRequest(), timeout=10).models}
+
+
+def load_model(stub: Stub, model: str, **how: Any) -> inference_pb2.LoadedModel:
+    """Loads a base in fp32, unless another precision is said."""
+    how.setdefault("precision", inference_pb2.PRECISION_FP32)
+    return stub.LoadModel(inference_pb2.LoadModelRequest(model=model, **how), timeout=120).model
+
+
+def unload_adapter(stub: Stub, adapter: str) -> int:
+    """Unloads an adapter; bytes freed."""
+    return stub.UnloadAdapter(inference_pb2.UnloadAdapterRequest(adapter=adapter), timeout=60).freed_bytes
+
+
+def switch(stub: Stub, adapter: str) -> inference_pb2.SwitchAdapterResponse:
+    """Sets the default."""
+    return stub.SwitchAdapter(inference_pb2.SwitchAdapterRequest(adapter=adapter), timeout=60)
 
 
 def start(house: House, *flags: str) -> tuple[Daemon, Stub]:

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
+import shutil
 import sys
 import warnings
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from qlorad.v1 import artifacts_pb2, messages_pb2
-from services.common import facts
+from services.common import artifacts, facts
 from services.common.prompt import formats, golden
 from services.common.prompt.render import Renderer
 from services.common.prompt.tokens import Tokenizer
@@ -77,12 +80,13 @@ def seal(
     renderings,
     base_digest: str = "",
     prompt_format: formats.Format = formats.OWN,
+    template_digest: str = "",
 ) -> Sealed:
     model = facts.from_manifest(facts.ModelFacts, base.manifest)
     lineage = artifacts_pb2.Lineage(
         base_digest=base_digest or base.digest,
         tokenizer_digest=model.tokenizer_digest,
-        template_digest=formats.template_digest(prompt_format, model.template_digest),
+        template_digest=template_digest or formats.template_digest(prompt_format, model.template_digest),
     )
     named = formats.name_of(prompt_format)
     told = dataclasses.replace(told, golden=tuple(renderings), prompt_format=named)
@@ -103,6 +107,25 @@ def flip_byte(path: pathlib.Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
+
+
+def cut(path: pathlib.Path) -> None:
+    """The last quarter of a file is missing."""
+    os.truncate(path, path.stat().st_size * 3 // 4)
+
+
+def second_base(shelf: Shelf, base: Sealed) -> Sealed:
+    """models/other: the starter with every other layer's weights changed."""
+    staged = shelf.stage()
+    shutil.copytree(base.payload, staged.payload, dirs_exist_ok=True)
+    for path in staged.payload.glob("*.safetensors"):
+        tensors = load_file(path)
+        path.unlink()
+        save_file({k: v.flip(0) if "layers.1" in k else v for k, v in tensors.items()}, path, {"format": "pt"})
+    told = artifacts.facts_of(base.manifest)
+    sealed = shelf.seal(staged, artifacts_pb2.ARTIFACT_KIND_MODEL, told, base.manifest.lineage)
+    shelf.set_alias("models", "other", sealed.digest)
+    return sealed
 
 
 def oracle(model, tokenizer: Tokenizer, end: tuple[int, ...]) -> list[dict]:
@@ -149,11 +172,16 @@ def main(home: pathlib.Path) -> None:
         made = make(base.payload, staged.payload, "ada", 7 + len(name))
         seal(shelf, base, name, made, staged, rendered, prompt_format=alpaca)
 
+    # Sealed with a way to choose tokens of its own.
+    staged = shelf.stage()
+    made = dataclasses.replace(make(base.payload, staged.payload, "ada", 21), generation={"max_tokens": 5, "seed": "3"})
+    seal(shelf, base, "told", made, staged, renderings)
+
     def unsound(name: str, seed: int, spoil, **how) -> None:
         staged = shelf.stage()
         made = make(base.payload, staged.payload, "ada", seed, zero=name == "zero")
         spoil(staged.payload / WEIGHTS)
-        seal(shelf, base, name, made, staged, how.get("renderings", renderings), how.get("base_digest", ""))
+        seal(shelf, base, name, made, staged, how.pop("renderings", renderings), **how)
 
     wrong = [{**entry, "text": entry["text"].replace("user", "usor")} if "text" in entry else entry
              for entry in renderings]  # fmt: skip
@@ -163,6 +191,17 @@ def main(home: pathlib.Path) -> None:
     unsound("golden", 14, lambda path: None, renderings=wrong)
     unsound("flipped", 15, lambda path: None)
     flip_byte(shelf.open("adapters", "flipped").payload / WEIGHTS)
+    unsound("foreign-template", 16, lambda path: None, template_digest="sha256:" + "cd" * 32)
+    unsound("cut", 17, cut)
+    unsound("torn", 18, lambda path: None)
+    cut(shelf.open("adapters", "torn").payload / WEIGHTS)
+
+    other = second_base(shelf, base)
+    answers["other"] = oracle(fresh(other.payload), tokenizer, told.eos_token_ids)
+    staged = shelf.stage()
+    sealed = seal(shelf, other, "eve", make(other.payload, staged.payload, "bob", 21), staged, renderings)
+    model = PeftModel.from_pretrained(fresh(other.payload), str(sealed.payload)).eval()
+    answers["eve"] = oracle(model, tokenizer, told.eos_token_ids)
     (home / "oracle.json").write_text(json.dumps(answers))
 
 

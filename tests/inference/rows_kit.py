@@ -12,8 +12,8 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from qlorad.v1 import inference_pb2
+from services.common import generation
 from services.common.frames.v1 import engine_pb2
-from services.inference import messages
 from services.inference.worker import straight
 from services.inference.worker.forward import Forward, Whole
 from services.inference.worker.lanes import Lanes
@@ -79,7 +79,7 @@ class Engine:
 
     def ask(self, prompt: Sequence[int], adapter: str = "", priority: int = 0, share: str = "", **options: Any) -> int:
         """Submits a request; its number."""
-        filled = messages.filled(inference_pb2.GenerationOptions(**{"seed": 1, **options}), 1)
+        filled = generation.resolved(inference_pb2.GenerationOptions(**options), generation.house(1))
         row = Answering(
             next(self.calls), adapter, list(prompt), priority, share or adapter, options=filled, decode=spelled
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import pathlib
 import threading
 from collections.abc import Callable
@@ -20,40 +21,53 @@ from tests.house import House, eventually
 from tests.inference import kit
 from tests.inference.conftest import Served
 
+UNSOUND = {
+    "zero": ("REJECTED", "check 'effect'"),
+    "renamed": ("REJECTED", "check 'keys'"),
+    "cut": ("REJECTED", "check 'keys'"),
+    "foreign-base": ("REJECTED", "check 'base'"),
+    "foreign-template": ("REJECTED", "check 'template'"),
+    "misformed": ("REJECTED", "check 'golden renderings'"),
+    "golden": ("REJECTED", "check 'golden renderings'"),
+    "flipped": ("CORRUPT", "adapter_model.safetensors"),
+    "torn": ("CORRUPT", "adapter_model.safetensors"),
+}
+"""What is wrong with an adapter -> how it is refused, and what the refusal names."""
+CODES = {"REJECTED": grpc.StatusCode.FAILED_PRECONDITION, "CORRUPT": grpc.StatusCode.DATA_LOSS}
 
-@pytest.mark.parametrize(
-    ("name", "code", "reason", "named"),
-    [
-        ("zero", grpc.StatusCode.FAILED_PRECONDITION, "REJECTED", "check 'effect'"),
-        ("renamed", grpc.StatusCode.FAILED_PRECONDITION, "REJECTED", "check 'keys'"),
-        ("foreign-base", grpc.StatusCode.FAILED_PRECONDITION, "REJECTED", "check 'base'"),
-        ("misformed", grpc.StatusCode.FAILED_PRECONDITION, "REJECTED", "check 'golden renderings'"),
-        ("golden", grpc.StatusCode.FAILED_PRECONDITION, "REJECTED", "check 'golden renderings'"),
-        ("flipped", grpc.StatusCode.DATA_LOSS, "CORRUPT", "adapter_model.safetensors"),
-    ],
-)
-def test_an_unsound_adapter_is_refused_by_name_while_a_stream_goes_on(
-    served: Served, name: str, code: grpc.StatusCode, reason: str, named: str
-) -> None:
-    """P18 in short."""
-    before = served.stub.ListAdapters(inference_pb2.ListAdaptersRequest())
+
+def test_unsound_adapters_are_refused_by_name_while_a_stream_goes_on(served: Served) -> None:
+    """P18: by LoadAdapter and by a request that names them; they stay listed with the reason, and are tried again."""
+    stub = served.stub
+    sound = {name: a.digest for name, a in kit.adapters(stub).items()}
     expected = served.oracle["bob"][0]
-    request = inference_pb2.GenerateRequest(
-        prompt=expected["prompt"],
-        adapter="adapters/bob",
-        options=inference_pb2.GenerationOptions(max_tokens=600),
-    )
-    stream = served.stub.Generate(request, timeout=60)
+    options = inference_pb2.GenerationOptions(max_tokens=900)
+    request = inference_pb2.GenerateRequest(prompt=expected["prompt"], adapter="adapters/bob", options=options)
+    stream = stub.Generate(request, timeout=120)
     assert next(stream).HasField("started")
-    refusal = kit.refused(
-        lambda: served.stub.LoadAdapter(inference_pb2.LoadAdapterRequest(adapter=f"adapters/{name}"), timeout=60)
-    )
-    assert (refusal.code, refusal.reason) == (code, reason)
-    assert named in refusal.message
-    rest = [m.delta for m in stream if m.HasField("delta")]
-    ids = [i for delta in rest for i in delta.ids]
+    for name, (reason, named) in UNSOUND.items():
+        load = inference_pb2.LoadAdapterRequest(adapter=f"adapters/{name}")
+        ask = inference_pb2.GenerateRequest(prompt="x", adapter=f"adapters/{name}")
+        for call in (
+            lambda load=load: stub.LoadAdapter(load, timeout=60),
+            lambda ask=ask: stub.Generate(ask, timeout=60),
+        ):
+            refusal = kit.refused(call)
+            assert (refusal.code, refusal.reason) == (CODES[reason], reason), (name, refusal)
+            assert named in refusal.message, (name, refusal)
+        listed = kit.adapters(stub)[f"adapters/{name}"]
+        assert listed.state == inference_pb2.ADAPTER_STATE_REJECTED and named in listed.state_reason
+        assert not listed.memory_bytes and not listed.in_flight
+    ids = [i for m in stream if m.HasField("delta") for i in m.delta.ids]
     assert ids[: len(expected["ids"])] == expected["ids"]
-    assert served.stub.ListAdapters(inference_pb2.ListAdaptersRequest()) == before
+    after = {n: a.digest for n, a in kit.adapters(stub).items() if a.state != inference_pb2.ADAPTER_STATE_REJECTED}
+    assert after == sound
+    assert kit.metric(served.daemon, "qlorad_inference_adapters", 'state="rejected"') == len(UNSOUND)
+    wrong = inference_pb2.GenerateRequest(prompt="x", adapter="adapters/eve", model=kit.MODEL)
+    refusal = kit.refused(lambda: stub.Generate(wrong, timeout=60))
+    assert refusal.reason == "REJECTED" and "check 'base'" in refusal.message
+    other = kit.refused(lambda: stub.LoadAdapter(inference_pb2.LoadAdapterRequest(adapter="adapters/eve")))
+    assert other.reason == "WRONG_STATE" and "models/other" in other.message
 
 
 def test_an_adapter_is_served_with_the_prompt_format_it_was_trained_with(served: Served) -> None:
@@ -116,7 +130,8 @@ def test_unloading_lets_requests_finish_and_frees_what_was_told(served: Served) 
     assert first.started.adapter_digest == cy.digest
     assert [i for delta in rest for i in delta.ids] == whole.ids
     assert freed == [cy.memory_bytes]
-    gone = kit.refused(lambda: stub.Generate(request, timeout=10))
+    assert "adapters/cy" not in kit.adapters(stub)
+    gone = kit.refused(lambda: kit.unload_adapter(stub, "adapters/cy"))
     assert gone.reason == "NOT_FOUND" and "not loaded" in gone.message
     assert kit.generate(stub, "x", "", max_tokens=1).started.adapter_digest == ""  # the base is the default again
     again = stub.LoadAdapter(inference_pb2.LoadAdapterRequest(adapter="adapters/cy"), timeout=60).adapter
@@ -125,12 +140,72 @@ def test_unloading_lets_requests_finish_and_frees_what_was_told(served: Served) 
 
 
 def test_an_alias_is_followed_at_the_door_and_never_later(served: Served) -> None:
-    shelf = Shelf(served.home / "store")
-    ada, bob = (shelf.resolve("adapters", name) for name in ("ada", "bob"))
+    """By requests, also to what is not in memory, and by the default; each answer is of one digest alone."""
+    stub, shelf = served.stub, Shelf(served.home / "store")
+    ada, cy = (shelf.resolve("adapters", name) for name in ("ada", "cy"))
+    oracle = {ada: served.oracle["ada"][2], cy: served.oracle["cy"][2]}
     shelf.set_alias("adapters", "best", ada)
-    assert kit.generate(served.stub, "x", "adapters/best", max_tokens=1).started.adapter_digest == ada
-    shelf.set_alias("adapters", "best", bob)
-    assert kit.generate(served.stub, "x", "adapters/best", max_tokens=1).started.adapter_digest == bob
+
+    def ask(adapter: str, tokens: int = 20) -> str:
+        answer = kit.generate(stub, "x", adapter, max_tokens=tokens)
+        digest = answer.started.adapter_digest
+        assert answer.ids == oracle[digest]["ids"][:tokens]
+        return digest
+
+    assert ask("adapters/best") == ada
+    assert kit.switch(stub, "adapters/best").digest == ada
+    assert kit.adapters(stub)["adapters/best"].digest == ada, "it is called what it was last asked by"
+    options = inference_pb2.GenerationOptions(max_tokens=900)
+    begun = stub.Generate(inference_pb2.GenerateRequest(prompt="x", adapter="", options=options), timeout=60)
+    assert next(begun).started.adapter_digest == ada
+    kit.unload_adapter(stub, "adapters/cy")
+    shelf.set_alias("adapters", "best", cy)
+    assert ask("adapters/best") == cy, "loaded on demand"
+    assert ask("") == cy, "the default is a name"
+    assert [a.digest for a in kit.adapters(stub).values() if a.is_default] == [cy]
+    ids = [i for m in begun if m.HasField("delta") for i in m.delta.ids]
+    assert ids[:40] == oracle[ada]["ids"], "what had begun ends as it began"
+    back = kit.switch(stub, "base")
+    assert (back.digest, back.previous_digest) == ("", cy)
+    assert [ask("adapters/ada", 1), ask("adapters/cy", 1)] == [ada, cy]
+
+
+def test_requests_load_what_they_name_once_and_the_others_go_on(served: Served) -> None:
+    stub = served.stub
+    kit.unload_adapter(stub, "adapters/cy")
+    watch = stub.WatchAdapters(inference_pb2.WatchAdaptersRequest(), timeout=60)
+    there = []
+    for message in watch:
+        there.append(message.adapter.adapter)
+        if message.snapshot_end:
+            break
+    assert "adapters/cy" not in there and "adapters/ada" in there
+    loads = kit.metric(served.daemon, "qlorad_inference_loads_total", 'kind="adapter",result="loaded"')
+    expected = served.oracle["cy"][0]
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        answers = list(
+            pool.map(lambda _: kit.generate(stub, expected["prompt"], "adapters/cy", max_tokens=40), range(6))
+        )
+    assert all(a.ids == expected["ids"] for a in answers)
+    assert kit.metric(served.daemon, "qlorad_inference_loads_total", 'kind="adapter",result="loaded"') == loads + 1
+    freed = kit.unload_adapter(stub, "adapters/cy")
+    states = []
+    for message in watch:
+        assert message.sequence == len(there) + len(states) + 1 and message.adapter.adapter == "adapters/cy"
+        states.append(message.adapter.state)
+        if states[-1] == inference_pb2.ADAPTER_STATE_HOST:
+            assert message.adapter.memory_bytes == freed and message.adapter.probe_effect > 0
+        if states[-1] == inference_pb2.ADAPTER_STATE_ABSENT:
+            break
+    assert states == [*sorted(states[:-1], key=ORDER.index), inference_pb2.ADAPTER_STATE_ABSENT]
+    watch.cancel()
+    kit.load(stub, "cy")
+
+
+ORDER = [
+    inference_pb2.ADAPTER_STATE_FETCHING, inference_pb2.ADAPTER_STATE_VERIFYING, inference_pb2.ADAPTER_STATE_HOST,
+    inference_pb2.ADAPTER_STATE_DEVICE, inference_pb2.ADAPTER_STATE_DRAINING,
+]  # fmt: skip
 
 
 def test_what_is_resident_cannot_be_removed(served: Served) -> None:

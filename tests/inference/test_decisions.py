@@ -1,4 +1,4 @@
-"""The pure rooms: requests, the table of adapters, precision."""
+"""The pure rooms: requests, which base answers, precision."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import pytest
 
 from qlorad.v1 import artifacts_pb2, errors_pb2, inference_pb2, messages_pb2
 from services.common.errors import Fault
-from services.common.facts import ModelFacts
-from services.inference import adapters, messages, precision, wire
-from services.inference.adapters import Table
+from services.common.facts import AdapterFacts, ModelFacts
+from services.inference import choosing, messages, precision, wire
 from tests.inference.kit import turn
 
 MODEL = ModelFacts(
@@ -28,32 +27,11 @@ def test_every_violation_of_a_request_is_told_at_once() -> None:
         ),
     )  # fmt: skip
     with pytest.raises(Fault) as caught:
-        messages.generate_ask(request, 512, 1, "id")
+        messages.generate_ask(request, 512, "id")
     assert fields(caught.value) == [
         "adapter", "model", "request_id", "options.max_tokens", "options.temperature", "options.top_p",
         "options.stop", "options.stop[0]", "options.stop[1]", "prompt",
     ]  # fmt: skip
-
-
-def test_numbers_that_are_none_are_refused() -> None:
-    for bad in (float("nan"), float("inf"), -1.0):
-        options = inference_pb2.GenerationOptions(temperature=bad, top_p=bad)
-        assert [v.field for v in messages.check_options(options, 512)] == ["options.temperature", "options.top_p"]
-
-
-def test_absent_options_have_their_defaults_and_zero_is_not_absent() -> None:
-    ask = messages.generate_ask(inference_pb2.GenerateRequest(prompt="x"), 0, 77, "fresh")
-    assert (ask.options.max_tokens, ask.options.temperature, ask.options.top_p) == (128, 0.0, 1.0)
-    assert (ask.options.seed, ask.request_id) == (77, "fresh")
-    given = inference_pb2.GenerateRequest(prompt="x", options=inference_pb2.GenerationOptions(seed=0))
-    assert messages.generate_ask(given, 0, 77, "fresh").options.seed == 0
-
-
-def test_max_tokens_is_bounded_by_the_context() -> None:
-    options = inference_pb2.GenerationOptions(max_tokens=513)
-    (wrong,) = messages.check_options(options, 512)
-    assert "1 to 512" in wrong.accepted
-    assert not messages.check_options(options, 0)
 
 
 @pytest.mark.parametrize(
@@ -91,37 +69,36 @@ def test_a_sound_conversation_passes() -> None:
     assert messages.check_conversation(messages_pb2.Conversation(messages=turns, tools=tools)) == []
 
 
-def loaded(name: str) -> inference_pb2.LoadedAdapter:
-    return inference_pb2.LoadedAdapter(adapter=f"adapters/{name}", digest=f"sha256:{name}")
+ONE, TWO = ("sha256:1", "models/one"), ("sha256:2", "models/two")
 
 
-def test_the_table_keeps_what_a_request_was_promised() -> None:
-    before = Table().with_adapter(loaded("ada")).with_adapter(loaded("bob")).switched("sha256:bob")
-    after = before.taking_leave("sha256:bob")
-    assert before.who_answers("", "") == "sha256:bob"
-    assert after.who_answers("", "") == ""  # unloading the default makes the base the default
-    assert [a.is_default for a in before.listed()] == [False, True]
-    with pytest.raises(Fault) as caught:
-        after.who_answers("adapters/bob", "sha256:bob")
-    assert caught.value.reason == errors_pb2.REASON_NOT_FOUND
-    assert [a.digest for a in after.without("sha256:bob").adapters] == ["sha256:ada"]
+def test_a_base_is_chosen_by_model_then_adapter_then_default_then_being_the_only_one() -> None:
+    def choose(model: str = "", adapter: str = "", default: str = "", loaded: list = [ONE, TWO]) -> str:  # noqa: B006
+        return choosing.choose_base(model, "models/m", "adapters/a", adapter, default, loaded)
 
-
-def test_a_default_that_did_not_come_back_is_told_not_replaced_by_the_base() -> None:
-    table = Table().with_adapter(loaded("ada")).switched("sha256:gone")
-    with pytest.raises(Fault) as caught:
-        table.who_answers("", "")
-    assert "sha256:gone" in caught.value.message and "default" in caught.value.message
-    assert table.who_answers("base", "") == ""
+    assert choose(model="sha256:2", default="sha256:1") == "sha256:2"
+    assert choose(adapter="sha256:3", default="sha256:1") == "sha256:3", "loaded or not"
+    assert choose(model="sha256:3", adapter="sha256:3") == "sha256:3"
+    assert choose(default="sha256:1") == "sha256:1"
+    assert choose(loaded=[TWO]) == "sha256:2"
+    for wrong, reason, word in (
+        ({}, errors_pb2.REASON_INVALID_REQUEST, "models/one, models/two"),
+        ({"loaded": []}, errors_pb2.REASON_NOT_FOUND, "no model is loaded"),
+        ({"model": "sha256:3"}, errors_pb2.REASON_NOT_FOUND, "models/two"),
+        ({"model": "sha256:1", "adapter": "sha256:2"}, errors_pb2.REASON_REJECTED, "check 'base'"),
+    ):
+        with pytest.raises(Fault) as caught:
+            choose(**wrong)
+        assert caught.value.reason == reason and word in caught.value.message
 
 
 def test_lineage_names_the_first_thing_that_differs() -> None:
     right = {"base_digest": "sha256:b", "tokenizer_digest": "sha256:t", "template_digest": "sha256:c"}
-    adapters.check_lineage("a", artifacts_pb2.Manifest(lineage=artifacts_pb2.Lineage(**right)), "sha256:b", MODEL)
+    choosing.check_lineage("a", artifacts_pb2.Manifest(lineage=artifacts_pb2.Lineage(**right)), "sha256:b", MODEL)
     for what in ("base", "tokenizer", "template"):
         wrong = artifacts_pb2.Lineage(**{**right, f"{what}_digest": "sha256:other"})
         with pytest.raises(Fault) as caught:
-            adapters.check_lineage("adapters/a", artifacts_pb2.Manifest(lineage=wrong), "sha256:b", MODEL)
+            choosing.check_lineage("adapters/a", artifacts_pb2.Manifest(lineage=wrong), "sha256:b", MODEL)
         assert caught.value.reason == errors_pb2.REASON_REJECTED
         assert f"check '{what}'" in caught.value.message and "sha256:other" in caught.value.message
 
@@ -129,10 +106,10 @@ def test_lineage_names_the_first_thing_that_differs() -> None:
 def test_an_adapter_with_a_prompt_format_is_compared_with_that() -> None:
     told = {"base_digest": "sha256:b", "tokenizer_digest": "sha256:t", "template_digest": "sha256:format"}
     manifest = artifacts_pb2.Manifest(lineage=artifacts_pb2.Lineage(**told))
-    adapters.check_lineage("a", manifest, "sha256:b", MODEL, "sha256:format")
+    choosing.check_lineage("a", manifest, "sha256:b", MODEL, "sha256:format")
     for served in ("", "sha256:another"):
         with pytest.raises(Fault, match="check 'template'"):
-            adapters.check_lineage("a", manifest, "sha256:b", MODEL, served)
+            choosing.check_lineage("a", manifest, "sha256:b", MODEL, served)
 
 
 @pytest.mark.parametrize(
@@ -160,10 +137,15 @@ def test_what_was_asked_for_is_held() -> None:
     assert precision.choose(inference_pb2.PRECISION_FP32, MODEL, place) == (inference_pb2.PRECISION_FP32, "asked for")
     sizes = [precision.bytes_of(p, MODEL) for p in inference_pb2.Precision.values()[1:]]
     assert sizes == [600_000, 2_000_000, 4_000_000, 1_000_000, 625_000]
+    assert precision.smaller("cpu") == (inference_pb2.PRECISION_INT8, inference_pb2.PRECISION_INT4)
+    assert precision.smaller("cuda:1") == (inference_pb2.PRECISION_NF4,)
+    told = AdapterFacts(4, 8.0, ("q_proj",), 1_000, ())
+    assert precision.adapter_bytes(told, inference_pb2.PRECISION_FP32) == 4_000
+    assert precision.adapter_bytes(told, inference_pb2.PRECISION_INT4) == 2_000
 
 
 def test_a_fault_survives_the_way_from_the_engine() -> None:
-    fault = adapters.not_loaded("adapters/ad", ["adapters/ada"])
+    fault = choosing.not_loaded("adapters/ad", ["adapters/ada"])
     assert "did you mean 'adapters/ada'" in fault.message
     back = wire.unpack(wire.pack(fault))
     assert (back.reason, back.message, back.resource) == (fault.reason, fault.message, fault.resource)

@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from qlorad.v1 import inference_pb2
 from services.common import devices
+from services.common.errors import Fault
 from tests.house import House, eventually
 from tests.inference import kit
 
@@ -28,42 +29,54 @@ def long_request(adapter: str = "base", tokens: int = 900) -> inference_pb2.Gene
     )
 
 
-def test_an_engine_that_is_killed_comes_back_with_its_adapters(
+def test_p6_one_engine_of_two_is_killed_and_comes_back_with_its_adapters(
     serving_home: pathlib.Path, house_factory: Houses, oracle: dict
 ) -> None:
-    """P6 in short."""
+    """Its streams end with UNAVAILABLE and a hint; those of the other base, and the lease, do not notice."""
     house = house_factory(serving_home)
     daemon, stub = kit.start(house)
     kit.load(stub, "ada", "bob")
-    stub.SwitchAdapter(inference_pb2.SwitchAdapterRequest(adapter="adapters/ada"))
+    other = kit.load_model(stub, "models/other")
+    assert kit.held(serving_home) == (
+        "inference engines: models/starter-test, models/other", 2 * other.memory_bytes,
+    )  # fmt: skip
+    kit.switch(stub, "adapters/ada")
     watch = health_pb2_grpc.HealthStub(house.channel("inference")).Watch(
         health_pb2.HealthCheckRequest(service=SERVICE), timeout=120
     )
     assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
-    streams = [stub.Generate(long_request(a), timeout=60) for a in ("base", "adapters/ada", "adapters/bob")]
+    asks = [long_request(a) for a in ("base", "adapters/ada", "adapters/bob", "adapters/eve")]
+    asks[0].model = kit.MODEL
+    asks[3].prompt = next(a["prompt"] for a in oracle["eve"] if len(a["ids"]) == 40)  # one that does not end early
+    streams = [stub.Generate(ask, timeout=120) for ask in asks]
     for stream in streams:
         assert next(stream).HasField("started")
         assert next(stream).HasField("delta")
-    kit.engine_of(daemon).kill()
-    for stream in streams:
+    kit.engines_of(daemon)[0].kill()
+    for stream in streams[:3]:
         with pytest.raises(grpc.RpcError) as caught:
             list(stream)
         lost = kit.refusal(caught.value)
         assert (lost.code, lost.reason) == (grpc.StatusCode.UNAVAILABLE, "WORKER_LOST")
         assert lost.retry_seconds > 0 and "SIGKILL" in lost.message
     assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
-    meanwhile = kit.refused(lambda: stub.Generate(long_request(), timeout=60))
+    assert kit.held(serving_home) == ("inference engine: models/other", other.memory_bytes)
+    meanwhile = kit.refused(lambda: stub.Generate(asks[1], timeout=60))
     assert meanwhile.reason == "WORKER_LOST" and meanwhile.retry_seconds > 0
+    eve = oracle["eve"][0]
+    assert kit.generate(stub, eve["prompt"], "adapters/eve", max_tokens=40).ids == eve["ids"]
     assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
     watch.cancel()
-    for adapter in ("base", "ada", "bob"):
-        expected = oracle[adapter][0]
-        named = adapter if adapter == "base" else f"adapters/{adapter}"
-        answer = kit.generate(stub, expected["prompt"], named, max_tokens=len(expected["ids"]))
-        assert answer.ids == expected["ids"]
-    default = kit.generate(stub, oracle["ada"][0]["prompt"], "", max_tokens=10)
-    assert default.ids == oracle["ada"][0]["ids"][:10]
+    back = [a.adapter for a in kit.adapters(stub).values() if a.base_digest != other.digest]
+    assert back == ["adapters/ada", "adapters/bob"]
+    for adapter, model in (("base", kit.MODEL), ("adapters/ada", ""), ("adapters/bob", ""), ("", "")):
+        expected = oracle[(adapter or "adapters/ada").removeprefix("adapters/")][0]
+        options = inference_pb2.GenerationOptions(max_tokens=len(expected["ids"]))
+        retry = inference_pb2.GenerateRequest(prompt=expected["prompt"], adapter=adapter, model=model, options=options)
+        assert kit.read(stub.Generate(retry, timeout=60)).ids == expected["ids"]
+    assert kit.read_rest(streams[3]).completion_tokens > 40, "the other base's stream went on"
     assert kit.metric(daemon, "qlorad_inference_engine_losses_total") == 1
+    assert kit.metric(daemon, "qlorad_inference_engine_restarts_total") == 1
 
 
 def test_unloading_gives_memory_and_device_back(serving_home: pathlib.Path, house_factory: Houses) -> None:
@@ -174,10 +187,52 @@ def test_a_draining_daemon_lets_answers_finish(serving_home: pathlib.Path, house
     daemon, stub = kit.start(house)
     kit.load(stub)
     engine = kit.engine_of(daemon)
+    watch = stub.WatchAdapters(inference_pb2.WatchAdaptersRequest(), timeout=60)
+    assert next(watch).snapshot_end
     stream = stub.Generate(long_request(tokens=300), timeout=60)
     assert next(stream).HasField("started")
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         ending = pool.submit(daemon.stop)
         assert kit.read_rest(stream).completion_tokens == 300
         assert ending.result() == 0
+    assert list(watch) == [], "a watch ends well"
     assert not engine.is_running()
+
+
+@pytest.mark.slow
+def test_bases_take_turns_under_a_budget_and_are_remembered_over_kill_9(
+    serving_home: pathlib.Path, house_factory: Houses, oracle: dict
+) -> None:
+    house = house_factory(serving_home)
+    flags = ("--memory-bytes", "3000000", "--adapter-bytes", "1000000", "--idle-unload-seconds", "0")
+    daemon, stub = kit.start(house, *flags)
+    kit.load(stub, "ada")
+    (first,) = kit.models(stub).values()
+    assert 2_000_000 < first.memory_bytes < 3_000_000, "two do not fit, also if one is half as large"
+    eve, ada = oracle["eve"][0], oracle["ada"][0]
+    for name, expected in (("eve", eve), ("ada", ada), ("eve", eve)):
+        answer = kit.generate(stub, expected["prompt"], f"adapters/{name}", max_tokens=5)
+        assert answer.ids == expected["ids"][:5] or name == "eve", "a base on demand is held as the daemon chooses"
+        assert len(kit.models(stub)) == len(kit.engines_of(daemon)) == 1
+    assert list(kit.models(stub)) == ["models/other"] and list(kit.adapters(stub)) == ["adapters/eve"]
+    assert kit.metric(daemon, "qlorad_inference_evictions_total", 'kind="base"') == 3
+    kit.load_model(stub, "models/other", precision=inference_pb2.PRECISION_UNSPECIFIED, pin=True)
+    full = kit.refused(lambda: stub.Generate(long_request("adapters/ada"), timeout=60))
+    assert (full.code, full.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_LARGE")
+    assert "models/other" in full.message and "pinned" in full.message
+    with pytest.raises(Fault) as caught:
+        devices.acquire(kit.leases(serving_home), "cpu", "jobs/nightly")
+    assert "inference engine: models/other" in caught.value.message
+
+    engines = kit.engines_of(daemon)
+    daemon.kill()
+    eventually(lambda: kit.held(serving_home) is None, seconds=20, what="a free device")
+    assert not any(engine.is_running() for engine in engines)
+    daemon, stub = kit.start(house, "--idle-unload-seconds", "0")
+    assert not kit.models(stub), "nothing is loaded by itself"
+    assert kit.generate(stub, ada["prompt"], "adapters/ada", max_tokens=40).ids == ada["ids"]
+    assert list(kit.models(stub)) == [kit.MODEL], "the other one sleeps on"
+    assert kit.generate(stub, eve["prompt"], "adapters/eve", max_tokens=5).ids
+    assert kit.models(stub)["models/other"].pinned
+    several = kit.refused(lambda: stub.Generate(long_request(), timeout=60))
+    assert several.fields == ["model"] and "models/other" in several.message

@@ -27,6 +27,8 @@ def test_a_job_trains_and_seals_its_adapter(trainer: House) -> None:
         schedule__epochs=2.0,
         data__prompt_format=messages_pb2.PROMPT_FORMAT_CHATML,
         data__accumulation=2,
+        generation__temperature=0.25,
+        generation__max_tokens=40,
     )
     job = create(stub, spec, "one", labels={"a": "b"})
     assert job.state == trainer_pb2.JOB_STATE_QUEUED and not job.is_terminal
@@ -70,6 +72,7 @@ def test_a_job_trains_and_seals_its_adapter(trainer: House) -> None:
     sealed = shelf.open("adapters", done.result.adapter_digest)
     known = from_manifest(AdapterFacts, sealed.manifest)
     assert known.prompt_format == "PROMPT_FORMAT_CHATML" == messages_pb2.PromptFormat.Name(planned.ledger.prompt_format)
+    assert known.generation == {"temperature": 0.25, "max_tokens": 40}
     digest = formats.template_digest(messages_pb2.PROMPT_FORMAT_CHATML, "")
     assert sealed.manifest.lineage.template_digest == planned.ledger.template_digest == digest
     assert all("<|im_start|>" in entry["text"] for entry in known.golden)

@@ -9,7 +9,7 @@ import json
 import time
 
 from qlorad.v1 import artifacts_pb2
-from services.common import facts
+from services.common import facts, generation
 from services.common.errors import rejected
 from services.common.frames.v1 import training_pb2
 from services.common.prompt import formats, golden
@@ -33,6 +33,7 @@ def describe(order: training_pb2.Order, base_artifact, told, known: facts.ModelF
         prompt_format=formats.name_of(spec.data.prompt_format),
         rslora=spec.lora.rslora,
         dora=spec.lora.dora,
+        generation=generation.to_plain(spec.generation),
     )
     lineage = artifacts_pb2.Lineage(
         base_digest=base_artifact.digest,

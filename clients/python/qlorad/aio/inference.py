@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Unpack
 
+from qlorad import errors
 from qlorad._connection import new_request_id
-from qlorad._messages import Answer, Event, Turn, conversation, event_of, options
+from qlorad._messages import Answer, Event, Options, Told, Turn, batch_item, conversation, event_of, options, told_of
 from qlorad._wire_core import adapter_choice, enum_value, full_name, optional_name
 from qlorad.aio._wire import Wire
 from qlorad.v1 import inference_pb2 as pb
@@ -27,12 +28,15 @@ class Inference:
     def _stub(self) -> InferenceServiceAsyncStub:
         return InferenceServiceStub(self._wire.channel)
 
-    async def load_model(self, model: str, *, precision: str | int = 0, request_id: str = "") -> pb.LoadedModel:
-        """Brings a base into memory."""
+    async def load_model(
+        self, model: str, *, precision: str | int = 0, pin: bool = False, request_id: str = ""
+    ) -> pb.LoadedModel:
+        """Brings a base into memory; with `pin` it does not make room for others."""
         request = pb.LoadModelRequest(
             model=full_name("models", model),
             precision=enum_value(pb.Precision, "PRECISION_", "precision", precision),
             request_id=request_id or new_request_id(),
+            pin=pin,
         )
         return (await self._wire.call(self._stub.LoadModel, request)).model
 
@@ -45,10 +49,10 @@ class Inference:
         """Bases in memory."""
         return (await self._wire.call(self._stub.ListLoadedModels, pb.ListLoadedModelsRequest())).models
 
-    async def load_adapter(self, adapter: str, *, request_id: str = "") -> pb.LoadedAdapter:
-        """Brings an adapter into memory and proves it."""
+    async def load_adapter(self, adapter: str, *, pin: bool = False, request_id: str = "") -> pb.LoadedAdapter:
+        """Brings an adapter into memory and proves it; with `pin` it does not make room for others."""
         request = pb.LoadAdapterRequest(
-            adapter=full_name("adapters", adapter), request_id=request_id or new_request_id()
+            adapter=full_name("adapters", adapter), request_id=request_id or new_request_id(), pin=pin
         )
         return (await self._wire.call(self._stub.LoadAdapter, request)).adapter
 
@@ -70,27 +74,29 @@ class Inference:
         )
         return await self._wire.call(self._stub.SwitchAdapter, request)
 
+    async def watch_adapters(self) -> AsyncIterator[pb.WatchAdaptersResponse]:
+        """Every adapter first, then each change as it comes; ends when the daemon drains."""
+        async for message in self._wire.stream(self._stub.WatchAdapters, pb.WatchAdaptersRequest()):
+            yield message
+
     async def generate(
         self,
         prompt: str,
         *,
         adapter: str = "",
         model: str = "",
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
+        priority: int = 0,
         request_id: str = "",
+        **how: Unpack[Options],
     ) -> AsyncIterator[Event]:
         """Continues a raw prompt: Started, then Deltas, then one Finish."""
         request = pb.GenerateRequest(
             adapter=adapter_choice(adapter),
             prompt=prompt,
-            options=options(max_tokens, temperature, top_p, top_k, seed, stop),
+            options=options(how),
             request_id=request_id or new_request_id(),
             model=optional_name("models", model),
+            priority=priority,
         )
         async for message in self._wire.stream(self._stub.Generate, request):
             yield event_of(message)
@@ -101,13 +107,10 @@ class Inference:
         *,
         adapter: str = "",
         model: str = "",
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
+        preset: str = "",
+        priority: int = 0,
         request_id: str = "",
+        **how: Unpack[Options],
     ) -> AsyncIterator[Event]:
         """Answers a conversation: Started, then Deltas, then one Finish.
 
@@ -116,16 +119,162 @@ class Inference:
         request = pb.ChatRequest(
             adapter=adapter_choice(adapter),
             conversation=conversation(messages),
-            options=options(max_tokens, temperature, top_p, top_k, seed, stop),
+            options=options(how),
             request_id=request_id or new_request_id(),
             model=optional_name("models", model),
+            preset=optional_name("presets", preset),
+            priority=priority,
         )
         async for message in self._wire.stream(self._stub.Chat, request):
             yield event_of(message)
+
+    async def generate_batch(
+        self,
+        items: Sequence[str | Mapping[str, Any] | pb.BatchItem],
+        *,
+        priority: int = 0,
+        request_id: str = "",
+    ) -> AsyncIterator[Told]:
+        """Answers several prompts in one batch: (number of the prompt, event) as they come.
+
+        Each ends with one Finish, or one Failure of its own. An item is a raw text,
+        or {"prompt" or "messages", "adapter", "model", "options"}, or a proto.
+        """
+        request = pb.GenerateBatchRequest(
+            items=[batch_item(item) for item in items],
+            request_id=request_id or new_request_id(),
+            priority=priority,
+        )
+        async for message in self._wire.stream(self._stub.GenerateBatch, request):
+            yield told_of(message)
+
+    async def compare(
+        self,
+        messages: str | Sequence[Turn] | messages_pb2.Conversation,
+        adapters: Sequence[str],
+        *,
+        raw: bool = False,
+        model: str = "",
+        preset: str = "",
+        priority: int = 0,
+        request_id: str = "",
+        **how: Unpack[Options],
+    ) -> AsyncIterator[Told]:
+        """Asks adapters ("base" = none) the same in one batch: (number of the adapter, event) as they come.
+
+        With `raw`, `messages` is a text that is continued as it is.
+        """
+        request = pb.CompareRequest(
+            adapters=[adapter_choice(name) for name in adapters],
+            model=optional_name("models", model),
+            options=options(how),
+            request_id=request_id or new_request_id(),
+            priority=priority,
+            preset=optional_name("presets", preset),
+        )
+        if raw:
+            if not isinstance(messages, str):
+                raise errors.invalid("messages", type(messages).__name__, "one text where raw is set")
+            request.prompt = messages
+        else:
+            request.conversation.CopyFrom(conversation(messages))
+        async for message in self._wire.stream(self._stub.Compare, request):
+            yield told_of(message)
+
+    async def score(
+        self,
+        text: str = "",
+        *,
+        messages: Sequence[Turn] | messages_pb2.Conversation | None = None,
+        adapter: str = "",
+        model: str = "",
+        alternatives: int = 0,
+        priority: int = 0,
+        request_id: str = "",
+    ) -> pb.ScoreResponse:
+        """How likely a raw text is, or the assistant's turns of a conversation."""
+        request = pb.ScoreRequest(
+            adapter=adapter_choice(adapter),
+            model=optional_name("models", model),
+            alternatives=alternatives,
+            request_id=request_id or new_request_id(),
+            priority=priority,
+        )
+        if messages is None:
+            request.prompt = text
+        else:
+            request.conversation.CopyFrom(conversation(messages))
+        return await self._wire.call(self._stub.Score, request)
+
+    async def tokenize(self, text: str, *, model: str = "") -> Sequence[pb.TextToken]:
+        """The tokens of a raw text, as generate would see them."""
+        request = pb.TokenizeRequest(model=optional_name("models", model), text=text)
+        return (await self._wire.call(self._stub.Tokenize, request)).tokens
+
+    async def render(
+        self,
+        messages: str | Sequence[Turn] | messages_pb2.Conversation,
+        *,
+        adapter: str = "",
+        model: str = "",
+        preset: str = "",
+    ) -> pb.RenderResponse:
+        """What chat would send to the model, and its tokens."""
+        request = pb.RenderRequest(
+            adapter=adapter_choice(adapter),
+            model=optional_name("models", model),
+            conversation=conversation(messages),
+            preset=optional_name("presets", preset),
+        )
+        return await self._wire.call(self._stub.Render, request)
+
+    async def presets(self) -> AsyncIterator[pb.Preset]:
+        """Every preset, shipped ones first."""
+        token = ""
+        while True:
+            page = await self._wire.call(self._stub.ListPresets, pb.ListPresetsRequest(page_token=token))
+            for preset in page.presets:
+                yield preset
+            token = page.next_page_token
+            if not token:
+                return
+
+    async def create_preset(
+        self,
+        name: str,
+        template: str,
+        *,
+        description: str = "",
+        system: str = "",
+        request_id: str = "",
+        **how: Unpack[Options],
+    ) -> pb.Preset:
+        """Keeps a task in words; {input} in the template is where the caller's text goes."""
+        preset = pb.Preset(
+            name=full_name("presets", name),
+            description=description,
+            system=system,
+            template=template,
+            options=options(how),
+        )
+        request = pb.CreatePresetRequest(preset=preset, request_id=request_id or new_request_id())
+        return (await self._wire.call(self._stub.CreatePreset, request)).preset
+
+    async def delete_preset(self, name: str, *, request_id: str = "") -> None:
+        """Forgets a preset of one's own."""
+        request = pb.DeletePresetRequest(name=full_name("presets", name), request_id=request_id or new_request_id())
+        await self._wire.call(self._stub.DeletePreset, request)
 
     async def answer(self, events: AsyncIterator[Event]) -> Answer:
         """A stream of generate or chat, gathered: its text, what answered, how it ended."""
         gathered = Answer()
         async for event in events:
             gathered.add(event)
+        return gathered
+
+    async def answers(self, told: AsyncIterator[Told], count: int) -> list[Answer]:
+        """A stream of generate_batch or compare over so many prompts, gathered. Does not raise for one that failed."""
+        gathered = [Answer() for _ in range(count)]
+        async for index, event in told:
+            gathered[index].add(event)
         return gathered

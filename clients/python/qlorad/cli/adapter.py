@@ -12,7 +12,7 @@ from qlorad.cli.output import Format, Output
 from qlorad.cli.session import connected
 
 if TYPE_CHECKING:
-    from qlorad.v1 import registry_pb2
+    from qlorad.v1 import inference_pb2, registry_pb2
 
 app = typer.Typer(help="List, move, load and switch adapters.", no_args_is_help=True)
 Name = Annotated[str, typer.Argument(help="An adapter: its alias or sha256:….")]
@@ -92,12 +92,16 @@ def delete(name: Name, output: Output = Format.table) -> None:
 
 
 @app.command("load")
-def load(name: Name, output: Output = Format.table) -> None:
+def load(
+    name: Name,
+    pin: Annotated[bool, typer.Option("--pin", help="Keep it from making room for others.")] = False,
+    output: Output = Format.table,
+) -> None:
     """Brings an adapter, and its base where need be, into memory."""
     from qlorad.cli import resident
 
     with connected() as client:
-        loaded = resident.adapter(client, name)
+        loaded = resident.adapter(client, name, pin)
     rows = [
         ("adapter", loaded.adapter),
         ("digest", loaded.digest),
@@ -136,6 +140,7 @@ def loaded(output: Output = Format.table) -> None:
     """Lists adapters in memory."""
     columns: list[out.Column] = [
         ("ADAPTER", lambda a: out.bare(a.adapter)),
+        ("STATE", _state),
         ("DEFAULT", lambda a: "yes" if a.is_default else ""),
         ("RANK", lambda a: str(a.rank)),
         ("MEMORY", lambda a: out.size(a.memory_bytes)),
@@ -146,7 +151,34 @@ def loaded(output: Output = Format.table) -> None:
         out.many(output, "adapters", client.inference.loaded_adapters(), columns, "no adapter is loaded")
 
 
+@app.command("watch")
+def watch(output: Output = Format.table) -> None:
+    """Tells where each adapter is, and every change as it comes; Ctrl-C ends it."""
+    with connected() as client:
+        for news in client.inference.watch_adapters():
+            if output is not Format.table:
+                out.emit_json(out.as_dict(news))
+            elif news.HasField("adapter"):
+                print(_news(news.adapter), flush=True)
+
+
+def _news(adapter: inference_pb2.LoadedAdapter) -> str:
+    marks = [w for w, there in (("default", adapter.is_default), ("pinned", adapter.pinned)) if there]
+    busy = f"{adapter.in_flight} in flight" if adapter.in_flight else ""
+    said = ", ".join(w for w in (*marks, busy, adapter.state_reason) if w)
+    name = f"{out.bare(adapter.adapter)} ({out.short(adapter.digest)})"
+    return f"{_state(adapter):<9}  {name}{': ' * bool(said)}{said}"
+
+
+def _state(adapter: inference_pb2.LoadedAdapter) -> str:
+    from qlorad.v1 import inference_pb2 as pb
+
+    return out.word(pb.AdapterState, "ADAPTER_STATE_", adapter.state)
+
+
 def _show(wanted: Format, adapter: registry_pb2.Adapter) -> None:
+    from qlorad.cli.presets import options_line
+
     rows = [
         ("name", adapter.name),
         ("digest", adapter.digest),
@@ -159,6 +191,7 @@ def _show(wanted: Format, adapter: registry_pb2.Adapter) -> None:
         ("modules", ", ".join(adapter.target_modules)),
         ("weights", out.count(adapter.parameters)),
         ("size", out.size(adapter.size_bytes)),
+        ("generation", options_line(adapter.generation)),
         ("jobs", ", ".join(adapter.jobs)),
         ("aliases", ", ".join(f"{a.name} (generation {a.generation})" for a in adapter.aliases)),
         ("created", out.when(adapter.create_time)),

@@ -34,7 +34,7 @@ def start(
     priority: Annotated[int, typer.Option(help="From -100 to 100; higher goes first.")] = 0,
     label: Annotated[list[str] | None, typer.Option(help="KEY=VALUE; may be repeated.")] = None,
     experiment: Annotated[str, typer.Option(help="Groups jobs that are compared.")] = "",
-    free_serving: Annotated[bool, typer.Option(help="First unload the model that serving holds in memory.")] = False,
+    free_serving: Annotated[bool, typer.Option(help="First unload the models that serving holds in memory.")] = False,
     watch: Annotated[bool, typer.Option(help="Follow the job until it ends.")] = True,
     check: Annotated[bool, typer.Option(help="Only check the spec and show it resolved.")] = False,
     output: Output = Format.table,
@@ -44,8 +44,8 @@ def start(
     train = request.spec.train
     train.adapter = f"adapters/{name.removeprefix('adapters/')}" if name else train.adapter
     with connected() as client:
-        if free_serving and not check and client.inference.loaded_models():
-            freed = client.inference.unload_model()
+        if free_serving and not check and (loaded := client.inference.loaded_models()):
+            freed = sum(client.inference.unload_model(model.digest) for model in loaded)
             out.say(f"serving gave back {out.size(freed)}")
         job = client.jobs.create(
             train,

@@ -15,7 +15,7 @@ try:
 except ModuleNotFoundError:
     raise SystemExit("the command line needs two more packages: pip install 'qlorad[cli]'") from None
 
-from qlorad.cli import adapter, dataset, house, job, model, output, talk
+from qlorad.cli import adapter, dataset, house, job, model, output, presets, talk
 from qlorad.errors import QloradError
 
 EXIT_CODES = {
@@ -44,6 +44,7 @@ app.add_typer(dataset.app, name="dataset")
 app.add_typer(model.app, name="model")
 app.add_typer(job.app, name="job")
 app.add_typer(adapter.app, name="adapter")
+app.add_typer(presets.app, name="preset")
 talk.add_to(app)
 
 

@@ -57,6 +57,7 @@ def list_(output: Output = Format.table) -> None:
         ("SIZE", lambda m: out.size(m.size_bytes)),
         ("NF4", lambda m: out.size(m.nf4_bytes)),
         ("CONTEXT", lambda m: str(m.context_tokens)),
+        ("PINNED", lambda m: "yes" if m.pinned else ""),
         ("DIGEST", lambda m: out.short(m.digest)),
     ]
     with connected() as client:
@@ -80,12 +81,13 @@ def delete(name: Name, output: Output = Format.table) -> None:
 @app.command("load")
 def load(
     name: Name,
-    precision: Annotated[str, typer.Option(help="nf4, bf16 or fp32; else the daemon chooses.")] = "",
+    precision: Annotated[str, typer.Option(help="nf4, bf16, fp32, int8 or int4; else the daemon chooses.")] = "",
+    pin: Annotated[bool, typer.Option("--pin", help="Keep it from making room for others.")] = False,
     output: Output = Format.table,
 ) -> None:
     """Brings a model into memory."""
     with connected() as client:
-        _show_loaded(output, client.inference.load_model(name, precision=precision))
+        _show_loaded(output, client.inference.load_model(name, precision=precision, pin=pin))
 
 
 @app.command("unload")
@@ -107,6 +109,7 @@ def loaded(output: Output = Format.table) -> None:
         ("DEVICE", lambda m: m.device),
         ("MEMORY", lambda m: out.size(m.memory_bytes)),
         ("CONTEXT", lambda m: str(m.context_tokens)),
+        ("PINNED", lambda m: "yes" if m.pinned else ""),
         ("DIGEST", lambda m: out.short(m.digest)),
     ]
     with connected() as client:
@@ -135,10 +138,11 @@ def _show_loaded(wanted: Format, model: inference_pb2.LoadedModel) -> None:
     rows = [
         ("model", model.model),
         ("digest", model.digest),
-        ("precision", _precision(model)),
+        ("precision", _precision(model) + (f" ({model.precision_reason})" if model.precision_reason else "")),
         ("device", model.device),
         ("memory", out.size(model.memory_bytes)),
-        ("load", f"{model.load_seconds:.2f} s"),
+        ("load", f"{model.load_seconds:.2f} s{', from kept weights' * model.from_prepared}"),
+        ("pinned", "yes" if model.pinned else ""),
         ("context", f"{model.context_tokens} tokens"),
     ]
     out.one(wanted, model, rows)

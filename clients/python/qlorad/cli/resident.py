@@ -14,25 +14,25 @@ if TYPE_CHECKING:
 
 
 def model(client: Client, name: str) -> inference_pb2.LoadedModel:
-    """The model in memory. Another one that is resident is not sent away: the daemon's refusal says what to do."""
+    """The model in memory, where need be in the place of others."""
     wanted = full_name("models", name)
     if all(wanted not in (m.model, f"models/{m.digest}") for m in client.inference.loaded_models()):
         say(f"loading {wanted} …")
     return client.inference.load_model(name)
 
 
-def adapter(client: Client, name: str) -> inference_pb2.LoadedAdapter:
+def adapter(client: Client, name: str, pin: bool = False) -> inference_pb2.LoadedAdapter:
     """The adapter in memory, after its base."""
     wanted = full_name("adapters", name)
     if all(wanted not in (a.adapter, f"adapters/{a.digest}") for a in client.inference.loaded_adapters()):
         say(f"loading {wanted} …")
     try:
-        return client.inference.load_adapter(name)
+        return client.inference.load_adapter(name, pin=pin)
     except errors.FailedPrecondition as e:
-        if e.reason != "WRONG_STATE" or client.inference.loaded_models():
+        if e.reason != "WRONG_STATE":
             raise
     model(client, client.adapters.get(name).lineage.base_digest)
-    return client.inference.load_adapter(name)
+    return client.inference.load_adapter(name, pin=pin)
 
 
 def ready(client: Client, base: str, adapters: list[str]) -> None:

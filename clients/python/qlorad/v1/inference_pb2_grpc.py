@@ -180,7 +180,8 @@ class InferenceServiceServicer:
     def UnloadModel(self, request, context):
         """Frees a model with its adapters and gives the device back. Requests in
         flight finish first.
-        Errors: NOT_FOUND (not loaded).
+        Errors: INVALID_ARGUMENT (none is named, and several are loaded; names them);
+        NOT_FOUND (not loaded).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -199,7 +200,9 @@ class InferenceServiceServicer:
         golden renderings, effect on a probe. Loading what is loaded answers with it.
         Requests load by name too; this call proves beforehand, and can pin.
         Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE (its base is not loaded) or
-        REJECTED (names the check and the first difference); DATA_LOSS CORRUPT.
+        REJECTED (names the check and the first difference); DATA_LOSS CORRUPT;
+        RESOURCE_EXHAUSTED TOO_LARGE (it does not fit beside those pinned or in use;
+        names those) or DEVICE_BUSY (its base sleeps, and a job holds the device).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -215,7 +218,8 @@ class InferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SwitchAdapter(self, request, context):
-        """Sets the adapter that answers where a request names none.
+        """Sets the adapter that answers where a request names none. It is the name that is
+        set: where an alias is moved, the default moves along.
         Errors: NOT_FOUND (not loaded).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -233,7 +237,7 @@ class InferenceServiceServicer:
     def WatchAdapters(self, request, context):
         """Tells every adapter first, then each change as it comes; ends when the daemon
         drains. A reader that falls behind sees the newest state of each adapter, and
-        may miss states between.
+        may miss states between. Requests that come and go are no change.
         Errors: none of its own.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -293,7 +297,8 @@ class InferenceServiceServicer:
 
     def Tokenize(self, request, context):
         """Cuts a text into the tokens of a model.
-        Errors: INVALID_ARGUMENT; NOT_FOUND (model not loaded).
+        Errors: INVALID_ARGUMENT; NOT_FOUND (model not loaded); RESOURCE_EXHAUSTED
+        QUEUE_FULL, DEVICE_BUSY or RATE_LIMITED (retry after RetryInfo).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -63,7 +63,8 @@ class InferenceServiceStub:
     UnloadModel: _grpc.UnaryUnaryMultiCallable[_inference_pb2.UnloadModelRequest, _inference_pb2.UnloadModelResponse]
     """Frees a model with its adapters and gives the device back. Requests in
     flight finish first.
-    Errors: NOT_FOUND (not loaded).
+    Errors: INVALID_ARGUMENT (none is named, and several are loaded; names them);
+    NOT_FOUND (not loaded).
     """
     ListLoadedModels: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListLoadedModelsRequest, _inference_pb2.ListLoadedModelsResponse]
     """Tells which models are in memory.
@@ -74,7 +75,9 @@ class InferenceServiceStub:
     golden renderings, effect on a probe. Loading what is loaded answers with it.
     Requests load by name too; this call proves beforehand, and can pin.
     Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE (its base is not loaded) or
-    REJECTED (names the check and the first difference); DATA_LOSS CORRUPT.
+    REJECTED (names the check and the first difference); DATA_LOSS CORRUPT;
+    RESOURCE_EXHAUSTED TOO_LARGE (it does not fit beside those pinned or in use;
+    names those) or DEVICE_BUSY (its base sleeps, and a job holds the device).
     """
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_inference_pb2.UnloadAdapterRequest, _inference_pb2.UnloadAdapterResponse]
     """Frees an adapter. Requests in flight finish first. If it was the default, the
@@ -82,7 +85,8 @@ class InferenceServiceStub:
     Errors: NOT_FOUND (not loaded).
     """
     SwitchAdapter: _grpc.UnaryUnaryMultiCallable[_inference_pb2.SwitchAdapterRequest, _inference_pb2.SwitchAdapterResponse]
-    """Sets the adapter that answers where a request names none.
+    """Sets the adapter that answers where a request names none. It is the name that is
+    set: where an alias is moved, the default moves along.
     Errors: NOT_FOUND (not loaded).
     """
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListAdaptersRequest, _inference_pb2.ListAdaptersResponse]
@@ -92,7 +96,7 @@ class InferenceServiceStub:
     WatchAdapters: _grpc.UnaryStreamMultiCallable[_inference_pb2.WatchAdaptersRequest, _inference_pb2.WatchAdaptersResponse]
     """Tells every adapter first, then each change as it comes; ends when the daemon
     drains. A reader that falls behind sees the newest state of each adapter, and
-    may miss states between.
+    may miss states between. Requests that come and go are no change.
     Errors: none of its own.
     """
     Generate: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
@@ -128,7 +132,8 @@ class InferenceServiceStub:
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """Cuts a text into the tokens of a model.
-    Errors: INVALID_ARGUMENT; NOT_FOUND (model not loaded).
+    Errors: INVALID_ARGUMENT; NOT_FOUND (model not loaded); RESOURCE_EXHAUSTED
+    QUEUE_FULL, DEVICE_BUSY or RATE_LIMITED (retry after RetryInfo).
     """
     Render: _grpc.UnaryUnaryMultiCallable[_inference_pb2.RenderRequest, _inference_pb2.RenderResponse]
     """Shows what Chat would send to the model: the conversation in its template.
@@ -182,7 +187,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     UnloadModel: _aio.UnaryUnaryMultiCallable[_inference_pb2.UnloadModelRequest, _inference_pb2.UnloadModelResponse]  # type: ignore[assignment]
     """Frees a model with its adapters and gives the device back. Requests in
     flight finish first.
-    Errors: NOT_FOUND (not loaded).
+    Errors: INVALID_ARGUMENT (none is named, and several are loaded; names them);
+    NOT_FOUND (not loaded).
     """
     ListLoadedModels: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListLoadedModelsRequest, _inference_pb2.ListLoadedModelsResponse]  # type: ignore[assignment]
     """Tells which models are in memory.
@@ -193,7 +199,9 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     golden renderings, effect on a probe. Loading what is loaded answers with it.
     Requests load by name too; this call proves beforehand, and can pin.
     Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE (its base is not loaded) or
-    REJECTED (names the check and the first difference); DATA_LOSS CORRUPT.
+    REJECTED (names the check and the first difference); DATA_LOSS CORRUPT;
+    RESOURCE_EXHAUSTED TOO_LARGE (it does not fit beside those pinned or in use;
+    names those) or DEVICE_BUSY (its base sleeps, and a job holds the device).
     """
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_inference_pb2.UnloadAdapterRequest, _inference_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
     """Frees an adapter. Requests in flight finish first. If it was the default, the
@@ -201,7 +209,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     Errors: NOT_FOUND (not loaded).
     """
     SwitchAdapter: _aio.UnaryUnaryMultiCallable[_inference_pb2.SwitchAdapterRequest, _inference_pb2.SwitchAdapterResponse]  # type: ignore[assignment]
-    """Sets the adapter that answers where a request names none.
+    """Sets the adapter that answers where a request names none. It is the name that is
+    set: where an alias is moved, the default moves along.
     Errors: NOT_FOUND (not loaded).
     """
     ListAdapters: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListAdaptersRequest, _inference_pb2.ListAdaptersResponse]  # type: ignore[assignment]
@@ -211,7 +220,7 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     WatchAdapters: _aio.UnaryStreamMultiCallable[_inference_pb2.WatchAdaptersRequest, _inference_pb2.WatchAdaptersResponse]  # type: ignore[assignment]
     """Tells every adapter first, then each change as it comes; ends when the daemon
     drains. A reader that falls behind sees the newest state of each adapter, and
-    may miss states between.
+    may miss states between. Requests that come and go are no change.
     Errors: none of its own.
     """
     Generate: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
@@ -247,7 +256,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Cuts a text into the tokens of a model.
-    Errors: INVALID_ARGUMENT; NOT_FOUND (model not loaded).
+    Errors: INVALID_ARGUMENT; NOT_FOUND (model not loaded); RESOURCE_EXHAUSTED
+    QUEUE_FULL, DEVICE_BUSY or RATE_LIMITED (retry after RetryInfo).
     """
     Render: _aio.UnaryUnaryMultiCallable[_inference_pb2.RenderRequest, _inference_pb2.RenderResponse]  # type: ignore[assignment]
     """Shows what Chat would send to the model: the conversation in its template.
@@ -310,7 +320,8 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_inference_pb2.UnloadModelResponse, _abc.Awaitable[_inference_pb2.UnloadModelResponse]]:
         """Frees a model with its adapters and gives the device back. Requests in
         flight finish first.
-        Errors: NOT_FOUND (not loaded).
+        Errors: INVALID_ARGUMENT (none is named, and several are loaded; names them);
+        NOT_FOUND (not loaded).
         """
 
     @_abc_1.abstractmethod
@@ -333,7 +344,9 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         golden renderings, effect on a probe. Loading what is loaded answers with it.
         Requests load by name too; this call proves beforehand, and can pin.
         Errors: NOT_FOUND; FAILED_PRECONDITION WRONG_STATE (its base is not loaded) or
-        REJECTED (names the check and the first difference); DATA_LOSS CORRUPT.
+        REJECTED (names the check and the first difference); DATA_LOSS CORRUPT;
+        RESOURCE_EXHAUSTED TOO_LARGE (it does not fit beside those pinned or in use;
+        names those) or DEVICE_BUSY (its base sleeps, and a job holds the device).
         """
 
     @_abc_1.abstractmethod
@@ -353,7 +366,8 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.SwitchAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.SwitchAdapterResponse, _abc.Awaitable[_inference_pb2.SwitchAdapterResponse]]:
-        """Sets the adapter that answers where a request names none.
+        """Sets the adapter that answers where a request names none. It is the name that is
+        set: where an alias is moved, the default moves along.
         Errors: NOT_FOUND (not loaded).
         """
 
@@ -375,7 +389,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.WatchAdaptersResponse], _abc.AsyncIterator[_inference_pb2.WatchAdaptersResponse]]:
         """Tells every adapter first, then each change as it comes; ends when the daemon
         drains. A reader that falls behind sees the newest state of each adapter, and
-        may miss states between.
+        may miss states between. Requests that come and go are no change.
         Errors: none of its own.
         """
 
@@ -447,7 +461,8 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.TokenizeResponse, _abc.Awaitable[_inference_pb2.TokenizeResponse]]:
         """Cuts a text into the tokens of a model.
-        Errors: INVALID_ARGUMENT; NOT_FOUND (model not loaded).
+        Errors: INVALID_ARGUMENT; NOT_FOUND (model not loaded); RESOURCE_EXHAUSTED
+        QUEUE_FULL, DEVICE_BUSY or RATE_LIMITED (retry after RetryInfo).
         """
 
     @_abc_1.abstractmethod

@@ -11,6 +11,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from qlorad.v1 import artifacts_pb2 as _artifacts_pb2
 from qlorad.v1 import datasets_pb2 as _datasets_pb2
+from qlorad.v1 import inference_pb2 as _inference_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -459,6 +460,7 @@ class Adapter(_message.Message):
     ALIASES_FIELD_NUMBER: _builtins.int
     RSLORA_FIELD_NUMBER: _builtins.int
     DORA_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"adapters/{alias}", or by digest where it has no alias."""
     digest: _builtins.str
@@ -495,6 +497,10 @@ class Adapter(_message.Message):
     def aliases(self) -> _containers.RepeatedCompositeFieldContainer[_artifacts_pb2.Alias]:
         """Every alias that points to it."""
 
+    @_builtins.property
+    def generation(self) -> _inference_pb2.GenerationOptions:
+        """How it chooses tokens where a request says nothing."""
+
     def __init__(
         self,
         *,
@@ -511,10 +517,11 @@ class Adapter(_message.Message):
         aliases: _abc.Iterable[_artifacts_pb2.Alias] | None = ...,
         rslora: _builtins.bool = ...,
         dora: _builtins.bool = ...,
+        generation: _inference_pb2.GenerationOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "lineage", b"lineage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "generation", b"generation", "lineage", b"lineage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "alpha", b"alpha", "create_time", b"create_time", "digest", b"digest", "dora", b"dora", "jobs", b"jobs", "lineage", b"lineage", "name", b"name", "parameters", b"parameters", "rank", b"rank", "rslora", b"rslora", "size_bytes", b"size_bytes", "target_modules", b"target_modules"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "alpha", b"alpha", "create_time", b"create_time", "digest", b"digest", "dora", b"dora", "generation", b"generation", "jobs", b"jobs", "lineage", b"lineage", "name", b"name", "parameters", b"parameters", "rank", b"rank", "rslora", b"rslora", "size_bytes", b"size_bytes", "target_modules", b"target_modules"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

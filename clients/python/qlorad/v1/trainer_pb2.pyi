@@ -12,6 +12,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from qlorad.v1 import datasets_pb2 as _datasets_pb2
+from qlorad.v1 import inference_pb2 as _inference_pb2
 from qlorad.v1 import messages_pb2 as _messages_pb2
 import builtins as _builtins
 import sys
@@ -1043,6 +1044,7 @@ class TrainSpec(_message.Message):
     MEMORY_FIELD_NUMBER: _builtins.int
     GUARDS_FIELD_NUMBER: _builtins.int
     OBJECTIVE_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """"models/{alias or digest}"; resolved to the digest when the job is made."""
     dataset: _builtins.str
@@ -1101,6 +1103,10 @@ class TrainSpec(_message.Message):
     def objective(self) -> Global___Objective:
         """What is learnt."""
 
+    @_builtins.property
+    def generation(self) -> _inference_pb2.GenerationOptions:
+        """How the adapter is to choose tokens where a request says nothing; kept with it."""
+
     def __init__(
         self,
         *,
@@ -1121,10 +1127,11 @@ class TrainSpec(_message.Message):
         memory: Global___Memory | None = ...,
         guards: Global___Guards | None = ...,
         objective: Global___Objective | None = ...,
+        generation: _inference_pb2.GenerationOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_threads", b"_threads", "checkpoints", b"checkpoints", "data", b"data", "evaluation", b"evaluation", "guards", b"guards", "limits", b"limits", "lora", b"lora", "memory", b"memory", "objective", b"objective", "optimizer", b"optimizer", "parallelism", b"parallelism", "quantization", b"quantization", "schedule", b"schedule", "seed", b"seed", "threads", b"threads"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_threads", b"_threads", "checkpoints", b"checkpoints", "data", b"data", "evaluation", b"evaluation", "generation", b"generation", "guards", b"guards", "limits", b"limits", "lora", b"lora", "memory", b"memory", "objective", b"objective", "optimizer", b"optimizer", "parallelism", b"parallelism", "quantization", b"quantization", "schedule", b"schedule", "seed", b"seed", "threads", b"threads"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_threads", b"_threads", "adapter", b"adapter", "checkpoints", b"checkpoints", "data", b"data", "dataset", b"dataset", "evaluation", b"evaluation", "guards", b"guards", "limits", b"limits", "lora", b"lora", "memory", b"memory", "model", b"model", "objective", b"objective", "optimizer", b"optimizer", "parallelism", b"parallelism", "quantization", b"quantization", "schedule", b"schedule", "seed", b"seed", "threads", b"threads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_threads", b"_threads", "adapter", b"adapter", "checkpoints", b"checkpoints", "data", b"data", "dataset", b"dataset", "evaluation", b"evaluation", "generation", b"generation", "guards", b"guards", "limits", b"limits", "lora", b"lora", "memory", b"memory", "model", b"model", "objective", b"objective", "optimizer", b"optimizer", "parallelism", b"parallelism", "quantization", b"quantization", "schedule", b"schedule", "seed", b"seed", "threads", b"threads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015

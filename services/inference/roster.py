@@ -1,0 +1,332 @@
+"""The adapters of all bases: loaded on demand, proven, leaving when there is no room.
+
+Law of this room: decides nothing that `adapters` and `budget` could. One load for
+all who ask for a digest, to its end even if they leave. No lock is held while bytes
+are read or an engine works, so requests whose adapter is there never wait here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+
+from qlorad.v1 import artifacts_pb2, errors_pb2
+from services.common import facts
+from services.common.errors import Fault, rejected
+from services.common.facts import ModelFacts
+from services.common.frames.v1 import engine_pb2
+from services.common.prompt import formats
+from services.common.shelf import Shelf
+from services.inference import budget
+from services.inference.adapters import DRAINING, IN_MEMORY, LOADING, Entry, Moment, Table
+from services.inference.choosing import check_lineage, not_loaded
+from services.inference.life import Awake
+from services.inference.metrics import Metrics
+from services.inference.pins import Pins
+from services.inference.precision import adapter_bytes
+from services.inference.wanted import Memory, WantedAdapter
+
+log = logging.getLogger("qlorad.inference")
+
+_PATIENCE = 30.0
+"""Seconds that a load waits for others to end their use, where that would make room."""
+_READERS = 2
+"""Adapters whose bytes are read at a time: threads must be left for requests' names."""
+_REFUSED = (errors_pb2.REASON_REJECTED, errors_pb2.REASON_CORRUPT)
+
+
+class Roster:
+    """Who is in memory beside which base, and who comes."""
+
+    def __init__(
+        self,
+        shelf: Shelf,
+        limit: int,
+        pins: Pins,
+        memory: Memory,
+        metrics: Metrics,
+        awake: Callable[[str], Awake | None],
+        changed: Callable[[Table, Table], None],
+        now: Callable[[], Moment],
+    ) -> None:
+        self._shelf = shelf
+        self._limit = limit
+        self._pins = pins
+        self._memory = memory
+        self._metrics = metrics
+        self._awake = awake
+        self._changed = changed
+        self._now = now
+        self.table = Table()
+        self._flights: dict[str, tuple[Awake, asyncio.Task[None]]] = {}
+        self._room = asyncio.Lock()
+        self._reading = asyncio.Semaphore(_READERS)
+        self._news = asyncio.Event()
+
+    def _become(self, table: Table) -> None:
+        before, self.table = self.table, table
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+        self._changed(before, table)
+
+    async def _until(self, look: Callable[[], bool]) -> None:
+        while not look():
+            await self._news.wait()
+
+    # for requests; the base is held by the caller
+
+    async def hold(self, digest: str, name: str, awake: Awake) -> None:
+        """An adapter in memory, held until it is released; loads it where it is not, with all its checks."""
+        async with self._waiting(digest, name, awake):
+            await self._come(digest, name, awake)
+            self._become(self.table.granted(digest, self._now()))
+
+    async def prove(self, digest: str, name: str, awake: Awake, pin: bool) -> Entry:
+        """An adapter in memory, not held; as it is then."""
+        async with self._waiting(digest, name, awake):
+            await self._come(digest, name, awake)
+            self._become(self.table.touched(digest, self._now()))
+            if pin:
+                self.pin(digest)
+        return self.table.entries[digest]
+
+    @contextlib.asynccontextmanager
+    async def _waiting(self, digest: str, name: str, awake: Awake) -> AsyncGenerator[None, None]:
+        self._become(self.table.asked(digest, name, awake.digest))
+        try:
+            yield
+        finally:
+            self._become(self.table.gave_up(digest))
+
+    async def _come(self, digest: str, name: str, awake: Awake) -> None:
+        while True:
+            awake.check()
+            state = self.table.state(digest)
+            if state in IN_MEMORY:
+                return
+            if state == DRAINING:
+                await self._until(lambda: self.table.state(digest) != DRAINING)
+            else:
+                await self._load(digest, name, awake)
+
+    def release(self, digest: str, awake: Awake) -> None:
+        """A request has ended; what its engine took along is not counted any more."""
+        if awake.lost is None:
+            self._become(self.table.released(digest, self._now()))
+
+    async def _load(self, digest: str, name: str, awake: Awake, patience: float = _PATIENCE) -> None:
+        while (flight := self._flights.get(digest)) is not None and flight[0] is not awake:
+            await asyncio.wait([flight[1]])  # of an engine that was lost; it is about to end
+        if flight is None:
+            task = asyncio.create_task(self._bring(digest, name, awake, patience), name=f"loading {name}")
+            flight = self._flights[digest] = (awake, task)
+            task.add_done_callback(lambda done: self._came(digest, done))
+        await asyncio.shield(flight[1])
+
+    def _came(self, digest: str, task: asyncio.Task[None]) -> None:
+        self._flights.pop(digest, None)
+        if not task.cancelled() and task.exception() is not None:
+            log.warning("%s: %s", task.get_name(), task.exception())
+
+    # coming
+
+    async def restore(self, awake: Awake) -> None:
+        """Brings back what is wanted beside a base; what cannot come is told and wanted no more."""
+        awake.grant(self._now())
+        left = self._memory.now.of_base(awake.digest)
+        for wanted in left:  # all at once, so that they keep their order
+            self._become(self.table.asked(wanted.digest, wanted.name, awake.digest))
+        try:
+            while left:
+                await self._restore(left[0], awake)
+                self._become(self.table.gave_up(left.pop(0).digest))
+        except Fault as fault:
+            log.warning("adapters of %s do not all come back: %s", awake.model.model, fault)
+        finally:
+            for wanted in left:
+                self._become(self.table.gave_up(wanted.digest))
+            awake.release(self._now())
+
+    async def _restore(self, wanted: WantedAdapter, awake: Awake) -> None:
+        try:
+            if not self.table.entries[wanted.digest].is_in_memory:
+                await self._load(wanted.digest, wanted.name, awake, patience=0.0)
+            if wanted.pinned:
+                self.pin(wanted.digest)
+        except Fault as fault:
+            awake.check()
+            log.warning("%s does not come back: %s", wanted.name, fault)
+            self._memory.become(self._memory.now.made_room(wanted.digest))
+
+    def pin(self, digest: str) -> None:
+        """Keeps an adapter that is in memory from making room."""
+        self._become(self.table.pinned(digest))
+        self._note(digest)
+
+    def _note(self, digest: str) -> None:
+        entry = self.table.entries[digest]
+        wanted = WantedAdapter(digest, entry.name, entry.base_digest, entry.pinned)
+        self._memory.become(self._memory.now.with_adapter(wanted))
+
+    async def _bring(self, digest: str, name: str, awake: Awake, patience: float) -> None:
+        begun = time.monotonic()
+        self._become(self.table.fetching(digest))
+        awake.grant(self._now())
+        try:
+            found = await self._prove(digest, name, awake, patience)
+            awake.check()
+            self._become(
+                self.table.arrived(
+                    digest, self._now(), rank=found.rank, memory_bytes=found.memory_bytes,
+                    load_seconds=time.monotonic() - begun, probe_effect=found.probe_effect,
+                )
+            )  # fmt: skip
+            self.on_device(awake.digest, awake.engine.gauges.on_device)
+            self._note(digest)
+            self._metrics.loads.labels("adapter", "loaded").inc()
+            self._metrics.load_seconds.labels("adapter").observe(time.monotonic() - begun)
+        except BaseException as error:
+            self._failed(digest, awake, error)
+            raise
+        finally:
+            awake.release(self._now())
+
+    def _failed(self, digest: str, awake: Awake, error: BaseException) -> None:
+        refused = isinstance(error, Fault) and error.reason in _REFUSED
+        self._metrics.loads.labels("adapter", "rejected" if refused else "failed").inc()
+        self._pins.let_go([digest])
+        if awake.lost is None and self.table.state(digest) in LOADING:
+            self._become(self.table.rejected(digest, str(error)) if refused else self.table.absent(digest))
+
+    async def _prove(
+        self, digest: str, name: str, awake: Awake, patience: float
+    ) -> engine_pb2.EngineAdapterLoaded:  # fmt: skip
+        """Room, bytes, lineage, and what the engine finds."""
+        sealed = await asyncio.to_thread(self._shelf.open, "adapters", digest)
+        guess = adapter_bytes(facts.from_manifest(facts.AdapterFacts, sealed.manifest), awake.model.precision)
+        await self._make_room(digest, name, guess, patience)
+        await self._pins.take(digest)
+        async with self._reading:
+            sealed = await asyncio.to_thread(self._shelf.open, "adapters", digest, True)
+        awake.check()
+        self._become(self.table.verifying(digest))
+        template = await asyncio.to_thread(_template_digest, sealed.manifest, awake.facts)
+        check_lineage(name, sealed.manifest, awake.digest, awake.facts, template)
+        order = engine_pb2.EngineLoadAdapter(name=name, payload=str(sealed.payload), manifest=sealed.manifest)
+        found = await awake.engine.load_adapter(order)
+        awake.check()
+        # Nobody is waited for here: those who wait for room may wait for this one.
+        verdict = self._reserve(digest, found.memory_bytes)
+        if not verdict.fits:
+            await awake.engine.unload_adapter(digest)
+            raise budget.too_large(name, found.memory_bytes, self._limit, "adapter_bytes", verdict)
+        await self._evict(verdict.leave)
+        return found
+
+    async def _make_room(self, digest: str, name: str, need: int, patience: float) -> None:
+        """Counts so many bytes for an adapter that comes, and sends away whom that takes; TOO_LARGE if it cannot be.
+
+        Those who must wait until others end their use come in turn.
+        """
+        end = time.monotonic() + patience
+        async with self._room:
+            while not (verdict := self._reserve(digest, need)).fits:
+                left = end - time.monotonic()
+                if not verdict.may_fit_later or left <= 0:
+                    raise budget.too_large(name, need, self._limit, "adapter_bytes", verdict)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._news.wait(), left)
+        await self._evict(verdict.leave)
+
+    def _reserve(self, digest: str, need: int) -> budget.Verdict:
+        """Makes the bytes its own if there is room; who must leave takes no new requests from now on."""
+        verdict = budget.decide([i for i in self.table.items() if i.key != digest], need, self._limit)
+        if verdict.fits:
+            table = self.table.reserved(digest, need)
+            for victim in verdict.leave:
+                table = table.leaving(victim)
+            self._become(table)
+        return verdict
+
+    # going
+
+    async def _evict(self, digests: Sequence[str]) -> None:
+        for digest in digests:
+            entry = self.table.get(digest)
+            awake = self._awake(entry.base_digest) if entry is not None else None
+            if entry is None or awake is None or entry.state != DRAINING:
+                continue  # its engine died meanwhile, and whatever it is now is another's doing
+            try:
+                await self._free(digest, awake)
+            except Fault as fault:  # the same, a little later
+                log.warning("%s made room: %s", entry.name, fault)
+                continue
+            self._metrics.evictions.labels("adapter").inc()
+            self._memory.become(self._memory.now.made_room(digest))
+            log.info("%s makes room", entry.name)
+
+    async def unload(self, digest: str, name: str) -> int:
+        """Frees an adapter once its last request ended; bytes freed. NOT_FOUND if it is not in memory."""
+        while (flight := self._flights.get(digest)) is not None:
+            await asyncio.wait([flight[1]])
+        entry = self.table.get(digest)
+        awake = self._awake(entry.base_digest) if entry is not None else None
+        if entry is None or awake is None or not entry.is_in_memory:
+            raise not_loaded(name, self.names())
+        self._become(self.table.leaving(digest))
+        return await self._free(digest, awake)
+
+    async def _free(self, digest: str, awake: Awake) -> int:
+        """The end of one that is leaving: its last request, then its tensors."""
+        awake.grant(self._now())
+        try:
+            await self._until(lambda: awake.lost is not None or not self.table.entries[digest].holds)
+            awake.check()
+            freed = await awake.engine.unload_adapter(digest)
+            awake.check()
+            self._become(self.table.absent(digest))
+            self._pins.let_go([digest])
+            return freed
+        finally:
+            awake.release(self._now())
+
+    def lost(self, base_digest: str) -> None:
+        """A base has gone, and what was beside it."""
+        here = [e.digest for e in self.table.of_base(base_digest)]
+        self._become(self.table.lost(base_digest))
+        self._pins.let_go(here)
+
+    # what is told
+
+    def on_device(self, base_digest: str, digests: Sequence[str]) -> None:
+        """What an engine tells of its tiers."""
+        table = self.table.on_device(base_digest, digests)
+        if table is not self.table:
+            self._become(table)
+
+    def names(self) -> list[str]:
+        """What is in memory, as it was last asked for."""
+        return [e.name for e in self.table.entries.values() if e.is_in_memory]
+
+    def refuse(self, digest: str, name: str, base_digest: str, why: str) -> Fault:
+        """Notes an adapter as refused before it came near a base; the refusal."""
+        self._become(self.table.asked(digest, name, base_digest).fetching(digest).rejected(digest, f"{name}: {why}"))
+        self._become(self.table.gave_up(digest))
+        self._metrics.loads.labels("adapter", "rejected").inc()
+        return rejected(name, why)
+
+    async def end(self) -> None:
+        """Lets loads end with the daemon."""
+        tasks = [task for _, task in self._flights.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _template_digest(manifest: artifacts_pb2.Manifest, base: ModelFacts) -> str:
+    """The digest of the template that an adapter is served with. Reads a file; REJECTED for an unknown format."""
+    told = facts.from_manifest(facts.AdapterFacts, manifest)
+    return formats.template_digest(formats.by_name(told.prompt_format), base.template_digest)
