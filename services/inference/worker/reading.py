@@ -59,11 +59,14 @@ class Reader:
 
     def scored(self, order: engine_pb2.EngineScore) -> tuple[Sequence[int], Sequence[bool]]:
         """What is to be scored, and which of its tokens count; INVALID_ARGUMENT if nothing does."""
+        ids: Sequence[int]
+        counted: Sequence[bool]
         if order.WhichOneof("input") == "prompt":
             field, ids = "prompt", self.tokenizer.encode_prompt(order.prompt)
             counted = [number > 0 for number in range(len(ids))]
         else:
-            field, (ids, counted) = "conversation", self._trained(order)
+            field = "conversation"
+            ids, counted = self._trained(order)
         if not 2 <= len(ids) <= self.context_tokens or not any(counted):
             accepted = f"2 to {self.context_tokens} tokens, at least one of them to be scored"
             raise invalid([Violation(field, f"{len(ids)} tokens, {sum(counted)} of them to be scored", accepted)])

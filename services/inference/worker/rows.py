@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 
@@ -24,6 +25,7 @@ _SCORED_AT_ONCE = 256  # tokens whose logits are held at the same time
 
 Report = engine_pb2.EngineReport
 Decode = Callable[[Sequence[int]], str]
+Reason: TypeAlias = "inference_pb2.FinishReason.ValueType"
 
 
 @dataclass(slots=True, eq=False)
@@ -36,12 +38,18 @@ class Row:
     priority: int
     share: str
     arrived: float = field(default_factory=time.monotonic)
-    place: Place | None = None
+    given: Place | None = None
+
+    @property
+    def place(self) -> Place:
+        """Where its keys and values are; only of one that was admitted."""
+        assert self.given is not None
+        return self.given
 
     @property
     def unread(self) -> int:
-        """Tokens of the prompt that are not read."""
-        return max(0, len(self.prompt) - self.place.length) if self.place is not None else len(self.prompt)
+        """Tokens of the prompt that are not read; of one that was admitted."""
+        return max(0, len(self.prompt) - self.place.length)
 
 
 @dataclass(slots=True, eq=False)
@@ -74,7 +82,7 @@ class Answering(Row):
         some = self.prompt[at : at + tokens]
         return Piece(self.place, some, self.adapter, 1 if at + len(some) == len(self.prompt) else 0)
 
-    def settle(self, token: int, ends: frozenset[int], context: int) -> tuple[str, int]:
+    def settle(self, token: int, ends: frozenset[int], context: int) -> tuple[str, Reason]:
         """Takes a token: text that is certain now, and why it ends (0 = it goes on)."""
         self.made.append(token)
         self.chooser.saw(token)
@@ -110,7 +118,7 @@ class Scoring(Row):
     @property
     def unread(self) -> int:
         """Every token but the last foretells another, so the last is not read."""
-        return len(self.prompt) - 1 - (self.place.length if self.place is not None else 0)
+        return len(self.prompt) - 1 - self.place.length
 
     def longest(self, context: int) -> int:
         """Tokens that it holds keys and values of."""

@@ -129,7 +129,7 @@ class Scheduler:
             if place is None:
                 break
             self._turns.take(row)
-            row.place = place
+            row.given = place
             self._rows.append(row)
             cached = 0 if isinstance(row, Scoring) else self._prefixes.find(row.adapter, row.prompt, place)
             begun = engine_pb2.EngineBegun(waited_seconds=self._clock() - row.arrived, cached_tokens=cached)
@@ -217,5 +217,5 @@ class Scheduler:
         return Report(call=row.call, refusal=wire.pack(fault))
 
 
-def _ended(row: Row, reason: int) -> Report:
+def _ended(row: Row, reason: inference_pb2.FinishReason.ValueType) -> Report:
     return Report(call=row.call, ended=engine_pb2.EngineEnded(reason=reason))
