@@ -1,7 +1,7 @@
 """How many tokens of prompts are read in one step.
 
-Law of this room: pure; seconds are told. A step that reads takes at most about twice as long as one that does
-not, so that those who get tokens hardly notice a long prompt beside them; and never much longer than a short
+Law of this room: pure; seconds are told. A step that reads takes little more than half as long again as one that
+does not, so that those who get tokens hardly notice a long prompt beside them; and never much longer than a short
 request could bear to wait. Where more wait for their first token than get others, they count for more.
 """
 
@@ -10,8 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _LEAST, _MOST = 32, 2048
-_PATIENCE = 0.04
-"""Seconds of reading in a step that nobody minds."""
+_ALONE, _BESIDE = 0.02, 0.01
+"""Seconds of reading in a step that nobody minds: where nobody gets tokens, and where somebody does."""
+_PART = 0.6
+"""Of a step without reading, how much reading may take beside it."""
 _NEW = 0.2
 """How much the newest step counts."""
 
@@ -37,7 +39,8 @@ class Pace:
         """Tokens of prompts for the next step, beside so many rows that get a token, where so many prompts wait."""
         if not self.token_seconds:
             return 4 * _LEAST * prompts
-        allowed = max(_PATIENCE, self.row_seconds if rows else 0.0) * max(1.0, prompts / max(1, rows))
+        allowed = max(_BESIDE, _PART * self.row_seconds) if rows else _ALONE
+        allowed *= max(1.0, prompts / max(1, rows))
         return int(min(max(allowed / self.token_seconds, _LEAST), _MOST))
 
 
