@@ -73,11 +73,11 @@ test-gpu: $(STAMP) ## what needs a CUDA device; torch in .venv must be a CUDA bu
 
 bench: $(STAMP) ## what is quick to measure, against peers it installs; writes benchmarks/results
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
-	@missed=; for name in control datasets ledger neardup "train --quick"; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name || missed="$$missed $$name"; done; \
+	@missed=; for name in control datasets ledger neardup "train --quick" "serve --quick"; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name || missed="$$missed $$name"; done; \
 	  test -z "$$missed" || { echo "bars not met by:$$missed"; exit 1; }
 
 bench-full: bench ## everything: training takes hours, on a machine that does nothing else
-	@missed=; for name in train "train --checkpointing"; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name || missed="$$missed $$name"; done; \
+	@missed=; for name in train "train --checkpointing" serve; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name || missed="$$missed $$name"; done; \
 	  test -z "$$missed" || { echo "bars not met by:$$missed"; exit 1; }
 
 demo: $(STAMP) ## the whole way, from documents to a tuned answer; SIZE=test is the quick one

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from benchmarks import report
 
 
 @contextlib.contextmanager
-def running(service: str, home: pathlib.Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A daemon that serves; its address stands in its run file."""
+def running(
+    service: str, home: pathlib.Path, more: Sequence[str] = (), environ: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A daemon that serves, with flags and environment beyond the usual; its address stands in its run file."""
     told = _run_file(service, home)
     told.unlink(missing_ok=True)
-    flags = ["--home", str(home), "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"]
+    flags = ["--home", str(home), "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0", *more]
     with (home / "log").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", f"services.{service}", *flags], stdout=log, stderr=log, cwd=report.ROOT
-        )
+            [sys.executable, "-m", f"services.{service}", *flags], stdout=log, stderr=log, cwd=report.ROOT,
+            env={**os.environ, **(environ or {})},
+        )  # fmt: skip
     try:
         until = time.monotonic() + 60
         while not told.exists():

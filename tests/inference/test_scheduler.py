@@ -289,6 +289,7 @@ def test_pace_follows_what_steps_take() -> None:
         pace.note(0.1 + 0.001 * 100, 100, 16)
     assert 80 <= pace.tokens(16) <= 125  # as long again as a step without reading
     assert 30 <= pace.tokens(0) <= 50
+    assert pace.tokens(2, 16) >= 7 * pace.tokens(16, 16)  # most wait: they count for more
 
 
 @given(st.lists(st.one_of(st.integers(1, 700), st.floats(0, 1)), min_size=1, max_size=60))

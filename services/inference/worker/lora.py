@@ -26,7 +26,7 @@ from services.inference.worker.flat import Flat
 from services.inference.worker.linears import Linear
 from services.inference.worker.reordered import Weights
 
-_OFTEN = 4
+_OFTEN = 8
 """Uses after which a matrix is reordered."""
 _SINGLES = 4
 """Adapters that read prompts at the same time whose matrices of a site are kept."""

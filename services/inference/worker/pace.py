@@ -2,7 +2,7 @@
 
 Law of this room: pure; seconds are told. A step that reads takes at most about twice as long as one that does
 not, so that those who get tokens hardly notice a long prompt beside them; and never much longer than a short
-request could bear to wait.
+request could bear to wait. Where more wait for their first token than get others, they count for more.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Pace:
             beside = self.row_seconds if rows else 0.0
             self.token_seconds = _mean(self.token_seconds, max(seconds - beside, seconds / 4) / read)
 
-    def tokens(self, rows: int) -> int:
-        """Tokens of prompts for the next step, beside so many rows that get a token."""
+    def tokens(self, rows: int, prompts: int = 1) -> int:
+        """Tokens of prompts for the next step, beside so many rows that get a token, where so many prompts wait."""
         if not self.token_seconds:
-            return 4 * _LEAST
-        allowed = max(_PATIENCE, self.row_seconds if rows else 0.0)
+            return 4 * _LEAST * prompts
+        allowed = max(_PATIENCE, self.row_seconds if rows else 0.0) * max(1.0, prompts / max(1, rows))
         return int(min(max(allowed / self.token_seconds, _LEAST), _MOST))
 
 

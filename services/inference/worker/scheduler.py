@@ -148,7 +148,7 @@ class Scheduler:
         """Every row's next tokens; rows whose prompt has no turn in this step are left out."""
         going = [row for row in self._rows if not row.unread]
         reading = [row for row in self._rows if row.unread]
-        budget = self._pace.tokens(len(going))
+        budget = self._pace.tokens(len(going), len(reading))
         planned = [(row, row.piece(1)) for row in going]
         given: dict[int, int] = {}
         if reading:
