@@ -62,6 +62,8 @@ class Roster:
         self._now = now
         self.table = Table()
         self._flights: dict[str, tuple[Awake, asyncio.Task[None]]] = {}
+        self._hasty: set[str] = set()
+        """Loads that wait for nobody, since no request asked for them."""
         self._room = asyncio.Lock()
         self._reading = asyncio.Semaphore(_READERS)
         self._news = asyncio.Event()
@@ -110,7 +112,12 @@ class Roster:
             if state == DRAINING:
                 await self._until(lambda: self.table.state(digest) != DRAINING)
             else:
-                await self._load(digest, name, awake)
+                hasty = digest in self._hasty
+                try:
+                    await self._load(digest, name, awake)
+                except Fault as fault:
+                    if not hasty or fault.reason != errors_pb2.REASON_TOO_LARGE:
+                        raise  # else it was not this request's own load, which has more patience
 
     def release(self, digest: str, awake: Awake) -> None:
         """A request has ended; what its engine took along is not counted any more."""
@@ -153,6 +160,7 @@ class Roster:
     async def _restore(self, wanted: WantedAdapter, awake: Awake) -> None:
         try:
             if not self.table.entries[wanted.digest].is_in_memory:
+                self._hasty.add(wanted.digest)
                 await self._load(wanted.digest, wanted.name, awake, patience=0.0)
             if wanted.pinned:
                 self.pin(wanted.digest)
@@ -160,6 +168,8 @@ class Roster:
             awake.check()
             log.warning("%s does not come back: %s", wanted.name, fault)
             self._memory.become(self._memory.now.made_room(wanted.digest))
+        finally:
+            self._hasty.discard(wanted.digest)
 
     def pin(self, digest: str) -> None:
         """Keeps an adapter that is in memory from making room."""

@@ -227,7 +227,7 @@ def test_bases_take_turns_under_a_budget_and_are_remembered_over_kill_9(
     engines = kit.engines_of(daemon)
     daemon.kill()
     eventually(lambda: kit.held(serving_home) is None, seconds=20, what="a free device")
-    assert not any(engine.is_running() for engine in engines)
+    eventually(lambda: not any(engine.is_running() for engine in engines), seconds=20, what="the engines' end")
     daemon, stub = kit.start(house, "--idle-unload-seconds", "0")
     assert not kit.models(stub), "nothing is loaded by itself"
     assert kit.generate(stub, ada["prompt"], "adapters/ada", max_tokens=40).ids == ada["ids"]

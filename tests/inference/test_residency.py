@@ -115,6 +115,19 @@ async def test_what_was_wanted_comes_back_when_it_is_needed(house: House) -> Non
         assert not await core.states()
 
 
+async def test_a_request_that_joins_what_comes_back_by_itself_has_the_patience_of_requests(house: House) -> None:
+    async with house.live() as core:
+        for name in ("ada", "bob", "cy"):
+            await core.ask(f"adapters/{name}")
+    async with house.live(adapter_bytes=200) as core:
+        busy = await core.begin("adapters/ada")
+        joined = asyncio.create_task(core.ask("adapters/cy"))
+        await until(lambda: core.r.roster.table.state(house.digests["cy"]) == inference_pb2.ADAPTER_STATE_FETCHING)
+        await busy.end()
+        assert await joined == (house.bases["one"], house.digests["cy"])
+        assert [a.digest for a in core.r.memory.now.adapters] == [house.digests["cy"]]
+
+
 async def test_each_base_sleeps_for_itself_and_the_device_goes_with_the_last(house: House) -> None:
     async with house.live() as core:
         await core.r.load_model("models/one", ANY, False)
