@@ -16,15 +16,15 @@ import psutil
 import yaml
 from prometheus_client import CollectorRegistry
 
-from qlorad.v1 import inference_pb2, inference_pb2_grpc
-from services.common import devices, idempotency, telemetry
+from qlorad.v1 import artifacts_pb2, inference_pb2, inference_pb2_grpc
+from services.common import devices, idempotency, names, telemetry
 from services.common.config import ConfigError, setting
 from services.common.frames.v1 import engine_pb2
 from services.common.interceptors import Tokens
 from services.common.server import App, Health, ServerSettings
 from services.common.shelf import Shelf
 from services.common.store import Store
-from services.inference import limits, preset, preset_book, wanted
+from services.inference import kept, limits, preset, preset_book, wanted
 from services.inference.admission import Admission
 from services.inference.answering import Answering
 from services.inference.changes import Changes
@@ -69,6 +69,15 @@ class Config:
         0, "bytes of adapters on the device, for each base; the others wait in the host's memory; 0 = no bound",
         lambda v: 0 <= v <= 1 << 50, "0 to 1125899906842624",
     )  # fmt: skip
+    cache_bytes: int = setting(
+        0, "bytes for keys and values of requests in flight, for each base; 0 = half of what is free when it is loaded",
+        lambda v: 0 <= v <= 1 << 50, "0 to 1125899906842624",
+    )  # fmt: skip
+    prefix_bytes: int = setting(
+        256 << 20, "bytes for keys and values of prompts seen before, for each base; 0 = none are kept",
+        lambda v: 0 <= v <= 1 << 50, "0 to 1125899906842624",
+    )  # fmt: skip
+    threads: int = setting(0, "threads of each engine; 0 = the engine chooses", lambda v: 0 <= v <= 1024, "0 to 1024")
     idle_unload_seconds: float = setting(
         300.0, "let a base go after so long without a request, the device with the last; 0 = never",
         lambda v: math.isfinite(v) and 0 <= v <= 31_536_000, "0 to 31536000",
@@ -127,8 +136,10 @@ def build(config: Config) -> App:
     )
     device = config.device or devices.devices_here()[0]
     order = engine_pb2.EngineLoad(
-        device=device, max_rows=config.max_rows, device_adapter_bytes=config.device_adapter_bytes
-    )
+        device=device, max_rows=config.max_rows, device_adapter_bytes=config.device_adapter_bytes,
+        cache_bytes=config.cache_bytes, prefix_bytes=config.prefix_bytes, threads=config.threads,
+        prepared=str(s.state / kept.FOLDER),
+    )  # fmt: skip
     place = Place(order, config.memory_bytes, lambda: _free_bytes(device), s.logs / "inference-engine.log")
     lease = SharedLease(s.state / "devices", device)
     residency = Residency(shelf, place, lease, wanted.Memory(store), config.adapter_bytes, metrics)
@@ -152,6 +163,10 @@ def build(config: Config) -> App:
     async def start(health: Health) -> None:
         await store.run(idempotency.prune)
         await presets.begin()
+        models = await asyncio.to_thread(
+            lambda: {sealed.digest for sealed in shelf.every(artifacts_pb2.ARTIFACT_KIND_MODEL)}
+        )
+        await asyncio.to_thread(kept.sweep, s.state / kept.FOLDER, {names.hex_of(digest) for digest in models})
         await residency.begin(health)
         if config.idle_unload_seconds:
             tasks.add(asyncio.create_task(sleep_when_idle(), name="idle unload"))
