@@ -91,8 +91,8 @@ def test_names_and_words() -> None:
         full_name("models", "")
     for given_, wanted in (("nf4", 1), ("PRECISION_BF16", 2), ("FP32", 3), (2, 2), ("", 0)):
         assert enum_value(inference_pb2.Precision, "PRECISION_", "precision", given_) == wanted
-    with pytest.raises(errors.InvalidArgument, match="accepted: nf4, bf16, fp32"):
-        enum_value(inference_pb2.Precision, "PRECISION_", "precision", "int8")
+    with pytest.raises(errors.InvalidArgument, match="accepted: nf4, bf16, fp32, int8, int4"):
+        enum_value(inference_pb2.Precision, "PRECISION_", "precision", "int2")
 
 
 def test_a_history_that_is_gone_is_gone_on_from_at_its_oldest_event() -> None:
