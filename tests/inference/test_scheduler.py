@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from qlorad.v1 import inference_pb2
 from services.common.errors import Fault
+from services.inference.worker import sampling
 from services.inference.worker.lanes import Lanes
 from services.inference.worker.pace import Pace
 from services.inference.worker.turns import Turns
@@ -209,6 +211,47 @@ def test_the_end_token_ends_unless_it_is_to_be_ignored(model: Any) -> None:
         assert made.said(ends, "ended")[0].reason == inference_pb2.FINISH_REASON_END
         assert made.ids(goes) == forced
         assert made.said(goes, "ended")[0].reason == inference_pb2.FINISH_REASON_LENGTH
+
+
+def plainly(logits: torch.Tensor, o: inference_pb2.GenerationOptions, u: float) -> int:
+    """A draw as it is told in the contract, over the whole vocabulary."""
+    ordered, tokens = torch.sort(logits.double() / o.temperature, descending=True, stable=True)
+    ordered, tokens = ordered[: o.top_k or len(ordered)], tokens[: o.top_k or len(ordered)]
+    chances = torch.softmax(ordered, -1)
+    keep = int((chances >= o.min_p * chances[0]).sum())
+    before = torch.cumsum(chances, -1) - chances
+    keep = max(1, min(keep, int((before < o.top_p).sum())))
+    heaped = torch.cumsum(chances[:keep], -1)
+    return int(tokens[min(int(torch.searchsorted(heaped, u * heaped[-1], right=True)), keep - 1)])
+
+
+@given(
+    st.integers(0, 10**6), st.sampled_from([0.3, 1.0, 2.0]), st.sampled_from([0, 1, 7, 900, 5000]),
+    st.sampled_from([0.05, 0.9, 0.9999, 1.0]), st.sampled_from([0.0, 1e-6, 0.3]), st.sampled_from([0.01, 1.0, 8.0]),
+)  # fmt: skip
+@settings(max_examples=80, deadline=None)
+def test_draws_are_those_of_the_whole_vocabulary(
+    seed: int, temperature: float, top_k: int, top_p: float, min_p: float, spread: float
+) -> None:
+    """However few are looked at: flat and steep logits, cuts within and beyond the likeliest."""
+    if not top_k and top_p == 1.0 and min_p == 0.0:
+        top_k = 3
+    logits = torch.randn(3000, generator=torch.Generator().manual_seed(seed)) * spread
+    options = inference_pb2.GenerationOptions(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, repetition_penalty=1.0
+    )
+    chooser = sampling.Chooser(options)
+    u = random.Random(seed).random()
+    wanted = {plainly(logits, options, min(max(u + off, 0.0), 1 - 1e-12)) for off in (-1e-5, 0.0, 1e-5)}
+    assert chooser.choose(logits) in wanted
+
+
+def test_without_cuts_every_token_comes_as_often_as_it_should() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
+    chooser = sampling.Chooser(inference_pb2.GenerationOptions(temperature=1.0, top_p=1.0, seed=4))
+    drawn = [chooser.choose(logits) for _ in range(4000)]
+    for token, chance in enumerate(torch.softmax(logits, -1).tolist()):
+        assert drawn.count(token) / 4000 == pytest.approx(chance, abs=0.03)
 
 
 # Pure cores.

@@ -15,6 +15,9 @@ import torch
 
 from qlorad.v1 import inference_pb2
 
+_LIKELIEST = 512
+"""Tokens that are looked at first when some are left out."""
+
 
 @dataclass(slots=True)
 class Chooser:
@@ -65,20 +68,45 @@ class Chooser:
 
     def _draw(self, logits: torch.Tensor) -> int:
         u, o = self._draws.random(), self.options
-        ordered, tokens = torch.sort(logits.double() / o.temperature, descending=True, stable=True)
+        scaled = logits / o.temperature
+        if not o.top_k and o.top_p >= 1.0 and o.min_p <= 0.0:
+            return _inverse(torch.softmax(scaled.double(), dim=-1), u)
+        # To order a whole vocabulary costs more than a step; what is kept nearly always lies among a few.
+        for count in (max(_LIKELIEST, o.top_k), len(scaled)):
+            found = self._kept(scaled, min(count, len(scaled)))
+            if found is not None:
+                chances, tokens = found
+                return int(tokens[_inverse(chances, u)])
+        raise AssertionError("all of a vocabulary holds all that is kept of it")
+
+    def _kept(self, scaled: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What may be drawn and how likely it is, best first; None if it may reach beyond the likeliest `count`."""
+        o = self.options
+        values, tokens = torch.topk(scaled, count, sorted=False)
+        tokens, by_number = torch.sort(tokens)
+        values, order = torch.sort(values[by_number].double(), descending=True, stable=True)  # of equals the first
+        tokens = tokens[order]
         if o.top_k:
-            ordered, tokens = ordered[: o.top_k], tokens[: o.top_k]
-        chances = torch.softmax(ordered, dim=-1)
+            values, tokens = values[: o.top_k], tokens[: o.top_k]
+            chances = torch.softmax(values, dim=-1)
+        else:
+            chances = torch.exp(values - torch.logsumexp(scaled.double(), dim=-1))
         keep = len(chances)
         if o.min_p > 0.0:
             keep = max(1, int((chances >= o.min_p * chances[0]).sum()))
-        heaped = torch.cumsum(chances, dim=-1)
         if o.top_p < 1.0:
             # Every token whose better ones together stay below top_p; the best always.
+            heaped = torch.cumsum(chances, dim=-1)
             keep = min(keep, max(1, int((heaped - chances < o.top_p).sum())))
-        heaped = heaped[:keep]
-        at = int(torch.searchsorted(heaped, u * heaped[-1], right=True))
-        return int(tokens[min(at, keep - 1)])
+        if keep == len(chances) == count < len(scaled) and not o.top_k:
+            return None
+        return chances[:keep], tokens[:keep]
+
+
+def _inverse(chances: torch.Tensor, u: float) -> int:
+    """Where a draw from 0 to 1 falls."""
+    heaped = torch.cumsum(chances, dim=-1)
+    return min(int(torch.searchsorted(heaped, u * heaped[-1], right=True)), len(heaped) - 1)
 
 
 def choose(logits: torch.Tensor, choosers: list[Chooser]) -> list[int]:
