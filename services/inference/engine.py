@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import itertools
+import logging
 import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from services.common.devices import Lease
 from services.common.errors import Fault, worker_lost
 from services.common.frames.v1 import engine_pb2
 from services.inference import wire
+
+log = logging.getLogger("qlorad.inference")
 
 Report = engine_pb2.EngineReport
 
@@ -149,6 +152,9 @@ class EngineProcess:
         try:
             order = engine_pb2.EngineOrder(load=load)
             engine.loaded = (await asyncio.wait_for(engine._ask(order), _LOAD_SECONDS)).loaded
+        except TimeoutError:
+            await engine.close()
+            raise worker_lost("the engine", f"it did not load in {_LOAD_SECONDS:.0f} s", retry_seconds=2.0) from None
         except BaseException:
             await engine.close()
             raise
@@ -216,13 +222,16 @@ class EngineProcess:
     # reports
 
     async def _read(self) -> None:
-        while (body := await self.talk.receive()) is not None:
-            reports = engine_pb2.EngineReports.FromString(body)
-            for report in reports.reports:
-                self._dispatch(report)
-            if reports.HasField("gauges"):
-                before, self.gauges = self.gauges, reports.gauges
-                self.on_gauges(before, self.gauges)
+        try:
+            while (body := await self.talk.receive()) is not None:
+                reports = engine_pb2.EngineReports.FromString(body)
+                for report in reports.reports:
+                    self._dispatch(report)
+                if reports.HasField("gauges"):
+                    before, self.gauges = self.gauges, reports.gauges
+                    self.on_gauges(before, self.gauges)
+        except Exception:  # without this nobody who waits would ever hear
+            log.exception("a report of the engine could not be taken; it is ended")
         code = await self.talk.close()
         self._lose(worker_lost("the engine", process.exit_story(code), retry_seconds=2.0))
 

@@ -133,7 +133,7 @@ def engine(
     if written_out is None:
         assert way != "straight"
         lora.hook()
-    forward = probe.proven([written_out or Whole(model)], Lanes(probe.shapes, probe.dtype, CPU, 0))
+    forward = probe.proven([written_out or Whole(model)])
     context = model.config.max_position_embeddings
     scheduler = Scheduler(forward, lora, lanes, prefixes, rows, context, frozenset({1}), CPU)
     return Engine(scheduler, lora, lanes, prefixes, forward)

@@ -254,6 +254,49 @@ def test_without_cuts_every_token_comes_as_often_as_it_should() -> None:
         assert drawn.count(token) / 4000 == pytest.approx(chance, abs=0.03)
 
 
+def test_places_that_rows_left_are_given_back_before_others_need_their_bytes() -> None:
+    lanes = Lanes([(1, 16)], torch.float32, kit.CPU, 8 * 128 * 128)
+    kept = []
+    for tokens in (100, 200, 400):
+        places = [place for _ in range(16) if (place := lanes.take(tokens)) is not None]
+        assert places
+        kept.append(places.pop(0))
+        for place in places:
+            lanes.give(place)
+    assert lanes.bytes_used <= lanes.bytes_held <= lanes.limit
+
+
+def test_a_beginning_is_kept_before_what_follows_it(model: Any) -> None:
+    with torch.no_grad():
+        block = 64 * 2 * 2 * 2 * 16 * 4
+        made = kit.engine(model, prefix=3 * block)
+        for _ in range(2):
+            made.ask(kit.prompt_of(1, 64 * 5 + 3), max_tokens=1)  # five blocks, and room for three
+            made.run()
+        assert made.prefixes.hit_tokens == 3 * 64
+        made.ask(kit.prompt_of(2, 70), max_tokens=1)
+        made.run()
+        made.ask(kit.prompt_of(1, 64 * 5 + 3), max_tokens=1)
+        made.run()
+        assert made.prefixes.hit_tokens == (3 + 2) * 64  # the last of its blocks made room
+
+
+def test_who_stands_side_by_side_stays_while_rows_come_and_go(model: Any) -> None:
+    with torch.no_grad():
+        adapters = {name: kit.with_adapter("Llama", seed) for seed, name in enumerate("abcd")}
+        made = kit.engine(kit.tiny("Llama"), adapters)
+        for name in "abcd":
+            made.ask(kit.prompt_of(1, 4), name, max_tokens=9 if name == "d" else 20)
+        for _ in range(3):
+            made.step()
+        stacks = [site.stack for site in made.lora._sites]
+        while len(made.scheduler._rows) == 4:
+            made.step()
+        made.step()
+        assert stacks[0] is not None and [site.stack for site in made.lora._sites] == stacks
+        made.run()
+
+
 # Pure cores.
 
 

@@ -59,13 +59,14 @@ class Base:
         self.model, self._from_prepared = weights.bring(payload, self.precision, load.device, kept)
         device = next(self.model.parameters()).device
         self.reader.context_tokens = self.context_tokens = _context(self.model.config, told.context_tokens)
+        self.reader.vocabulary = self.model.get_input_embeddings().weight.shape[0]
         self.lora = Lora(
             self.model, torch.float32 if self.precision == _FULL else torch.bfloat16, load.device_adapter_bytes
         )
         self._probe = proof.Probe(self.model, told.vocabulary, load.name)
         limit = load.cache_bytes or _free_bytes(load.device) // 2
         lanes = Lanes(self._probe.shapes, self._probe.dtype, device, limit)
-        forward = self._probe.proven(self._forwards(), lanes)
+        forward = self._probe.proven(self._forwards())
         self.scheduler = Scheduler(
             forward, self.lora, lanes, Prefixes(load.prefix_bytes), load.max_rows, self.context_tokens,
             frozenset(told.eos_token_ids), device,
@@ -135,7 +136,7 @@ class Base:
         self.reader.learn(prepared.digest, prepared.renderer)
         try:
             effect = self._probe.effect(self.lora, prepared.digest, prepared.name)
-        except Fault:
+        except BaseException:
             self.lora.remove(prepared.digest)
             raise
         loaded = engine_pb2.EngineAdapterLoaded(memory_bytes=size, rank=prepared.rank, probe_effect=effect)

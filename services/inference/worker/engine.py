@@ -1,10 +1,10 @@
 """The engine: one process that owns one base, its adapters, and the device.
 
 Law of this room: the loop below is the only thread that touches the model. A
-second thread reads orders, and renders and tokenises prompts; a third reads an
-adapter's files while the loop goes on. The process holds the device's lease by
-an inherited file and ends at once when the daemon's socket closes, so memory
-and device come back for certain.
+second thread only sorts orders, so that a cancel is heard at once; a third
+renders and tokenises prompts, a fourth reads adapters' files, one by one. The
+process holds the device's lease by an inherited file and ends at once when the
+daemon's socket closes, so memory and device come back for certain.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 
+from qlorad.v1 import errors_pb2
 from services.common import frames, process
 from services.common.errors import Fault, rejected
 from services.common.frames.v1 import engine_pb2
@@ -47,6 +48,14 @@ class Out:
                 self._line.send(body)
         except OSError:
             leave()
+        except frames.BadFrame:
+            # Scores of long texts can be too large together, or alone.
+            if len(reports) > 1:
+                for report in reports:
+                    self.send([report])
+            else:
+                told = f"the answer takes {len(body)} bytes; accepted: a shorter text, or fewer alternatives"
+                self.refuse(reports[0].call, Fault(errors_pb2.REASON_TOO_LARGE, told))
 
     def refuse(self, call: int, error: Exception) -> None:
         """Tells that an order is refused; an unexpected error goes to the log with its story."""
@@ -70,6 +79,11 @@ class Engine:
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
         self._leaving: dict[str, int] = {}
         """Adapters that wait for their last row: digest and the order to answer."""
+        self._to_read: queue.SimpleQueue = queue.SimpleQueue()
+        self._to_prepare: queue.SimpleQueue = queue.SimpleQueue()
+        self._cancelled: set[int] = set()
+        """Calls that were cancelled before they were read."""
+        self._unread: set[int] = set()
         # Before the long load, so that a daemon that goes away meanwhile ends it.
         threading.Thread(target=self._listen, name="orders", daemon=True).start()
         self._load(load)
@@ -84,50 +98,76 @@ class Engine:
         except Exception as e:
             self.out.refuse(order.call, e)
             raise SystemExit(1) from e
+        threading.Thread(target=self._work, args=(self._to_read,), name="prompts", daemon=True).start()
+        threading.Thread(target=self._work, args=(self._to_prepare,), name="adapters", daemon=True).start()
         self.out.send([Report(call=order.call, loaded=self.base.told(time.monotonic() - begun))])
 
-    # the reading thread
+    # the threads beside the loop
 
     def _listen(self) -> None:
+        """Sorts orders; does nothing that takes time."""
         try:
             while (body := self._line.receive()) is not None:
                 order = Order.FromString(body)
-                read = {"submit": self._read, "score": self._read_score, "render": self._render}
                 kind = order.WhichOneof("order")
-                self._inbox.put(read[kind](order) if kind in read else order)
+                if kind in ("submit", "score", "render"):
+                    self._unread.add(order.call)
+                    self._to_read.put(lambda order=order, kind=kind: self._read(order, kind))
+                elif kind == "load_adapter":
+                    self._to_prepare.put(lambda order=order: self._prepare(order))
+                else:
+                    if kind == "cancel" and order.call in self._unread:
+                        self._cancelled.add(order.call)
+                    self._inbox.put(order)
         finally:
             leave()
 
-    def _read(self, order: Order):
-        """Renders and tokenises beside the loop; what the loop then does with it."""
-        try:
-            ids = self.base.reader.prompt(order.submit)
-        except Exception as e:
-            self.out.refuse(order.call, e)
-            return list
-        return lambda: self._guard(order.call, lambda: self.base.submit(order.call, order.submit, ids))
+    @staticmethod
+    def _work(jobs: queue.SimpleQueue) -> None:
+        while True:
+            jobs.get()()
 
-    def _read_score(self, order: Order):
+    def _read(self, order: Order, kind: str) -> None:
+        """Renders and tokenises; the loop then takes what came of it, unless it was cancelled meanwhile."""
+        call, reader = order.call, self.base.reader
         try:
-            ids, counted = self.base.reader.scored(order.score)
+            if call in self._cancelled:
+                pass
+            elif kind == "render":
+                self.out.send([Report(call=call, rendered=reader.rendered(order.render))])
+            elif kind == "score":
+                ids, counted = reader.scored(order.score)
+                self._inbox.put(
+                    lambda: self._take(call, lambda: self.base.submit_score(call, order.score, ids, counted))
+                )
+                return
+            else:
+                prompt = reader.prompt(order.submit)
+                self._inbox.put(lambda: self._take(call, lambda: self.base.submit(call, order.submit, prompt)))
+                return
         except Exception as e:
-            self.out.refuse(order.call, e)
-            return list
-        return lambda: self._guard(order.call, lambda: self.base.submit_score(order.call, order.score, ids, counted))
+            self.out.refuse(call, e)
+        self._inbox.put(lambda: self._take(call, list))
 
-    def _render(self, order: Order):
+    def _prepare(self, order: Order) -> None:
         try:
-            rendered = self.base.reader.rendered(order.render)
+            prepared = self.base.prepare(order.load_adapter)
         except Exception as e:
             self.out.refuse(order.call, e)
-            return list
-        self.out.send([Report(call=order.call, rendered=rendered)])
-        return list
+            return
+        self._inbox.put(lambda: self._guard(order.call, lambda: [self.base.add(order.call, prepared)]))
 
     # the loop
 
     def run(self) -> None:
-        """Serves for ever."""
+        """Serves for ever. What no request can be blamed for ends the process; the daemon tells all and starts anew."""
+        try:
+            self._serve()
+        except BaseException:
+            log.exception("the engine ends")
+            os._exit(1)
+
+    def _serve(self) -> None:
         while True:
             reports: list[Report] = []
             idle = not self.base.scheduler.has_work
@@ -145,12 +185,20 @@ class Engine:
     def _order(self, order: Order) -> list[Report]:
         kind = order.WhichOneof("order")
         if kind == "cancel":
+            if order.call not in self._unread:
+                self._cancelled.discard(order.call)
             return self.base.scheduler.cancel(order.call)
-        if kind == "load_adapter":
-            self._prepare(order)
-        elif kind == "unload_adapter":
+        if kind == "unload_adapter":
             self._leaving[order.unload_adapter.digest] = order.call
         return []
+
+    def _take(self, call: int, work) -> list[Report]:
+        """A request that was read; one that was cancelled meanwhile only ends."""
+        self._unread.discard(call)
+        if call in self._cancelled:
+            self._cancelled.discard(call)
+            return [Report(call=call, ended=engine_pb2.EngineEnded())]
+        return self._guard(call, work)
 
     def _guard(self, call: int, work) -> list[Report]:
         try:
@@ -158,17 +206,6 @@ class Engine:
         except Exception as e:
             self.out.refuse(call, e)
             return []
-
-    def _prepare(self, order: Order) -> None:
-        def beside() -> None:
-            try:
-                prepared = self.base.prepare(order.load_adapter)
-            except Exception as e:
-                self.out.refuse(order.call, e)
-                return
-            self._inbox.put(lambda: self._guard(order.call, lambda: [self.base.add(order.call, prepared)]))
-
-        threading.Thread(target=beside, name="adapter", daemon=True).start()
 
     def _let_go(self) -> list[Report]:
         done = [d for d in self._leaving if not self.base.scheduler.uses(d)]

@@ -71,9 +71,14 @@ class Lanes:
         capacity = _capacity(tokens)
         if self._limit and self.bytes_used + self.token_bytes * capacity > self._limit:
             return None
-        lane = self._lanes.setdefault(capacity, Lane(capacity))
+        lane = self._lanes.get(capacity) or Lane(capacity)
         if len(lane.places) == lane.slots:
-            self._widen(lane, capacity)
+            self._trim(self.token_bytes * capacity, lane)
+            try:
+                self._resize(lane, self._wider(lane))
+            except (MemoryError, RuntimeError):  # torch's own word for it is a RuntimeError
+                return None
+        self._lanes[capacity] = lane
         place = Place(lane, len(lane.places))
         lane.places.append(place)
         return place
@@ -89,28 +94,40 @@ class Lanes:
         lane.places.pop()
         if not lane.places:
             del self._lanes[lane.capacity]
+        elif 4 * len(lane.places) <= lane.slots:
+            self._resize(lane, lane.slots // 2)
 
     def scrub(self, place: Place) -> None:
         """Sets a place to zero: a mask hides garbage, but not what is not a number."""
         for held in (*place.lane.keys, *place.lane.values):
             held[place.slot].zero_()
 
-    def _widen(self, lane: Lane, capacity: int) -> None:
+    def _wider(self, lane: Lane) -> int:
+        """Slots for one more row: twice as many, or as many as there are bytes for."""
         slots = max(1, 2 * lane.slots)
         if self._limit:
-            free = (self._limit - self.bytes_used) // (self.token_bytes * capacity)
+            free = (self._limit - self.bytes_held) // (self.token_bytes * lane.capacity)
             slots = max(lane.slots + 1, min(slots, lane.slots + free))
-        longest = max((p.length for p in lane.places), default=0)
-        for held in (lane.keys, lane.values):
+        return slots
+
+    def _trim(self, needed: int, but: Lane) -> None:
+        """Takes from other lanes the slots that no row has, if what is needed would not fit beside them."""
+        if self._limit and self.bytes_held + needed > self._limit:
+            for lane in self._lanes.values():
+                if lane is not but and len(lane.places) < lane.slots:
+                    self._resize(lane, len(lane.places))
+
+    def _resize(self, lane: Lane, slots: int) -> None:
+        longest, rows = max((p.length for p in lane.places), default=0), len(lane.places)
+        made: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        for held, fresh in zip((lane.keys, lane.values), made, strict=True):
             for layer, (heads, width) in enumerate(self._shapes):
                 # Zeros, and not whatever was there: what a mask hides must still be a number.
-                fresh = torch.zeros((slots, heads, capacity, width), dtype=self._dtype, device=self._device)
-                if lane.slots:
-                    fresh[: lane.slots, :, :longest] = held[layer][:, :, :longest]
-                    held[layer] = fresh
-                else:
-                    held.append(fresh)
-        lane.slots = slots
+                one = torch.zeros((slots, heads, lane.capacity, width), dtype=self._dtype, device=self._device)
+                if rows:
+                    one[:rows, :, :longest] = held[layer][:rows, :, :longest]
+                fresh.append(one)
+        lane.keys, lane.values, lane.slots = made[0], made[1], slots
 
 
 def _capacity(tokens: int) -> int:

@@ -137,6 +137,8 @@ class _Choice:
     rows: tuple[str, ...] = ()
     stacked: tuple[str, ...] = ()
     """Adapters side by side; may hold some that no row has."""
+    some: bool = False
+    """Whether any row has an adapter."""
     only: bool = False
     """Whether one adapter alone stands there, and every row has it."""
     masks: dict[tuple[str, ...], torch.Tensor] = field(default_factory=dict)
@@ -147,6 +149,7 @@ class Lora:
 
     def __init__(self, model: torch.nn.Module, dtype: torch.dtype, device_bytes: int = 0) -> None:
         """`device_bytes` bounds the adapters on the device; 0 = nothing does."""
+        self._model = model
         self._modules = dict(model.named_modules())
         self._dtype = dtype
         self._device = next(model.parameters()).device
@@ -177,8 +180,9 @@ class Lora:
 
     def hook(self) -> None:
         """Makes every linear module a site that adds to itself, for models that run their own code."""
+        last = self._model.get_output_embeddings()
         for name, module in self._modules.items():
-            if name and hasattr(module, "in_features") and hasattr(module, "out_features"):
+            if module is not last and name and hasattr(module, "in_features") and hasattr(module, "out_features"):
                 module.register_forward_hook(self._adder(self.site(name)))
 
     def forget_sites(self) -> None:
@@ -206,11 +210,16 @@ class Lora:
         self, digest: str, tensors: Mapping[str, torch.Tensor], scaling: float, gains: Mapping[str, torch.Tensor]
     ) -> int:
         """Takes an adapter's checked tensors ("base_model.model.MODULE.lora_A.weight"); returns the bytes held."""
+        if digest in self._held:
+            self._unstack(digest)
+        known = {name for site in self._sites for name in site.names}
         host = {}
         for name, tensor_a in tensors.items():
             if not name.endswith(".lora_A.weight"):
                 continue
             module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            if known and module not in known:
+                raise rejected(WEIGHTS, f"changes {module!r}, which this engine serves as the base has it")
             b = tensors[name.replace(".lora_A.", ".lora_B.")].float()
             gain = gains[module].cpu() if module in gains else None
             b = b * scaling if gain is None else b * scaling * gain[:, None]
@@ -227,8 +236,11 @@ class Lora:
 
     def choose(self, flat: Flat | None) -> None:
         """Says which adapters the next forward has; None = the base alone."""
-        rows = flat.adapters if flat is not None else ()
-        needed = {a for a in rows if a} | {a for _, _, a in flat.pieces if a} if flat is not None else set()
+        if flat is None:
+            self._choice.flat = None  # who stands side by side stays: the next forward has most of them again
+            return
+        rows = flat.adapters
+        needed = {a for a in rows if a} | {a for _, _, a in flat.pieces if a}
         for digest in sorted(needed):
             self._bring(digest, needed)
         active = {a for a in rows if a}
@@ -236,7 +248,7 @@ class Lora:
         if rows != before.rows:
             stacked = self._side_by_side(before.stacked, active)
             only = len(active) == 1 and "" not in rows and len(stacked) == 1
-            self._choice = _Choice(flat, rows, stacked, only)
+            self._choice = _Choice(flat, rows, stacked, bool(active), only)
         before.flat = self._choice.flat = flat
 
     def _side_by_side(self, before: tuple[str, ...], active: set[str]) -> tuple[str, ...]:
@@ -245,7 +257,7 @@ class Lora:
         kept = (*there, *sorted(active - set(there)))
         wanted = sum(self._rank(d) for d in active)
         if there == before[: len(there)] and sum(map(self._rank, kept)) <= wanted + wanted // 4 + _SPARE:
-            return kept if active else before
+            return kept
         return tuple(sorted(active))
 
     def _rank(self, digest: str) -> int:
@@ -279,10 +291,10 @@ class Lora:
     def through(self, site: Site, linear: Linear, x: torch.Tensor, there: torch.Tensor | None = None) -> torch.Tensor:
         """What a site makes of `x` [tokens, in] with the tokens' adapters, added to `there` if that is given."""
         flat = self._choice.flat
-        if flat is None or not (self._choice.stacked or flat.pieces):
+        if flat is None or not (self._choice.some or flat.pieces):
             return linear(x) if there is None else linear.onto(x, there)
         rows = len(self._choice.rows)
-        stack = self._stack_of(site) if rows and self._choice.stacked else None
+        stack = self._stack_of(site) if self._choice.some else None
         singles = [(b, e, self._single(site, digest)) for b, e, digest in flat.pieces if digest]
         if any(one.has_more for one in (stack, *(one for _, _, one in singles)) if one is not None):
             # DoRA looks at what the base alone makes.
@@ -304,8 +316,7 @@ class Lora:
         """Adds to `out` [tokens, all outputs], which the base made of `x` [tokens, in]."""
         flat = self._choice.flat
         if flat is not None:
-            rows = len(self._choice.rows)
-            stack = self._stack_of(site) if rows and self._choice.stacked else None
+            stack = self._stack_of(site) if self._choice.some else None
             singles = [(b, e, self._single(site, digest)) for b, e, digest in flat.pieces if digest]
             self._with_more(site, out, x, stack, singles)
 
@@ -368,13 +379,16 @@ class Lora:
     def _more(self, site: Site, whose: Sequence[str], out: torch.Tensor) -> torch.Tensor:
         """What DoRA adds of the base's own outputs, of each token."""
         added = torch.zeros_like(out, dtype=torch.float32)
-        for row, digest in enumerate(whose):
-            parts = (self._held[digest].device or {}) if digest else {}
+        for digest in sorted({d for d in whose if d}):
+            parts = self._held[digest].device or {}
+            if not any(part is not None and part.more is not None for part in map(parts.get, site.names)):
+                continue
+            theirs = torch.tensor([row for row, d in enumerate(whose) if d == digest], device=out.device)
             for start, width, name, bias in zip(site.starts(), site.outs, site.names, site.biases, strict=True):
                 part = parts.get(name)
                 if part is not None and part.more is not None:
-                    own = out[row, start : start + width]
-                    added[row, start : start + width] = part.more * (own if bias is None else own - bias)
+                    own = out[theirs, start : start + width]
+                    added[theirs, start : start + width] = part.more * (own if bias is None else own - bias)
         return added
 
     @staticmethod

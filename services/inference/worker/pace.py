@@ -38,7 +38,7 @@ class Pace:
     def tokens(self, rows: int, prompts: int = 1) -> int:
         """Tokens of prompts for the next step, beside so many rows that get a token, where so many prompts wait."""
         if not self.token_seconds:
-            return 4 * _LEAST * prompts
+            return min(4 * _LEAST * prompts, _MOST)
         allowed = max(_BESIDE, _PART * self.row_seconds) if rows else _ALONE
         allowed *= max(1.0, prompts / max(1, rows))
         return int(min(max(allowed / self.token_seconds, _LEAST), _MOST))

@@ -1,7 +1,8 @@
 """Linear layers of 8 and 4 bits for processors.
 
 Law of this room: made from plain weights, in place of torch's linear modules, one at a time. A token's outputs
-depend on its own inputs alone, whatever else is in the batch: inputs are rounded row by row.
+depend on its own inputs, never on another's: inputs are rounded row by row. How a product is made depends on
+the number of tokens, so the last digits of an output depend on how many others there are.
 """
 
 from __future__ import annotations

@@ -43,15 +43,17 @@ class Prefixes:
     def find(self, adapter: str, ids: Sequence[int], place: Place) -> int:
         """Puts what is known of a prompt into a fresh place; how many tokens. Leaves at least one to be read."""
         at = 0
+        known_names = []
         for name in _names(adapter, ids[: len(ids) - 1]) if self._limit else ():
             block = self._blocks.get(name)
             if block is None:
                 break
-            self._blocks.move_to_end(name)
+            known_names.append(name)
             for held, known in ((place.lane.keys, block.keys), (place.lane.values, block.values)):
                 for layer, tensor in enumerate(known):
                     held[layer][place.slot, :, at : at + BLOCK] = tensor
             at += BLOCK
+        self._touch(known_names)
         place.length = at
         self.hit_tokens += at
         self.miss_tokens += len(ids) - at
@@ -61,21 +63,34 @@ class Prefixes:
         """Keeps what a place knows of tokens that it begins with."""
         if not self._limit:
             return
-        for number, name in enumerate(_names(adapter, ids[: place.length])):
+        names = list(_names(adapter, ids[: place.length]))
+        self._touch([name for name in names if name in self._blocks])
+        for number, name in enumerate(names):
             if name in self._blocks:
-                self._blocks.move_to_end(name)
                 continue
             part = slice(number * BLOCK, (number + 1) * BLOCK)
             keys, values = (tuple(t[place.slot, :, part].clone() for t in held)
                             for held in (place.lane.keys, place.lane.values))  # fmt: skip
             block = _Block(keys, values)
-            if block.nbytes > self._limit:
-                return
+            if not self._make_room(block.nbytes, set(names)):
+                break
             self._blocks[name] = block
             self.bytes_held += block.nbytes
-            while self.bytes_held > self._limit:
-                _, oldest = self._blocks.popitem(last=False)
-                self.bytes_held -= oldest.nbytes
+        self._touch([name for name in names if name in self._blocks])
+
+    def _touch(self, names: Sequence[bytes]) -> None:
+        """Used now. The last of a beginning is the first to go: without those before it nobody would find it."""
+        for name in reversed(names):
+            self._blocks.move_to_end(name)
+
+    def _make_room(self, needed: int, own: set[bytes]) -> bool:
+        """Lets go of what was used longest ago, but of nothing of one's own."""
+        while self.bytes_held + needed > self._limit:
+            oldest = next(iter(self._blocks), None)
+            if oldest is None or oldest in own:
+                return False
+            self.bytes_held -= self._blocks.pop(oldest).nbytes
+        return True
 
     def clear(self) -> None:
         """Forgets everything."""

@@ -59,7 +59,7 @@ class Prepared:
             manifest = artifacts.make_manifest(_KIND, payload, {})
             (aside / artifacts.MANIFEST).write_bytes(artifacts.write_manifest(manifest))
             aside.rename(self._place)
-        except OSError as error:
+        except Exception as error:  # whatever writing them raises: they only save time
             log.warning("quantised weights are not kept: %s", error)
         finally:
             shutil.rmtree(aside, ignore_errors=True)

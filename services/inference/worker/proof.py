@@ -22,7 +22,7 @@ from services.common.safetensors_header import TensorInfo
 from services.common.worker import adapter as files
 from services.inference.worker import flat
 from services.inference.worker.forward import Forward
-from services.inference.worker.lanes import Lanes
+from services.inference.worker.lanes import Lanes, Place
 from services.inference.worker.lora import Lora
 
 _PROBE_TOKENS = 24
@@ -89,12 +89,12 @@ class Probe:
             raise rejected(name, "check 'values': its logits are not finite")
         self.shapes, self.dtype = seen.told(name), model.dtype
         self._forward: Forward
-        self._lanes: Lanes
+        # Places of its own, so that a probe never waits for room that requests have.
+        self._lanes = Lanes(self.shapes, self.dtype, self._device, 0)
         self._base: torch.Tensor
 
-    def proven(self, forwards: Iterable[Forward], lanes: Lanes) -> Forward:
+    def proven(self, forwards: Iterable[Forward]) -> Forward:
         """The first of these that gives what the model's own code gives; REJECTED if none does."""
-        self._lanes = lanes
         told = []
         for forward in forwards:
             self._forward = forward
@@ -117,9 +117,7 @@ class Probe:
         return change
 
     def _logits(self, digest: str, lora: Lora | None) -> torch.Tensor:
-        place = self._lanes.take(_PROBE_TOKENS)
-        if place is None:
-            raise rejected(self._name, "check 'forward': no room for a probe's keys and values; try again")
+        place = self._place()
         try:
             laid = flat.lay([flat.Piece(place, self._ids, digest, _PROBE_TOKENS)], self._device)
             if lora is not None:
@@ -132,9 +130,20 @@ class Probe:
 
     def _apart(self) -> tuple[float, float]:
         """How far reading in pieces, beside another row, is from the model's own; and the largest logit."""
-        mine, other = self._lanes.take(_PROBE_TOKENS), self._lanes.take(_PROBE_TOKENS)
-        if mine is None or other is None:
-            raise rejected(self._name, "check 'forward': no room for two probes' keys and values")
+        mine, other = self._place(), self._place()
+        try:
+            return self._beside(mine, other)
+        finally:
+            self._lanes.give(mine)
+            self._lanes.give(other)
+
+    def _place(self) -> Place:
+        place = self._lanes.take(_PROBE_TOKENS)
+        if place is None:
+            raise MemoryError("no room for a probe's keys and values")
+        return place
+
+    def _beside(self, mine: Place, other: Place) -> tuple[float, float]:
         seen = []
         # Pieces of many tokens, then one by one, and another row that is shorter: every way the scheduler uses it.
         for begin, end in ((0, 10), (10, 20), *((n, n + 1) for n in range(20, _PROBE_TOKENS))):
@@ -146,8 +155,6 @@ class Probe:
             logits = self._forward(laid)
             flat.settle(pieces)
             seen.append(logits[[at for at, number in enumerate(laid.order) if number == 1]])
-        self._lanes.give(mine)
-        self._lanes.give(other)
         return float((torch.cat(seen) - self._own).abs().max()), max(1.0, float(self._own.abs().max()))
 
 

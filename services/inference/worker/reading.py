@@ -24,7 +24,7 @@ class Reader:
 
     def __init__(self, name: str, payload: pathlib.Path, template_date: str) -> None:
         self._name = name
-        self.context_tokens = 0
+        self.context_tokens = self.vocabulary = 0
         """Set once the model is there; nothing is read before."""
         self.renderer_of = functools.cache(lambda chosen: Renderer.open(payload, template_date, chosen))
         self._own: Renderer = self.renderer_of(formats.OWN)
@@ -55,7 +55,15 @@ class Reader:
         if not 1 <= len(ids) <= longest:
             accepted = f"1 to {longest} tokens (the context is {self.context_tokens}, and one is for the answer)"
             raise invalid([Violation(field, f"{len(ids)} tokens", accepted)])
+        self._check_known(field, ids)
         return ids
+
+    def _check_known(self, field: str, ids: Sequence[int]) -> None:
+        """A tokenizer may have got tokens that the model never had."""
+        most = max(ids)
+        if most >= self.vocabulary:
+            given = f"{self.tokenizer.decode((most,))!r}, token {most}"
+            raise invalid([Violation(field, show(given), f"tokens of the model, which has {self.vocabulary}")])
 
     def scored(self, order: engine_pb2.EngineScore) -> tuple[Sequence[int], Sequence[bool]]:
         """What is to be scored, and which of its tokens count; INVALID_ARGUMENT if nothing does."""
@@ -70,6 +78,7 @@ class Reader:
         if not 2 <= len(ids) <= self.context_tokens or not any(counted):
             accepted = f"2 to {self.context_tokens} tokens, at least one of them to be scored"
             raise invalid([Violation(field, f"{len(ids)} tokens, {sum(counted)} of them to be scored", accepted)])
+        self._check_known(field, ids)
         return ids, counted
 
     def rendered(self, order: engine_pb2.EngineRender) -> engine_pb2.EngineRendered:

@@ -28,6 +28,8 @@ class Chooser:
     _draws: random.Random = field(init=False)
     _repetition: float = field(init=False)
     _made: Counter[int] = field(default_factory=Counter)
+    _seen: torch.Tensor | None = None
+    """Of each token, whether it was in the prompt or made."""
 
     def __post_init__(self) -> None:
         self._draws = random.Random(self.options.seed)
@@ -47,6 +49,8 @@ class Chooser:
         """Notes a token that was made."""
         if self._turns_down:
             self._made[token] += 1
+            if self._seen is not None:
+                self._seen[token] = True
 
     def choose(self, logits: torch.Tensor) -> int:
         """The token for one row of logits [vocabulary]; consumes one draw unless it is greedy."""
@@ -57,9 +61,11 @@ class Chooser:
     def _turned_down(self, logits: torch.Tensor) -> torch.Tensor:
         o, made = self.options, self._made
         if self._repetition != 1.0:
-            seen = torch.tensor(sorted({*self.prompt, *made}), dtype=torch.long, device=logits.device)
-            some = logits[seen]
-            logits[seen] = torch.where(some > 0, some / self._repetition, some * self._repetition)
+            if self._seen is None:
+                self._seen = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+                self._seen[torch.tensor([*self.prompt, *made], dtype=torch.long, device=logits.device)] = True
+            some = logits[self._seen]
+            logits[self._seen] = torch.where(some > 0, some / self._repetition, some * self._repetition)
         if made and (o.presence_penalty or o.frequency_penalty):
             which = torch.tensor(list(made), dtype=torch.long, device=logits.device)
             times = torch.tensor(list(made.values()), dtype=logits.dtype, device=logits.device)
@@ -68,9 +74,9 @@ class Chooser:
 
     def _draw(self, logits: torch.Tensor) -> int:
         u, o = self._draws.random(), self.options
-        scaled = logits / o.temperature
+        scaled = (logits.double() - logits.max()) / o.temperature
         if not o.top_k and o.top_p >= 1.0 and o.min_p <= 0.0:
-            return _inverse(torch.softmax(scaled.double(), dim=-1), u)
+            return _inverse(torch.softmax(scaled, dim=-1), u)
         # To order a whole vocabulary costs more than a step; what is kept nearly always lies among a few.
         for count in (max(_LIKELIEST, o.top_k), len(scaled)):
             found = self._kept(scaled, min(count, len(scaled)))
@@ -84,13 +90,13 @@ class Chooser:
         o = self.options
         values, tokens = torch.topk(scaled, count, sorted=False)
         tokens, by_number = torch.sort(tokens)
-        values, order = torch.sort(values[by_number].double(), descending=True, stable=True)  # of equals the first
+        values, order = torch.sort(values[by_number], descending=True, stable=True)  # of equals the first
         tokens = tokens[order]
         if o.top_k:
             values, tokens = values[: o.top_k], tokens[: o.top_k]
             chances = torch.softmax(values, dim=-1)
         else:
-            chances = torch.exp(values - torch.logsumexp(scaled.double(), dim=-1))
+            chances = torch.exp(values - torch.logsumexp(scaled, dim=-1))
         keep = len(chances)
         if o.min_p > 0.0:
             keep = max(1, int((chances >= o.min_p * chances[0]).sum()))

@@ -66,7 +66,7 @@ class Scheduler:
         self._gauges.cache_bytes, self._gauges.prefix_bytes = self._lanes.bytes_used, self._prefixes.bytes_held
         self._gauges.prefix_hit_tokens = self._prefixes.hit_tokens
         self._gauges.prefix_miss_tokens = self._prefixes.miss_tokens
-        self._gauges.on_device[:] = self._lora.on_device
+        self._gauges.on_device[:] = sorted(self._lora.on_device)
         return self._gauges
 
     def uses(self, digest: str) -> bool:
@@ -140,6 +140,8 @@ class Scheduler:
         if isinstance(row, Answering) and row.made:
             self._prefixes.keep(row.adapter, [*row.prompt, *row.made], row.place)
         self._rows.remove(row)
+        if row.unread:
+            self._lanes.scrub(row.place)  # nobody has seen whether what it left is a number
         self._lanes.give(row.place)
 
     # a step
