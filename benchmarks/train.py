@@ -202,6 +202,7 @@ class Bench:
                 (self.home / "state" / "jobs" / f"run-{self._jobs}" / "attempts" / "1" / launch.ORDER).read_bytes()
             )
             folder = self.home / f"bare-{self._jobs}"
+            shutil.rmtree(folder, ignore_errors=True)  # of a run before, in a home that is kept
             folder.mkdir()
             (folder / launch.ORDER).write_bytes(order.SerializeToString())
             words = ["taskset", "-c", "0", sys.executable, "-m", launch.SOLO, "--attempt", str(folder)]
