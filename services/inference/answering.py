@@ -53,6 +53,7 @@ class Clock:
             self.took(report.accepted.prompt_tokens)
         elif report.HasField("begun"):
             self.waited, self.cached = report.begun.waited_seconds, report.begun.cached_tokens
+            self.metrics.queue_wait.observe(self.waited)
         elif report.HasField("tokens"):
             self.metrics.generated_tokens.inc(len(report.tokens.ids))
             self.took(len(report.tokens.ids))

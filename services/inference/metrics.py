@@ -32,6 +32,12 @@ class Metrics:
             registry=registry,
             buckets=_SECONDS,
         )
+        self.queue_wait = Histogram(
+            "qlorad_inference_queue_seconds",
+            "Seconds that requests waited in an engine for a row.",
+            registry=registry,
+            buckets=_SECONDS,
+        )
         self.between_tokens = Histogram(
             "qlorad_inference_inter_token_seconds",
             "Seconds between two tokens of one request.",

@@ -81,7 +81,14 @@ class Engine:
         """Submits a request; its number."""
         filled = generation.resolved(inference_pb2.GenerationOptions(**options), generation.house(1))
         row = Answering(
-            next(self.calls), adapter, list(prompt), priority, share or adapter, options=filled, decode=spelled
+            next(self.calls),
+            adapter,
+            list(prompt),
+            priority,
+            share or adapter,
+            options=filled,
+            decode=spelled,
+            spell=lambda i: spelled((i,)),
         )
         self.scheduler.submit(row)
         return row.call
@@ -90,7 +97,7 @@ class Engine:
         counted = [n > 0 for n in range(len(prompt))]
         row = Scoring(
             next(self.calls), adapter, list(prompt), 0, adapter, counted=counted, alternatives=alternatives,
-            decode=spelled,
+            spell=lambda i: spelled((i,)),
         )  # fmt: skip
         self.scheduler.submit(row)
         return row.call

@@ -99,7 +99,8 @@ class Base:
         self._need(submit.adapter_digest)
         row = Answering(
             call, submit.adapter_digest, list(ids), submit.priority, submit.share,
-            options=submit.options, decode=self.reader.tokenizer.decode, end=self.reader.end_text(submit),
+            options=submit.options, decode=self.reader.tokenizer.decode, spell=self.reader.spell,
+            end=self.reader.end_text(submit),
         )  # fmt: skip
         self.scheduler.submit(row)
         return [Report(call=call, accepted=engine_pb2.EngineAccepted(prompt_tokens=len(ids)))]
@@ -111,7 +112,7 @@ class Base:
         self._need(order.adapter_digest)
         row = Scoring(
             call, order.adapter_digest, list(ids), order.priority, order.share,
-            counted=counted, alternatives=order.alternatives, decode=self.reader.tokenizer.decode,
+            counted=counted, alternatives=order.alternatives, spell=self.reader.spell,
         )  # fmt: skip
         self.scheduler.submit(row)
         return []

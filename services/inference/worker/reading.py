@@ -18,6 +18,8 @@ from services.common.prompt.render import Renderer, RenderError
 from services.common.prompt.rows import RowError, make_row
 from services.common.prompt.tokens import Tokenizer
 
+_SPELLED = 1 << 16
+
 
 class Reader:
     """Tokenizer and templates of one base and its adapters."""
@@ -31,6 +33,8 @@ class Reader:
         self._renderers: dict[str, Renderer] = {}
         """Of adapters by digest; those that left stay, since a request may still be read."""
         self.tokenizer = Tokenizer.open(payload)
+        self.spell = functools.lru_cache(_SPELLED)(lambda ident: self.tokenizer.decode((ident,)))
+        """The text of one token alone; few of them are most of what is asked for."""
 
     def learn(self, digest: str, renderer: Renderer) -> None:
         """How an adapter's conversations are rendered."""
@@ -90,7 +94,7 @@ class Reader:
             ids = self.tokenizer.encode(text).ids
         rendered = engine_pb2.EngineRendered(text=text)
         for ident in ids:
-            rendered.tokens.add(id=ident, text=self.tokenizer.decode((ident,)))
+            rendered.tokens.add(id=ident, text=self.spell(ident))
         return rendered
 
     def _renderer(self, digest: str) -> Renderer:

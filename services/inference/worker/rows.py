@@ -25,6 +25,7 @@ _SCORED_AT_ONCE = 256  # tokens whose logits are held at the same time
 
 Report = engine_pb2.EngineReport
 Decode = Callable[[Sequence[int]], str]
+Spell = Callable[[int], str]
 Reason: TypeAlias = "inference_pb2.FinishReason.ValueType"
 
 
@@ -58,6 +59,8 @@ class Answering(Row):
 
     options: inference_pb2.GenerationOptions = field(default_factory=inference_pb2.GenerationOptions)
     decode: Decode = lambda ids: ""
+    spell: Spell = lambda ident: ""
+    """The text of one token alone."""
     text: Detokeniser = field(init=False)
     stops: StopFilter = field(init=False)
     chooser: sampling.Chooser = field(init=False)
@@ -112,7 +115,7 @@ class Scoring(Row):
     counted: Sequence[bool] = ()
     """Whether each token counts."""
     alternatives: int = 0
-    decode: Decode = lambda ids: ""
+    spell: Spell = lambda ident: ""
     found: list[inference_pb2.TokenLogProbability] = field(default_factory=list)
 
     @property
@@ -134,13 +137,13 @@ class Scoring(Row):
         """Logits of the tokens of the newest piece."""
         at = len(self.found) + 1
         tokens = self.prompt[at : at + len(logits)]
-        self.found += sampling.told(logits, tokens, self.alternatives, lambda i: self.decode((i,)))
+        self.found += sampling.told(logits, tokens, self.alternatives, self.spell)
 
     def report(self) -> Report:
         """Everything, once it is read."""
         scored = engine_pb2.EngineScored()
         for number, token in enumerate(self.prompt):
-            one = scored.tokens.add(id=token, text=self.decode((token,)), is_scored=self.counted[number])
+            one = scored.tokens.add(id=token, text=self.spell(token), is_scored=self.counted[number])
             if number:
                 one.log_probability = self.found[number - 1].log_probability
                 one.alternatives.extend(self.found[number - 1].alternatives)

@@ -194,8 +194,8 @@ class Scheduler:
     def _settled(self, row: Answering, token: int, logits: torch.Tensor) -> list[Report]:
         tokens = engine_pb2.EngineTokens(ids=[token])
         if row.options.HasField("log_probabilities"):
-            count, decode = row.options.log_probabilities, row.decode
-            tokens.log_probabilities.extend(sampling.told(logits[None], [token], count, lambda i: decode((i,))))
+            count = row.options.log_probabilities
+            tokens.log_probabilities.extend(sampling.told(logits[None], [token], count, row.spell))
         tokens.text, reason = row.settle(token, self._end_ids, self._context)
         reports = [Report(call=row.call, tokens=tokens)]
         if reason:
