@@ -136,3 +136,8 @@ def house_factory() -> Iterator[Callable[[pathlib.Path], House]]:
     yield make
     for house in made:
         house.close()
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes name no test: what was packed just now holds the time, and two processes would collect other tests."""
+    return argname if isinstance(val, bytes) else None
