@@ -118,7 +118,7 @@ class Roster:
                 except Fault as fault:
                     if not hasty or fault.reason != errors_pb2.REASON_TOO_LARGE:
                         raise  # else it was not this request's own load, which has more patience
-                    # To wait for what has ended already yields to nobody: who noted the load must hear of its end first.
+                    # To wait for what has ended yields to nobody; who noted the load must hear of its end first.
                     await asyncio.sleep(0)
 
     def release(self, digest: str, awake: Awake) -> None:
