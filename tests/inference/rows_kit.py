@@ -37,6 +37,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def tiny(family: str, context: int = 1024) -> Any:
     """A model of random weights in fp32; the same each time."""
+    torch.set_num_threads(1)  # tests run side by side; threads that wait for one another awake would fill every core
     common = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     common |= {"num_attention_heads": 4, "max_position_embeddings": context, "eos_token_id": None, "bos_token_id": None}
     torch.manual_seed(3)

@@ -168,6 +168,7 @@ def test_an_idle_engine_sleeps_and_wakes_with_what_it_had(small: tuple[House, ki
     assert not stub.ListAdapters(inference_pb2.ListAdaptersRequest()).adapters
 
 
+@pytest.mark.slow
 def test_a_base_is_served_in_nf4_beside_an_adapter(serving_home: pathlib.Path, house_factory: Houses) -> None:
     house = house_factory(serving_home)
     _, stub = kit.start(house)
@@ -182,6 +183,7 @@ def test_a_base_is_served_in_nf4_beside_an_adapter(serving_home: pathlib.Path, h
     assert all(len(answer.ids) == 12 for answer in mixed)
 
 
+@pytest.mark.slow
 def test_a_draining_daemon_lets_answers_finish(serving_home: pathlib.Path, house_factory: Houses) -> None:
     house = house_factory(serving_home)
     daemon, stub = kit.start(house)

@@ -14,6 +14,12 @@ from tests.inference import rows_kit as kit
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Tests run side by side; threads that wait for one another awake would fill every core."""
+    torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize(("kind", "near"), [(packed.Int8, 0.02), (packed.Int4, 0.12)])
 def test_products_are_near_those_of_plain_weights(kind: Any, near: float) -> None:
     with torch.no_grad():

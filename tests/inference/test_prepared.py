@@ -15,7 +15,13 @@ from services.inference.worker.prepared import Prepared
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.mark.parametrize("name", ["INT8", "INT4", "NF4"])
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Tests run side by side; threads that wait for one another awake would fill every core."""
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("name", ["INT8", pytest.param("INT4", marks=pytest.mark.slow), "NF4"])
 def test_a_second_load_gives_the_same_logits(name: str, tmp_path: pathlib.Path, starter_home: pathlib.Path) -> None:
     payload = Shelf(starter_home / "store").open("models", "starter-test").payload
     precision = inference_pb2.Precision.Value(f"PRECISION_{name}")
