@@ -60,6 +60,16 @@ def read(form: Any, lines: list[bytes | None]) -> list[fast.Quick | None]:
     return fast.read(fast.READERS[form], "a file.jsonl", 7, lines)
 
 
+@pytest.mark.parametrize("blank", ["\x85", "\xa0", "\u2003", "\u3000", "\u2028\u2029"])
+def test_texts_of_blanks_beyond_ascii_are_read_the_plain_way(blank: str) -> None:
+    """A rule has something to say of them: they are empty."""
+    rows = [{"instruction": blank, "output": "a"}, {"instruction": "a", "output": blank}]
+    assert read(INSTRUCTION, [line_of(row) for row in rows]) == [None, None]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": blank}]
+    assert read(CHAT, [line_of({"messages": turns})]) == [None]
+    assert None not in read(INSTRUCTION, [line_of({"instruction": f"a{blank}b", "output": "a"})])
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from([(INSTRUCTION, instructions), (CHAT, chats)]).flatmap(

@@ -117,6 +117,8 @@ def instruction(row: dict[str, Any]) -> _Parsed | None:
         return None
     if not question or not answer or question[0] <= " " or answer[0] <= " " or answer[-1] <= " ":
         return None
+    if question.isspace() or answer.isspace():  # there are blanks beyond ASCII, and a text of nothing else is empty
+        return None
     more = _metadata(row) if row else b""
     if more is None:
         return None
@@ -148,7 +150,7 @@ def chat(row: dict[str, Any]) -> _Parsed | None:
         if type(message) is not dict or len(message) != 2:
             return None
         role, content = message.get("role"), message.get("content")
-        if type(content) is not str or not content or content[0] <= " " or content[-1] <= " ":
+        if type(content) is not str or not content or content[0] <= " " or content[-1] <= " " or content.isspace():
             return None
         pieces += (_NEXT, _dumps(content))
         if role == "system" and not said:
