@@ -365,7 +365,8 @@ def test_pace_always_reads_something_and_never_without_end(steps: list[tuple[flo
         pace.note(seconds, read, rows)
         for beside in (0, rows):
             assert 32 <= pace.tokens(beside) <= 2048
-        assert math.isfinite(pace.token_seconds) and math.isfinite(pace.row_seconds)
+        fixed, each = pace.costs()
+        assert math.isfinite(fixed) and math.isfinite(each) and math.isfinite(pace.row_seconds)
 
 
 def test_pace_follows_what_steps_take() -> None:
@@ -375,7 +376,20 @@ def test_pace_follows_what_steps_take() -> None:
         pace.note(0.1 + 0.001 * 100, 100, 16)
     assert 50 <= pace.tokens(16) <= 75  # about half as long again as a step without reading
     assert pace.tokens(0) == 32
-    assert pace.tokens(2, 16) >= 7 * pace.tokens(16, 16)  # most wait: they count for more
+    assert pace.tokens(2, 4) >= 4 * pace.tokens(16, 1)  # most wait: they count for more
+    assert pace.tokens(1, 1000) <= 300  # but nobody stalls for long
+
+
+def test_pace_tells_what_reading_costs_from_what_each_token_costs() -> None:
+    """Else small pieces look dear, become smaller, and look dearer."""
+    pace = Pace()
+    for n in range(40):
+        pace.note(0.1, 0, 16)
+        read = (40, 200)[n % 2]
+        pace.note(0.1 + 0.02 + 0.0005 * read, read, 16)
+    fixed, each = pace.costs()
+    assert abs(fixed - 0.02) < 0.004 and abs(each - 0.0005) < 0.0001
+    assert 70 <= pace.tokens(16) <= 90
 
 
 @given(st.lists(st.one_of(st.integers(1, 700), st.floats(0, 1)), min_size=1, max_size=60))

@@ -34,7 +34,7 @@ def look(flat: Flat, layer: int, queries: torch.Tensor, scale: float, window: in
     """What each token [tokens, heads, width] finds; `window` 0 = everything before it."""
     if len(flat.together) == 1 and not flat.alone:
         return _rows(flat, 0, flat.together[0], layer, queries, scale, window)
-    found = torch.empty_like(queries)
+    found = torch.zeros_like(queries)
     for number, group in enumerate(flat.together):
         found[group.begin : group.end] = _rows(flat, number, group, layer, queries, scale, window)
     for number, one in enumerate(flat.alone):

@@ -25,7 +25,7 @@ from services.inference import wire
 
 log = logging.getLogger("qlorad.engine")
 
-_SPINS = "5000"
+_SPINS = "50000"
 
 Order = engine_pb2.EngineOrder
 Report = engine_pb2.EngineReport

@@ -2,7 +2,9 @@
 
 Law of this room: says which token belongs to which row, place, position and adapter, and
 which logits are wanted; computes nothing of the model. Rows with one new token come first,
-in the order of lanes and slots, so that they are attended together.
+in the order of lanes and slots, so that they are attended together; then the others, the shortest
+first. On a processor a few tokens that belong to nobody may follow, so that few different numbers
+of tokens are met.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from services.inference.worker.lanes import Lane, Place
 
 _ROUND = 64
 """Spans are rounded up to this, so that the libraries meet few different lengths."""
+_USUAL = ((128, 16), (256, 32), (512, 64), (2048, 128))
+"""So many tokens are rounded up to a multiple of that. A new number costs a processor as much as some steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +118,9 @@ def lay(pieces: Sequence[Piece], device: torch.device) -> Flat:
             alone.append(Alone(piece.place, begin, begin + count, start))
     if group:
         together.append(_together(group, len(ids), device))
+    if alone and device.type == "cpu":
+        ids += [0] * (missing := _missing(len(ids)))
+        positions += [0] * missing
     return Flat(
         torch.tensor(ids, dtype=torch.long, device=device),
         torch.tensor(positions, dtype=torch.long, device=device),
@@ -132,8 +139,21 @@ def settle(pieces: Sequence[Piece]) -> None:
         piece.place.length += len(piece.ids)
 
 
-def _place_in_line(piece: Piece) -> tuple[bool, int, int]:
-    return len(piece.ids) > 1, piece.place.lane.capacity, piece.place.slot
+def around(begin: int, end: int, tokens: int) -> tuple[int, int]:
+    """Tokens that hold begin … end, of those there are, and whose number is a usual one if it can be."""
+    count = min(end - begin + _missing(end - begin), tokens)
+    low = min(begin, tokens - count)
+    return low, low + count
+
+
+def _missing(tokens: int) -> int:
+    """Tokens up to the next usual number; libraries prepare themselves anew for each number they meet."""
+    usual = next((step for most, step in _USUAL if tokens <= most), _USUAL[-1][1])
+    return -tokens % usual
+
+
+def _place_in_line(piece: Piece) -> tuple[int, int, int]:
+    return len(piece.ids), piece.place.lane.capacity, piece.place.slot
 
 
 def _together(group: list[Piece], end: int, device: torch.device) -> Together:

@@ -1,9 +1,9 @@
 """Adapters beside one base: every token gets the change of its own adapter.
 
 Law of this room: the base's weights are never touched. A site is one linear module, or several that
-read the same input. For rows with one new token the A and B of all their adapters stand side by side,
-and what a row's own adapter does not make is set to zero between A and B, so no row is coloured by
-another; a row with many new tokens has its own adapter alone. DoRA (see common/worker/dora) needs
+read the same input. Tokens of all rows share the stack of their adapters (see stacks), where what is not a
+token's own is set to zero between A and B, so no row is coloured by another; only a prompt so long that this
+costs more than a product of its own has its adapter alone. DoRA (see common/worker/dora) needs
 gain * (W x + BA x): the gain is in B, and gain - 1 times what the base's weight made of x comes on top.
 
 An adapter is held on the host, and on the device from the first forward that needs it; there those used
@@ -13,92 +13,27 @@ longest ago make room. On a processor both are the same tensors.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch.nn import functional
 
 from services.common.errors import rejected
 from services.common.worker import dora
 from services.common.worker.adapter import MAGNITUDE, WEIGHTS
+from services.inference.worker import flat as forwards
+from services.inference.worker import stacks
 from services.inference.worker.flat import Flat
 from services.inference.worker.linears import Linear
-from services.inference.worker.reordered import Weights
 
-_JOINED = 200_000
-"""Numbers of a matrix that several modules become."""
-_OFTEN = 8
-"""Uses after which a matrix is reordered."""
+_SHARED = 65_536
+"""Tokens of a prompt times ranks of all adapters, up to which it shares the stack with the others."""
 _SINGLES = 4
-"""Adapters that read prompts at the same time whose matrices of a site are kept."""
+"""Adapters that read long prompts at the same time whose matrices of a site are kept."""
 _SPARE = 32
-"""Ranks of adapters that have left which may stay in a stack, beyond a quarter: it is not made anew for each."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """One adapter at one module; scaling and gain are in `b`."""
-
-    a: torch.Tensor  # [rank, in]
-    b: torch.Tensor  # [out, rank]
-    more: torch.Tensor | None = None  # [out], gain - 1, fp32
-
-    def to(self, device: torch.device) -> _Part:
-        more = None if self.more is None else self.more.to(device)
-        return _Part(self.a.to(device), self.b.to(device), more)
-
-    @property
-    def nbytes(self) -> int:
-        return self.a.nbytes + self.b.nbytes + (0 if self.more is None else self.more.nbytes)
-
-
-class _Matrix:
-    """A matrix that is reordered once it has been used a few times: doing so costs as much as some uses."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        self._weight = weight
-        self._uses = 0
-        self._quick: Weights | None = None
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self._quick is not None:
-            return self._quick(x)
-        self._uses += 1
-        if self._uses == _OFTEN and self._weight.dtype == torch.bfloat16 and self._weight.device.type == "cpu":
-            self._quick = Weights(self._weight, None)
-        return functional.linear(x, self._weight)
-
-    def onto(self, x: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
-        """`there` and the product; a new tensor."""
-        return self._quick.onto(x, there) if self._quick is not None else there + self(x)
-
-
-@dataclass(frozen=True, slots=True)
-class _Change:
-    """Modules of a site that lie side by side and are changed together."""
-
-    low: int
-    high: int
-    """Ranks from, to."""
-    start: int
-    end: int
-    """Outputs from, to."""
-    b: _Matrix
-    """[outputs, ranks]; of several modules, each has its own corner."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Stack:
-    """Several adapters side by side at one site."""
-
-    whose: tuple[str, ...]
-    a: _Matrix | None
-    """[all ranks of all modules, in]; None where none of them changes this site."""
-    changes: tuple[_Change, ...]
-    columns: tuple[str, ...]
-    """Whose each rank is."""
-    has_more: bool
+"""Ranks of adapters that nobody has now which may stay when a stack is made anew, beyond a quarter."""
+_PATIENCE = 16
+"""Forwards that cost as much as the whole stack made anew: so much may be spent on ranks that nobody has."""
 
 
 @dataclass(slots=True)
@@ -108,9 +43,11 @@ class Site:
     names: tuple[str, ...]
     outs: tuple[int, ...]
     biases: tuple[torch.Tensor | None, ...]
-    stack: _Stack | None = None
-    singles: dict[str, _Stack] = field(default_factory=dict)
-    """Of adapters that read a prompt, a few."""
+    stack: stacks.Stack | None = None
+    line: int = -1
+    """Which line of adapters the stack was made for."""
+    singles: dict[str, stacks.Stack] = field(default_factory=dict)
+    """Of adapters that read a long prompt, a few."""
 
     def starts(self) -> list[int]:
         """Where each module's outputs begin."""
@@ -121,8 +58,8 @@ class Site:
 class _Held:
     """An adapter's parts by module."""
 
-    host: dict[str, _Part]
-    device: dict[str, _Part] | None = None
+    host: dict[str, stacks.Part]
+    device: dict[str, stacks.Part] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -135,13 +72,24 @@ class _Choice:
 
     flat: Flat | None = None
     rows: tuple[str, ...] = ()
-    stacked: tuple[str, ...] = ()
-    """Adapters side by side; may hold some that no row has."""
-    some: bool = False
-    """Whether any row has an adapter."""
+    """Of the tokens that share the stack, the first, one each."""
+    spans: tuple[tuple[int, int, str], ...] = ()
+    """Of the tokens that share the stack, the others."""
+    shared: int = 0
+    """Tokens that share the stack; 0 = none of them has an adapter."""
+    long: tuple[tuple[int, int, str], ...] = ()
+    """Prompts that have their adapter alone."""
     only: bool = False
-    """Whether one adapter alone stands there, and every row has it."""
-    masks: dict[tuple[str, ...], torch.Tensor] = field(default_factory=dict)
+    """Whether the stack is of one adapter, and every token that shares it has that."""
+    silences: dict[tuple[int, ...], stacks.Silence] = field(default_factory=dict)
+
+    def whose(self, tokens: int) -> list[str]:
+        """The adapter of each of the first tokens."""
+        found = [*self.rows, *([""] * (tokens - len(self.rows)))]
+        for begin, end, digest in (*self.spans, *self.long):
+            if begin < tokens:
+                found[begin:end] = [digest] * (end - begin)
+        return found
 
 
 class Lora:
@@ -158,6 +106,12 @@ class Lora:
         """Those used longest ago first."""
         self._sites: list[Site] = []
         self._choice = _Choice()
+        self._line: tuple[str, ...] = ()
+        """Adapters that stand side by side in the stacks; may hold some that no token has."""
+        self._number = 0
+        """Of the line."""
+        self._spent = 0
+        """Ranks times forwards that the line held for nobody."""
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._held
@@ -220,11 +174,13 @@ class Lora:
             module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
             if known and module not in known:
                 raise rejected(WEIGHTS, f"changes {module!r}, which this engine serves as the base has it")
+            if tensor_a.abs().max() > stacks.LARGEST:
+                raise rejected(WEIGHTS, f"check 'values': {name!r} has numbers beyond {stacks.LARGEST:g}")
             b = tensors[name.replace(".lora_A.", ".lora_B.")].float()
             gain = gains[module].cpu() if module in gains else None
             b = b * scaling if gain is None else b * scaling * gain[:, None]
             more = None if gain is None else gain - 1
-            host[module] = _Part(tensor_a.to(self._dtype).contiguous(), b.to(self._dtype).contiguous(), more)
+            host[module] = stacks.Part(tensor_a.to(self._dtype).contiguous(), b.to(self._dtype).contiguous(), more)
         self._held[digest] = _Held(host)
         return self._held[digest].nbytes
 
@@ -234,31 +190,55 @@ class Lora:
         self._unstack(digest)
         return freed
 
-    def choose(self, flat: Flat | None) -> None:
-        """Says which adapters the next forward has; None = the base alone."""
+    def choose(self, flat: Flat | None, soon: Iterable[str] = ()) -> None:
+        """Says which adapters the next forward has; None = the base alone. `soon`: who is in forwards that follow."""
         if flat is None:
-            self._choice.flat = None  # who stands side by side stays: the next forward has most of them again
+            self._choice.flat = None  # who stands in line stays: the next forward has most of them again
             return
-        rows = flat.adapters
-        needed = {a for a in rows if a} | {a for _, _, a in flat.pieces if a}
+        needed = {a for a in flat.adapters if a} | {a for _, _, a in flat.pieces if a}
+        if needed and not self._device_bytes:
+            needed |= {digest for digest in soon if digest}
         for digest in sorted(needed):
             self._bring(digest, needed)
-        active = {a for a in rows if a}
+        if needed:
+            self._stand_in_line(needed)
+        ranks = sum(map(self._rank, self._line))
+        spans = tuple(piece for piece in flat.pieces if (piece[1] - piece[0]) * ranks <= _SHARED)
+        long = tuple(piece for piece in flat.pieces[len(spans) :] if piece[2])
+        shared = spans[-1][1] if spans else len(flat.adapters)
+        if len(spans) == len(flat.pieces):
+            shared = len(flat.ids)
+        sharers = {*flat.adapters, *(digest for _, _, digest in spans)}
+        if not any(sharers):
+            shared = 0
         before = self._choice
-        if rows != before.rows:
-            stacked = self._side_by_side(before.stacked, active)
-            only = len(active) == 1 and "" not in rows and len(stacked) == 1
-            self._choice = _Choice(flat, rows, stacked, bool(active), only)
-        before.flat = self._choice.flat = flat
+        if (flat.adapters, spans, shared) != (before.rows, before.spans, before.shared):
+            only = len(sharers) == 1 and len(self._line) == 1
+            self._choice = _Choice(None, flat.adapters, spans, shared, (), only)
+        self._choice.long, self._choice.flat = long, flat
 
-    def _side_by_side(self, before: tuple[str, ...], active: set[str]) -> tuple[str, ...]:
-        """Who stands in the stacks: whoever is there already, unless that is too many."""
-        there = tuple(d for d in before if d in self._held and self._held[d].device is not None)
-        kept = (*there, *sorted(active - set(there)))
-        wanted = sum(self._rank(d) for d in active)
-        if there == before[: len(there)] and sum(map(self._rank, kept)) <= wanted + wanted // 4 + _SPARE:
-            return kept
-        return tuple(sorted(active))
+    def _stand_in_line(self, needed: set[str]) -> None:
+        """Puts who is needed into the line of adapters that a stack is made of.
+
+        Whoever stands there stays for a while: a stack made anew costs as much as many forwards.
+        """
+        wanted, there = sum(map(self._rank, needed)), sum(map(self._rank, self._line))
+        if needed.issubset(self._line):
+            self._spent += there - wanted
+            if self._spent <= _PATIENCE * there:
+                return
+        kept: list[str] = []
+        room = wanted // 4 + _SPARE if self._spent <= _PATIENCE * there else 0
+        for digest in reversed(self._held):
+            if digest in self._line and digest not in needed and (room := room - self._rank(digest)) >= 0:
+                kept.append(digest)
+        self._line_up(tuple(sorted({*needed, *kept})))
+
+    def _line_up(self, line: tuple[str, ...]) -> None:
+        if line != self._line:
+            self._line, self._number = line, self._number + 1
+            self._choice = _Choice()
+        self._spent = 0
 
     def _rank(self, digest: str) -> int:
         return next(iter(self._held[digest].host.values())).a.shape[0]
@@ -280,78 +260,83 @@ class Lora:
                 self._unstack(other)
 
     def _unstack(self, digest: str) -> None:
-        self._choice = _Choice()
+        self._line_up(tuple(d for d in self._line if d != digest))
         for site in self._sites:
             site.singles.pop(digest, None)
-            if site.stack is not None and digest in site.stack.whose:
+            if site.line != self._number:
                 site.stack = None
 
     # adding
 
     def through(self, site: Site, linear: Linear, x: torch.Tensor, there: torch.Tensor | None = None) -> torch.Tensor:
         """What a site makes of `x` [tokens, in] with the tokens' adapters, added to `there` if that is given."""
-        flat = self._choice.flat
-        if flat is None or not (self._choice.some or flat.pieces):
+        choice = self._choice
+        if choice.flat is None or not (choice.shared or choice.long):
             return linear(x) if there is None else linear.onto(x, there)
-        rows = len(self._choice.rows)
-        stack = self._stack_of(site) if self._choice.some else None
-        singles = [(b, e, self._single(site, digest)) for b, e, digest in flat.pieces if digest]
-        if any(one.has_more for one in (stack, *(one for _, _, one in singles)) if one is not None):
+        stack = self._stack_of(site) if choice.shared else None
+        singles = [self._single(site, digest) for _, _, digest in choice.long]
+        if any(one.has_more for one in (stack, *singles) if one is not None):
             # DoRA looks at what the base alone makes.
             out = self._with_more(site, linear(x), x, stack, singles)
             return out if there is None else there + out
         out = linear(x) if there is None else linear.onto(x, there)
         if stack is not None and stack.a is not None:
-            inner = self._inner(stack, x[:rows])
+            shared = choice.shared
+            inner = self._inner(stack, x if shared == len(x) else x[:shared])
             whole = stack.changes[0]
-            if rows == len(x) and whole.end - whole.start == out.shape[-1]:
+            if shared == len(x) and whole.end - whole.start == out.shape[-1]:
                 return whole.b.onto(inner, out)
-            _add(stack, inner, out[:rows])
-        for begin, end, one in singles:
-            if one.a is not None:
-                _add(one, one.a(x[begin:end].to(self._dtype)), out[begin:end])
+            stack.add(inner, out if shared == len(x) else out[:shared])
+        self._add_singles(singles, x, out)
         return out
 
     def add_to(self, site: Site, x: torch.Tensor, out: torch.Tensor) -> None:
         """Adds to `out` [tokens, all outputs], which the base made of `x` [tokens, in]."""
-        flat = self._choice.flat
-        if flat is not None:
-            stack = self._stack_of(site) if self._choice.some else None
-            singles = [(b, e, self._single(site, digest)) for b, e, digest in flat.pieces if digest]
-            self._with_more(site, out, x, stack, singles)
+        if self._choice.flat is not None:
+            stack = self._stack_of(site) if self._choice.shared else None
+            self._with_more(site, out, x, stack, [self._single(site, digest) for _, _, digest in self._choice.long])
 
     def _with_more(
-        self,
-        site: Site,
-        out: torch.Tensor,
-        x: torch.Tensor,
-        stack: _Stack | None,
-        singles: list[tuple[int, int, _Stack]],
+        self, site: Site, out: torch.Tensor, x: torch.Tensor, stack: stacks.Stack | None, singles: list[stacks.Stack]
     ) -> torch.Tensor:
-        rows = self._choice.rows
+        has_more = any(one.has_more for one in (stack, *singles) if one is not None)
+        more = self._more(site, self._choice.whose(len(x)), out) if has_more else None
         if stack is not None and stack.a is not None:
-            more = self._more(site, rows, out[: len(rows)]) if stack.has_more else None
-            _add(stack, self._inner(stack, x[: len(rows)]), out[: len(rows)], more)
-        for begin, end, one in singles:
-            if one.a is not None:
-                more = self._more(site, one.whose * (end - begin), out[begin:end]) if one.has_more else None
-                _add(one, one.a(x[begin:end].to(self._dtype)), out[begin:end], more)
+            shared = self._choice.shared
+            stack.add(self._inner(stack, x[:shared]), out[:shared])
+        self._add_singles(singles, x, out)
+        if more is not None:
+            out += more
         return out
 
-    def _inner(self, stack: _Stack, x: torch.Tensor) -> torch.Tensor:
-        """What A makes of the rows, without what belongs to others."""
-        assert stack.a is not None
-        inner = stack.a(x.to(self._dtype))
-        if not self._choice.only:
-            inner.masked_fill_(self._foreign(self._choice, stack.columns, inner), 0.0)
-        return inner
+    def _add_singles(self, singles: list[stacks.Stack], x: torch.Tensor, out: torch.Tensor) -> None:
+        """Adds to long prompts; a few tokens around each are computed too, since libraries dislike new lengths."""
+        for (begin, end, _), one in zip(self._choice.long, singles, strict=True):
+            if one.a is not None:
+                low, high = forwards.around(begin, end, len(x))
+                made = one.a(x[low:high].to(self._dtype))
+                one.add(made, out[begin:end], begin - low)
 
-    def _stack_of(self, site: Site) -> _Stack:
-        if site.stack is None or site.stack.whose != self._choice.stacked:
-            site.stack = self._stacked(site, self._choice.stacked)
+    def _inner(self, stack: stacks.Stack, x: torch.Tensor) -> torch.Tensor:
+        """What A makes of the tokens that share the stack, without what belongs to others."""
+        assert stack.a is not None
+        return stack.a.silenced(x.to(self._dtype), None if self._choice.only else self._silence(stack.columns, x))
+
+    def _silence(self, columns: tuple[int, ...], like: torch.Tensor) -> stacks.Silence:
+        silence = self._choice.silences.get(columns)
+        if silence is None:
+            place = {digest: n for n, digest in enumerate(self._line)}
+            tokens = [place.get(digest, -1) for digest in self._choice.whose(self._choice.shared)]
+            own = torch.tensor(tokens, device=like.device)[:, None] == torch.tensor(columns, device=like.device)[None]
+            silence = self._choice.silences[columns] = stacks.Silence(own)
+        return silence
+
+    def _stack_of(self, site: Site) -> stacks.Stack:
+        if site.stack is None or site.line != self._number:
+            site.stack, site.line = self._stacked(site, self._line), self._number
         return site.stack
 
-    def _single(self, site: Site, digest: str) -> _Stack:
+    def _single(self, site: Site, digest: str) -> stacks.Stack:
         one = site.singles.get(digest)
         if one is None:
             while len(site.singles) >= _SINGLES:
@@ -359,22 +344,8 @@ class Lora:
             one = site.singles[digest] = self._stacked(site, (digest,))
         return one
 
-    def _stacked(self, site: Site, whose: tuple[str, ...]) -> _Stack:
-        a: list[torch.Tensor] = []
-        corners: list[tuple[int, int, torch.Tensor]] = []
-        columns: list[str] = []
-        has_more = False
-        for start, name in zip(site.starts(), site.names, strict=True):
-            there = [(d, part) for d in whose if (part := (self._held[d].device or {}).get(name)) is not None]
-            if not there:
-                continue
-            corners.append((len(columns), start, torch.cat([part.b for _, part in there], dim=1)))
-            for digest, part in there:
-                a.append(part.a)
-                columns.extend([digest] * part.a.shape[0])
-                has_more = has_more or part.more is not None
-        first = _Matrix(torch.cat(a)) if a else None
-        return _Stack(whose, first, tuple(_changes(corners)), tuple(columns), has_more)
+    def _stacked(self, site: Site, line: Sequence[str]) -> stacks.Stack:
+        return stacks.stacked([self._held[d].device or {} for d in line], site.names, site.starts())
 
     def _more(self, site: Site, whose: Sequence[str], out: torch.Tensor) -> torch.Tensor:
         """What DoRA adds of the base's own outputs, of each token."""
@@ -391,16 +362,6 @@ class Lora:
                     added[theirs, start : start + width] = part.more * (own if bias is None else own - bias)
         return added
 
-    @staticmethod
-    def _foreign(choice: _Choice, columns: tuple[str, ...], like: torch.Tensor) -> torch.Tensor:
-        """[rows, ranks]: whether a rank is made by another adapter than the row's own."""
-        if columns not in choice.masks:
-            number = {digest: n for n, digest in enumerate(dict.fromkeys(columns))}
-            whose = torch.tensor([number[c] for c in columns], device=like.device)
-            rows = torch.tensor([number.get(row, -1) for row in choice.rows], device=like.device)
-            choice.masks[columns] = rows[:, None] != whose[None, :]
-        return choice.masks[columns]
-
     def _adder(self, site: Site):
         def add(module, inputs, output):
             if self._choice.flat is not None:
@@ -409,34 +370,3 @@ class Lora:
             return output
 
         return add
-
-
-def _add(stack: _Stack, inner: torch.Tensor, out: torch.Tensor, more: torch.Tensor | None = None) -> None:
-    """Adds what B makes of `inner`, and `more`."""
-    for change in stack.changes:
-        own = out[:, change.start : change.end]
-        own += change.b(inner[:, change.low : change.high])
-    if more is not None:
-        out += more
-
-
-def _changes(corners: list[tuple[int, int, torch.Tensor]]) -> Iterator[_Change]:
-    """Small modules whose outputs follow one another become one matrix: one product costs less than two.
-
-    Of large ones the empty corners would cost more than they save.
-    """
-    group: list[tuple[int, int, torch.Tensor]] = []
-    for corner in (*corners, None):
-        if group and (corner is None or not _joins(group, corner)):
-            low, start = group[0][0], group[0][1]
-            b = torch.block_diag(*(part for _, _, part in group)) if len(group) > 1 else group[0][2]
-            yield _Change(low, low + b.shape[1], start, start + b.shape[0], _Matrix(b))
-            group = []
-        if corner is not None:
-            group.append(corner)
-
-
-def _joins(group: list[tuple[int, int, torch.Tensor]], corner: tuple[int, int, torch.Tensor]) -> bool:
-    parts = [part for _, _, part in (*group, corner)]
-    size = sum(part.shape[0] for part in parts) * sum(part.shape[1] for part in parts)
-    return corner[1] == group[-1][1] + group[-1][2].shape[0] and size <= _JOINED

@@ -2,7 +2,8 @@
 
 Law of this room: pure; seconds are told. A step that reads takes little more than half as long again as one that
 does not, so that those who get tokens hardly notice a long prompt beside them; and never much longer than a short
-request could bear to wait. Where more wait for their first token than get others, they count for more.
+request could bear to wait. Where several wait for their first token, they count for more. What a step that reads
+costs however little it reads is told from what each token costs: reading less than is worth that helps nobody.
 """
 
 from __future__ import annotations
@@ -14,8 +15,14 @@ _ALONE, _BESIDE = 0.02, 0.01
 """Seconds of reading in a step that nobody minds: where nobody gets tokens, and where somebody does."""
 _PART = 0.6
 """Of a step without reading, how much reading may take beside it."""
+_OTHERS = 3
+"""How much each further one who waits counts beside one who gets tokens."""
+_LONGEST = 0.3
+"""Seconds of reading in a step, however many wait."""
 _NEW = 0.2
 """How much the newest step counts."""
+_FORGET = 0.9
+"""How much of what steps that read have told remains with each new one."""
 
 
 @dataclass(slots=True)
@@ -24,25 +31,42 @@ class Pace:
 
     row_seconds: float = 0.0
     """Of a step without reading."""
-    token_seconds: float = 0.0
-    """Of each token read."""
+    _weight: float = 0.0
+    _read: float = 0.0
+    _took: float = 0.0
+    _read_read: float = 0.0
+    _read_took: float = 0.0
 
     def note(self, seconds: float, read: int, rows: int) -> None:
         """Takes a step into account: how long it took, tokens of prompts it read, rows that got a token."""
         if not read:
-            self.row_seconds = _mean(self.row_seconds, seconds)
-        elif read >= _LEAST:
-            beside = self.row_seconds if rows else 0.0
-            self.token_seconds = _mean(self.token_seconds, max(seconds - beside, seconds / 4) / read)
+            self.row_seconds = seconds if not self.row_seconds else self.row_seconds + _NEW * (seconds - self.row_seconds)
+            return
+        took = max(seconds - (self.row_seconds if rows else 0.0), seconds / 4)
+        self._weight = self._weight * _FORGET + 1
+        self._read = self._read * _FORGET + read
+        self._took = self._took * _FORGET + took
+        self._read_read = self._read_read * _FORGET + read * read
+        self._read_took = self._read_took * _FORGET + read * took
+
+    def costs(self) -> tuple[float, float]:
+        """Seconds that reading costs in a step, and with each token: a line through what steps took."""
+        if not self._read:
+            return 0.0, 0.0
+        through_zero = self._took / self._read
+        spread = self._weight * self._read_read - self._read**2
+        if spread < 0.01 * self._read**2:  # all read about as many
+            return 0.0, through_zero
+        slope = (self._weight * self._read_took - self._read * self._took) / spread
+        slope = min(max(slope, through_zero / 4), through_zero)
+        return (self._took - slope * self._read) / self._weight, slope
 
     def tokens(self, rows: int, prompts: int = 1) -> int:
         """Tokens of prompts for the next step, beside so many rows that get a token, where so many prompts wait."""
-        if not self.token_seconds:
+        fixed, each = self.costs()
+        if not each:
             return min(4 * _LEAST * prompts, _MOST)
         allowed = max(_BESIDE, _PART * self.row_seconds) if rows else _ALONE
-        allowed *= max(1.0, prompts / max(1, rows))
-        return int(min(max(allowed / self.token_seconds, _LEAST), _MOST))
-
-
-def _mean(before: float, now: float) -> float:
-    return now if not before else before + _NEW * (now - before)
+        allowed = max(allowed, min(allowed * (1 + _OTHERS * (prompts - 1) / max(1, rows)), _LONGEST))
+        worth = min(fixed, allowed) / each
+        return int(min(max((allowed - fixed) / each, worth, _LEAST), _MOST))

@@ -102,7 +102,7 @@ class Scheduler:
         planned = self._planned()
         pieces = [piece for _, piece in planned]
         laid = flat.lay(pieces, self._device)
-        self._lora.choose(laid)
+        self._lora.choose(laid, (row.adapter for row in self._rows))
         logits = self._forward(laid)
         flat.settle(pieces)
         reports += self._taken(planned, laid, logits)
