@@ -316,4 +316,5 @@ def test_dora_beside_lora_gives_the_logits_of_plain_peft(serving_home: pathlib.P
                 torch.testing.assert_close(torch.stack(seen[number]), expected[row], atol=1e-4, rtol=1e-4)
         assert lora.remove("dee") == held and "dee" not in lora
         assert "dee" not in lora.on_device
-        assert all(s.stack is None or s.line == lora._number for s in lora._sites) and "dee" not in lora._line and not any(s.singles for s in lora._sites)
+        assert all(s.stack is None or s.line == lora._number for s in lora._sites)
+        assert "dee" not in lora._line and not any(s.singles for s in lora._sites)

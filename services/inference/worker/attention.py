@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from services.inference.worker.flat import Alone, Flat, Together
 
 _HIDDEN = float("-inf")
+_NEAR = 512
+"""Positions up to which a processor is quicker with the heads that share keys taken together."""
 
 
 def store(flat: Flat, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -48,11 +50,16 @@ def _rows(
     rows, (heads, width) = group.end - group.begin, queries.shape[1:]
     keys = group.lane.keys[layer][group.slots, :, : group.span]
     values = group.lane.values[layer][group.slots, :, : group.span]
-    asked = queries[group.begin : group.end].view(rows, heads, 1, width)
+    shared = keys.shape[1]
     mask = flat.mask(number, window, lambda: _rows_mask(group, window, queries))
-    made = F.scaled_dot_product_attention(
-        asked, keys, values, attn_mask=mask, scale=scale, enable_gqa=heads != keys.shape[1]
-    )
+    if group.span <= _NEAR:  # heads that share keys as so many queries: the keys are read once
+        asked = queries[group.begin : group.end].view(rows, shared, heads // shared, width)
+        made = F.scaled_dot_product_attention(asked, keys, values, attn_mask=mask, scale=scale)
+    else:
+        asked = queries[group.begin : group.end].view(rows, heads, 1, width)
+        made = F.scaled_dot_product_attention(
+            asked, keys, values, attn_mask=mask, scale=scale, enable_gqa=heads != shared
+        )
     return made.reshape(rows, heads, width)
 
 

@@ -18,7 +18,7 @@ from services.inference.worker.lanes import Lane, Place
 
 _ROUND = 64
 """Spans are rounded up to this, so that the libraries meet few different lengths."""
-_USUAL = ((128, 16), (256, 32), (512, 64), (2048, 128))
+_USUAL = ((64, 16), (128, 32), (256, 64), (512, 128), (2048, 256))
 """So many tokens are rounded up to a multiple of that. A new number costs a processor as much as some steps."""
 
 
@@ -144,6 +144,11 @@ def around(begin: int, end: int, tokens: int) -> tuple[int, int]:
     count = min(end - begin + _missing(end - begin), tokens)
     low = min(begin, tokens - count)
     return low, low + count
+
+
+def fitting(tokens: int) -> int:
+    """The largest usual number of tokens that is not more than this."""
+    return next((tokens - tokens % step for most, step in _USUAL if tokens < most + step), _USUAL[-1][0])
 
 
 def _missing(tokens: int) -> int:

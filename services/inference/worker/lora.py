@@ -43,6 +43,8 @@ class Site:
     names: tuple[str, ...]
     outs: tuple[int, ...]
     biases: tuple[torch.Tensor | None, ...]
+    apart: bool = False
+    """Whether each module's outputs are a tensor of their own."""
     stack: stacks.Stack | None = None
     line: int = -1
     """Which line of adapters the stack was made for."""
@@ -82,6 +84,7 @@ class _Choice:
     only: bool = False
     """Whether the stack is of one adapter, and every token that shares it has that."""
     silences: dict[tuple[int, ...], stacks.Silence] = field(default_factory=dict)
+    """By the columns of a stack."""
 
     def whose(self, tokens: int) -> list[str]:
         """The adapter of each of the first tokens."""
@@ -125,10 +128,15 @@ class Lora:
         """Bytes of an adapter's tensors on the host."""
         return self._held[digest].nbytes
 
-    def site(self, *names: str) -> Site:
+    @property
+    def is_chosen(self) -> bool:
+        """Whether any token of the forward that comes has an adapter."""
+        return self._choice.flat is not None and bool(self._choice.shared or self._choice.long)
+
+    def site(self, *names: str, apart: bool = False) -> Site:
         """A site of the model; made once for each place that adds to it."""
         modules = [self._modules[name] for name in names]
-        site = Site(names, tuple(m.out_features for m in modules), tuple(m.bias for m in modules))
+        site = Site(names, tuple(m.out_features for m in modules), tuple(m.bias for m in modules), apart)
         self._sites.append(site)
         return site
 
@@ -271,10 +279,9 @@ class Lora:
     def through(self, site: Site, linear: Linear, x: torch.Tensor, there: torch.Tensor | None = None) -> torch.Tensor:
         """What a site makes of `x` [tokens, in] with the tokens' adapters, added to `there` if that is given."""
         choice = self._choice
-        if choice.flat is None or not (choice.shared or choice.long):
+        if not self.is_chosen:
             return linear(x) if there is None else linear.onto(x, there)
-        stack = self._stack_of(site) if choice.shared else None
-        singles = [self._single(site, digest) for _, _, digest in choice.long]
+        stack, singles = self._stacks(site)
         if any(one.has_more for one in (stack, *singles) if one is not None):
             # DoRA looks at what the base alone makes.
             out = self._with_more(site, linear(x), x, stack, singles)
@@ -290,11 +297,30 @@ class Lora:
         self._add_singles(singles, x, out)
         return out
 
+    def through_apart(self, site: Site, linears: Sequence[Linear], x: torch.Tensor) -> Sequence[torch.Tensor]:
+        """What each module of a site whose modules stand apart makes of `x`."""
+        made = [linear(x) for linear in linears]
+        stack, singles = self._stacks(site)
+        if singles or stack is None or stack.has_more or self._choice.shared != len(x):
+            return self._with_more(site, torch.cat(made, -1), x, stack, singles).split(site.outs, -1)
+        if stack.a is None:
+            return made
+        inner = self._inner(stack, x)
+        changes = {change.start: change for change in stack.changes}
+        for number, start in enumerate(site.starts()):
+            if (change := changes.get(start)) is not None:
+                made[number] = change.b.onto(inner[:, change.low : change.high], made[number])
+        return made
+
     def add_to(self, site: Site, x: torch.Tensor, out: torch.Tensor) -> None:
         """Adds to `out` [tokens, all outputs], which the base made of `x` [tokens, in]."""
-        if self._choice.flat is not None:
-            stack = self._stack_of(site) if self._choice.shared else None
-            self._with_more(site, out, x, stack, [self._single(site, digest) for _, _, digest in self._choice.long])
+        if self.is_chosen:
+            self._with_more(site, out, x, *self._stacks(site))
+
+    def _stacks(self, site: Site) -> tuple[stacks.Stack | None, list[stacks.Stack]]:
+        """Of the tokens that share one, and of the long prompts."""
+        stack = self._stack_of(site) if self._choice.shared else None
+        return stack, [self._single(site, digest) for _, _, digest in self._choice.long]
 
     def _with_more(
         self, site: Site, out: torch.Tensor, x: torch.Tensor, stack: stacks.Stack | None, singles: list[stacks.Stack]
@@ -345,7 +371,7 @@ class Lora:
         return one
 
     def _stacked(self, site: Site, line: Sequence[str]) -> stacks.Stack:
-        return stacks.stacked([self._held[d].device or {} for d in line], site.names, site.starts())
+        return stacks.stacked([self._held[d].device or {} for d in line], site.names, site.starts(), site.apart)
 
     def _more(self, site: Site, whose: Sequence[str], out: torch.Tensor) -> torch.Tensor:
         """What DoRA adds of the base's own outputs, of each token."""
@@ -364,7 +390,7 @@ class Lora:
 
     def _adder(self, site: Site):
         def add(module, inputs, output):
-            if self._choice.flat is not None:
+            if self.is_chosen:
                 width = output.shape[-1]
                 self.add_to(site, inputs[0].reshape(-1, inputs[0].shape[-1]), output.view(-1, width))
             return output

@@ -15,12 +15,15 @@ _ALONE, _BESIDE = 0.02, 0.01
 """Seconds of reading in a step that nobody minds: where nobody gets tokens, and where somebody does."""
 _PART = 0.6
 """Of a step without reading, how much reading may take beside it."""
-_OTHERS = 3
+_OTHERS = 16
 """How much each further one who waits counts beside one who gets tokens."""
-_LONGEST = 0.3
+_LONGEST = 0.4
 """Seconds of reading in a step, however many wait."""
 _NEW = 0.2
 """How much the newest step counts."""
+_SOME, _ODD = 3.0, 2.0
+"""Once some steps were seen, one counts for no more than so many times what was expected: a library may just have
+prepared itself for a number of tokens."""
 _FORGET = 0.9
 """How much of what steps that read have told remains with each new one."""
 
@@ -43,6 +46,9 @@ class Pace:
             self.row_seconds = seconds if not self.row_seconds else self.row_seconds + _NEW * (seconds - self.row_seconds)
             return
         took = max(seconds - (self.row_seconds if rows else 0.0), seconds / 4)
+        if self._weight > _SOME:
+            fixed, each = self.costs()
+            took = min(took, _ODD * (fixed + each * read))
         self._weight = self._weight * _FORGET + 1
         self._read = self._read * _FORGET + read
         self._took = self._took * _FORGET + took
@@ -62,11 +68,11 @@ class Pace:
         return (self._took - slope * self._read) / self._weight, slope
 
     def tokens(self, rows: int, prompts: int = 1) -> int:
-        """Tokens of prompts for the next step, beside so many rows that get a token, where so many prompts wait."""
+        """Tokens of prompts for the next step, beside so many rows that get one, where so many short prompts wait."""
         fixed, each = self.costs()
         if not each:
             return min(4 * _LEAST * prompts, _MOST)
         allowed = max(_BESIDE, _PART * self.row_seconds) if rows else _ALONE
-        allowed = max(allowed, min(allowed * (1 + _OTHERS * (prompts - 1) / max(1, rows)), _LONGEST))
+        allowed = max(allowed, min(allowed * (1 + _OTHERS * max(0, prompts - 1) / max(1, rows)), _LONGEST))
         worth = min(fixed, allowed) / each
         return int(min(max((allowed - fixed) / each, worth, _LEAST), _MOST))

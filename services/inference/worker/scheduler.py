@@ -28,6 +28,8 @@ from services.inference.worker.turns import Turns
 
 Report = engine_pb2.EngineReport
 Row = Answering | Scoring
+_SHORT = 256
+"""Tokens of a prompt that does not hold up others for long: reading it makes a row that gets tokens."""
 _OLDEST = 4
 """A part of what a step reads that belongs to the oldest prompt, as one by this."""
 
@@ -150,7 +152,8 @@ class Scheduler:
         """Every row's next tokens; rows whose prompt has no turn in this step are left out."""
         going = [row for row in self._rows if not row.unread]
         reading = [row for row in self._rows if row.unread]
-        budget = self._pace.tokens(len(going), len(reading))
+        budget = self._pace.tokens(len(going), sum(row.unread <= _SHORT for row in reading))
+        budget = max(flat.fitting(len(going) + budget) - len(going), 1)
         planned = [(row, row.piece(1)) for row in going]
         given: dict[int, int] = {}
         if reading:

@@ -17,8 +17,8 @@ from services.inference.worker.reordered import Weights
 LARGEST = 1e28
 """No number of an A may be larger: what it makes of another's token must be a number, since it is silenced by a
 product with zero."""
-_JOINED = 200_000
-"""Numbers of a matrix that several modules become."""
+_EMPTY = 300_000
+"""Numbers of empty corners in a matrix that several modules become: one product costs less than two and these."""
 _OFTEN = 8
 """Uses after which a matrix is reordered."""
 
@@ -117,8 +117,13 @@ class Stack:
             own += made if len(made) == len(own) else made[first : first + len(own)]
 
 
-def stacked(line: Sequence[Mapping[str, Part]], names: Sequence[str], starts: Sequence[int]) -> Stack:
-    """The parts of adapters in line at the modules of a site, whose outputs begin at `starts`."""
+def stacked(
+    line: Sequence[Mapping[str, Part]], names: Sequence[str], starts: Sequence[int], apart: bool = False
+) -> Stack:
+    """The parts of adapters in line at the modules of a site, whose outputs begin at `starts`.
+
+    `apart`: each module is changed by itself.
+    """
     a: list[torch.Tensor] = []
     corners: list[tuple[int, int, torch.Tensor]] = []
     columns: list[int] = []
@@ -133,17 +138,14 @@ def stacked(line: Sequence[Mapping[str, Part]], names: Sequence[str], starts: Se
             columns.extend([place] * part.a.shape[0])
             has_more = has_more or part.more is not None
     first = Matrix(torch.cat(a)) if a else None
-    return Stack(first, tuple(_changes(corners)), tuple(columns), has_more)
+    return Stack(first, tuple(_changes(corners, apart)), tuple(columns), has_more)
 
 
-def _changes(corners: list[tuple[int, int, torch.Tensor]]) -> Iterator[Change]:
-    """Small modules whose outputs follow one another become one matrix: one product costs less than two.
-
-    Of large ones the empty corners would cost more than they save.
-    """
+def _changes(corners: list[tuple[int, int, torch.Tensor]], apart: bool) -> Iterator[Change]:
+    """Modules whose outputs follow one another become one matrix, unless they are large."""
     group: list[tuple[int, int, torch.Tensor]] = []
     for corner in (*corners, None):
-        if group and (corner is None or not _joins(group, corner)):
+        if group and (corner is None or apart or not _joins(group, corner)):
             low, start = group[0][0], group[0][1]
             b = torch.block_diag(*(part for _, _, part in group)) if len(group) > 1 else group[0][2]
             yield Change(low, low + b.shape[1], start, start + b.shape[0], Matrix(b))
@@ -154,5 +156,5 @@ def _changes(corners: list[tuple[int, int, torch.Tensor]]) -> Iterator[Change]:
 
 def _joins(group: list[tuple[int, int, torch.Tensor]], corner: tuple[int, int, torch.Tensor]) -> bool:
     parts = [part for _, _, part in (*group, corner)]
-    size = sum(part.shape[0] for part in parts) * sum(part.shape[1] for part in parts)
-    return corner[1] == group[-1][1] + group[-1][2].shape[0] and size <= _JOINED
+    empty = sum(part.shape[0] for part in parts) * sum(part.shape[1] for part in parts) - sum(p.numel() for p in parts)
+    return corner[1] == group[-1][1] + group[-1][2].shape[0] and empty <= _EMPTY

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from services.inference.worker import attention, linears
 from services.inference.worker.flat import Flat
+from services.inference.worker.gates import Gates
 from services.inference.worker.lora import Lora, Site
 
 _MODELS = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"})
@@ -36,7 +37,7 @@ class _Layer:
     o: _Step
     after: torch.Tensor
     """Weights of the norm before the gates."""
-    gates: _Step
+    gates: Gates
     down: _Step
     window: int
 
@@ -64,7 +65,7 @@ class Straight:
             self._step(f"{name}.self_attn", at, "q_proj", "k_proj", "v_proj"),
             self._step(f"{name}.self_attn", at, "o_proj"),
             layer.post_attention_layernorm.weight,
-            self._step(f"{name}.mlp", mlp, "gate_proj", "up_proj"),
+            Gates(f"{name}.mlp", mlp, self._lora),
             self._step(f"{name}.mlp", mlp, "down_proj"),
             window or 0,
         )
@@ -92,10 +93,7 @@ class Straight:
         attention.store(flat, number, turned[:, self._heads :], qkv[:, both:])
         found = attention.look(flat, number, turned[:, : self._heads].contiguous(), self._scale, layer.window)
         hidden = self._made(layer.o, found.reshape(tokens, -1), hidden)
-        gates = self._made(layer.gates, self._normed(hidden, layer.after))
-        half = gates.shape[-1] // 2
-        opened = functional.silu(gates[:, :half]) * gates[:, half:]
-        return self._made(layer.down, opened, hidden)
+        return self._made(layer.down, layer.gates(self._normed(hidden, layer.after)), hidden)
 
     def _made(self, step: _Step, x: torch.Tensor, there: torch.Tensor | None = None) -> torch.Tensor:
         return self._lora.through(step.site, step.linear, x, there)
