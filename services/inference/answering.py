@@ -240,18 +240,13 @@ def submit_of(ask: Ask, held: Held, who: str) -> engine_pb2.EngineSubmit:
         adapter_digest=held.adapter_digest,
         options=options,
         priority=ask.priority,
-        share=share_of(who, held),
+        who=who,
     )
     if ask.conversation is not None:
         submit.conversation.CopyFrom(ask.conversation)
     else:
         submit.prompt = ask.prompt
     return submit
-
-
-def share_of(who: str, held: Held) -> str:
-    """Whose work it is: keys take turns, and adapters of one key."""
-    return f"{who}/{held.adapter_digest}"
 
 
 def _started(ask: Ask, submit: engine_pb2.EngineSubmit, held: Held, prompt_tokens: int) -> inference_pb2.Started:

@@ -44,7 +44,7 @@ def key_of(
     asked = engine_pb2.EngineSubmit()
     asked.CopyFrom(submit)
     asked.ClearField("priority")
-    asked.ClearField("share")
+    asked.ClearField("who")
     asked.options.ClearField("seed")  # nothing is drawn
     digest = hashlib.sha256(f"{model_digest}\n{precision}\n".encode())
     digest.update(asked.SerializeToString(deterministic=True))

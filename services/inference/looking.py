@@ -14,7 +14,6 @@ from qlorad.v1 import inference_pb2
 from services.common.errors import Violation, invalid
 from services.common.frames.v1 import engine_pb2
 from services.inference.admission import Admission, Entry
-from services.inference.answering import share_of
 from services.inference.engine import Asked, Report
 from services.inference.messages import Ask, check_fit
 from services.inference.metrics import Metrics
@@ -39,7 +38,7 @@ class Looking:
                 adapter_digest=held.adapter_digest,
                 alternatives=alternatives,
                 priority=ask.priority,
-                share=share_of(entry.who, held),
+                who=entry.who,
             )
             _put(order, ask)
             report = await _asked(held, order)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import made_once
 from tests.house import ROOT, Daemon, clone_store, house
 from tests.inference import kit
 
@@ -29,14 +30,16 @@ class Served:
 @pytest.fixture(scope="session")
 def adapters_home(tmp_path_factory: pytest.TempPathFactory, starter_home: pathlib.Path) -> pathlib.Path:
     """A home with models/starter-test and the adapters of make_adapters. Not to be written to."""
-    home = tmp_path_factory.mktemp("adapters") / "home"
-    clone_store(starter_home, home)
-    made = subprocess.run(
-        [sys.executable, "-m", "tests.inference.make_adapters", str(home)],
-        cwd=ROOT, capture_output=True, text=True, timeout=170, check=False,
-    )  # fmt: skip
-    assert made.returncode == 0, made.stderr[-3000:]
-    return home
+
+    def make(home: pathlib.Path) -> None:
+        clone_store(starter_home, home)
+        made = subprocess.run(
+            [sys.executable, "-m", "tests.inference.make_adapters", str(home)],
+            cwd=ROOT, capture_output=True, text=True, timeout=170, check=False,
+        )  # fmt: skip
+        assert made.returncode == 0, made.stderr[-3000:]
+
+    return made_once(tmp_path_factory, "adapters", make)
 
 
 @pytest.fixture(scope="session")

@@ -78,7 +78,7 @@ class Engine:
     reports: dict[int, list[engine_pb2.EngineReport]] = field(default_factory=dict)
     calls: Any = field(default_factory=lambda: itertools.count(1))
 
-    def ask(self, prompt: Sequence[int], adapter: str = "", priority: int = 0, share: str = "", **options: Any) -> int:
+    def ask(self, prompt: Sequence[int], adapter: str = "", priority: int = 0, who: str = "", **options: Any) -> int:
         """Submits a request; its number."""
         filled = generation.resolved(inference_pb2.GenerationOptions(**options), generation.house(1))
         row = Answering(
@@ -86,7 +86,7 @@ class Engine:
             adapter,
             list(prompt),
             priority,
-            share or adapter,
+            who,
             options=filled,
             decode=spelled,
             spell=lambda i: spelled((i,)),
@@ -97,7 +97,7 @@ class Engine:
     def score(self, prompt: Sequence[int], adapter: str = "", alternatives: int = 0) -> int:
         counted = [n > 0 for n in range(len(prompt))]
         row = Scoring(
-            next(self.calls), adapter, list(prompt), 0, adapter, counted=counted, alternatives=alternatives,
+            next(self.calls), adapter, list(prompt), 0, "", counted=counted, alternatives=alternatives,
             spell=lambda i: spelled((i,)),
         )  # fmt: skip
         self.scheduler.submit(row)

@@ -150,9 +150,7 @@ def test_an_engine_is_told_everything_and_whose_it_is() -> None:
     assert (said.top_k, said.temperature, list(said.stop)) == (5, 0.5, ["z"])
     assert said.min_p == pytest.approx(0.1) and said.top_p == 1.0 and said.HasField("seed")
     assert said.max_tokens == 64, "what is inherited bends to the model"
-    assert (submit.priority, submit.share, submit.adapter_digest) == (3, "ada/sha256:a", "sha256:a")
-    others = {submit_of(ask, held(), "bob").share, submit_of(ask, held(adapter_digest=""), "ada").share}
-    assert others == {"bob/sha256:a", "ada/"}, "keys, and adapters of one key, take turns"
+    assert (submit.priority, submit.who, submit.adapter_digest) == (3, "ada", "sha256:a")
     long = messages.Ask(prompt="x", options=pb.GenerationOptions(max_tokens=65))
     assert fields(lambda: submit_of(long, held(), "")) == ["options.max_tokens"], "what is said is refused, not bent"
 

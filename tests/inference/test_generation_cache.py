@@ -27,7 +27,7 @@ def test_what_the_answer_depends_on_is_in_the_key_and_nothing_else() -> None:
         return key_of(submit(**told), model, precision)
 
     same = key()
-    assert same == key(seed=99) == key(priority=3) == key(share="ada/x"), "greedy draws nothing; turns change nothing"
+    assert same == key(seed=99) == key(priority=3) == key(who="ada"), "greedy draws nothing; turns change nothing"
     others = [
         key("sha256:n"), key(precision=BF16), key(prompt="y"), key(adapter_digest="sha256:a"),
         key(options={"max_tokens": 5}), key(options={"stop": ["a"]}), key(options={"stop": ["a", "b"]}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -110,3 +111,41 @@ def test_a_packed_model_answers_with_its_adapters(family: str, bits: int) -> Non
             wanted = sure[name][torch.arange(59), torch.tensor(prompt[1:])]
             other = sure["ada" if name == "" else ""][torch.arange(59), torch.tensor(prompt[1:])]
             assert float((own - wanted).abs().mean()) < 0.5 * float((own - other).abs().mean())
+
+
+@pytest.mark.parametrize("kind", [packed.Int8, packed.Int4])
+def test_modules_that_read_the_same_are_one_product_and_keep_their_parts(kind: Any) -> None:
+    with torch.no_grad():
+        torch.manual_seed(0)
+        parts = [kind(torch.randn(outs, 128), torch.randn(outs)) for outs in (64, 192, 128)]
+        for tokens in (1, 5, 200):
+            x = torch.randn(tokens, 128)
+            apart = torch.cat([part(x) for part in parts], dim=-1)
+            together = linears.of(parts)(x)
+            torch.testing.assert_close(together, apart, rtol=1e-2, atol=1e-2 * float(apart.abs().max()))
+            torch.testing.assert_close(torch.cat([part(x) for part in parts], dim=-1), apart)
+            parts = [kind(part.dequantized, part.bias) for part in parts]
+
+
+def test_weights_of_4_bits_made_plain_are_those_of_the_kernel() -> None:
+    with torch.no_grad():
+        torch.manual_seed(0)
+        small = packed.Int4(torch.randn(192, 128), None)
+        if not packed._has_known_layout():
+            pytest.skip("this processor's kernel has a layout of its own")
+        torch.testing.assert_close(small.plain().float().t(), small.dequantized, rtol=1e-2, atol=1e-2)
+        x = torch.randn(300, 128)
+        few = torch.cat([small(x[n : n + 10]) for n in range(0, 300, 10)])
+        torch.testing.assert_close(small(x), few, rtol=0.02, atol=0.02 * float(few.abs().max()))
+
+
+def test_the_second_form_of_nf4_is_that_of_the_library() -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    weight = torch.randn(96, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for nested in (False, True):
+        data, state = bnb.functional.quantize_4bit(weight, blocksize=64, compress_statistics=nested, quant_type="nf4")
+        theirs, their_state = bnb.functional._convert_weight_packed_for_cpu(data, copy.deepcopy(state))
+        assert torch.equal(packed._bytes_for_few(data, (96, 256)), theirs)
+        ours = packed._state_for_few(state)
+        assert torch.equal(ours.absmax, their_state.absmax) and ours.dtype == their_state.dtype
+        assert ours.nested is their_state.nested is False and state.nested is nested

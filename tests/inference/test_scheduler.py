@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
 import math
 import random
 from typing import Any
@@ -301,8 +303,12 @@ def test_who_stands_side_by_side_stays_while_rows_come_and_go(model: Any) -> Non
 
 
 class Waiter:
-    def __init__(self, share: str, priority: int, number: int) -> None:
+    def __init__(self, share: tuple[str, str], priority: int, number: int) -> None:
         self.share, self.priority, self.number = share, priority, number
+
+
+def of(adapter: str, priority: int, number: int, key: str = "") -> Waiter:
+    return Waiter((key, adapter), priority, number)
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(-2, 2)), max_size=40), st.randoms())
@@ -312,7 +318,7 @@ def test_turns_lose_nobody_and_keep_order_within_a_share(asks: list[tuple[str, i
     came: list[Waiter] = []
     left: list[Waiter] = []
     for number, (share, priority) in enumerate(asks):
-        came.append(Waiter(share, priority, number))
+        came.append(of(share, priority, number, key="xy"[number % 2]))
         turns.put(came[-1])
         if draw.random() < 0.4 and (who := turns.next()) is not None:
             assert who.priority == max(w.priority for w in turns)
@@ -323,38 +329,54 @@ def test_turns_lose_nobody_and_keep_order_within_a_share(asks: list[tuple[str, i
         turns.take(who)
         left.append(who)
     assert sorted(w.number for w in left) == list(range(len(asks))) and len(turns) == 0
-    for share in "abc":
+    for share, key in itertools.product("abc", "xy"):
         for priority in range(-2, 3):
-            mine = [w.number for w in left if (w.share, w.priority) == (share, priority)]
+            mine = [w.number for w in left if (w.share, w.priority) == ((key, share), priority)]
             assert mine == sorted(mine)
 
 
 def test_shares_take_turns_by_tokens_however_many_ask() -> None:
     turns: Turns[Waiter] = Turns()
     for number in range(90):
-        turns.put(Waiter("busy", 0, number))
+        turns.put(of("busy", 0, number))
     for number in range(10):
-        turns.put(Waiter("quiet", 0, number))
+        turns.put(of("quiet", 0, number))
     served = {"busy": 0, "quiet": 0}
     for _ in range(20):
         who = turns.next()
         assert who is not None
         turns.take(who)
         turns.charge(who.share, 10)
-        served[who.share] += 10
+        served[who.share[1]] += 10
     assert served == {"busy": 100, "quiet": 100}
     # One that was away has saved up nothing.
-    turns.put(Waiter("late", 0, 0))
+    turns.put(of("late", 0, 0))
     for number in range(1, 9):
-        turns.put(Waiter("late", 0, number))
+        turns.put(of("late", 0, number))
     first = []
     for _ in range(6):
         who = turns.next()
         assert who is not None
         turns.take(who)
         turns.charge(who.share, 10)
-        first.append(who.share)
+        first.append(who.share[1])
     assert first.count("late") <= 3
+
+
+def test_a_key_with_many_adapters_has_no_more_turns() -> None:
+    turns: Turns[Waiter] = Turns()
+    for number in range(40):
+        turns.put(of(f"adapter {number % 8}", 0, number, key="many"))
+        turns.put(of("one", 0, number, key="one"))
+    served = collections.Counter[tuple[str, str]]()
+    for _ in range(32):
+        who = turns.next()
+        assert who is not None
+        turns.take(who)
+        turns.charge(who.share, 10)
+        served[who.share] += 1
+    assert served["one", "one"] == 16
+    assert sorted(count for share, count in served.items() if share[0] == "many") == [2] * 8
 
 
 @given(st.lists(st.tuples(st.floats(1e-4, 2.0), st.integers(0, 4096), st.integers(0, 32)), max_size=50))
@@ -375,7 +397,7 @@ def test_pace_follows_what_steps_take() -> None:
         pace.note(0.1, 0, 16)
         pace.note(0.1 + 0.001 * 100, 100, 16)
     assert 50 <= pace.tokens(16) <= 75  # about half as long again as a step without reading
-    assert pace.tokens(0) == 32
+    assert pace.tokens(0) == 50 and pace.tokens(0, 1) == 100  # nobody is held up: a short prompt at once
     assert pace.tokens(2, 4) >= 4 * pace.tokens(16, 1)  # most wait: they count for more
     assert pace.tokens(1, 1000) <= 400  # but nobody stalls for long
 

@@ -80,15 +80,13 @@ def _piece(
     tokens, end = one.end - one.begin, one.start + one.end - one.begin
     keys = one.place.lane.keys[layer][one.place.slot, :, :end]
     values = one.place.lane.values[layer][one.place.slot, :, :end]
-    share = queries.shape[1] // keys.shape[0]
     asked = queries[one.begin : one.end].transpose(0, 1)[None]
-    if share > 1:
-        keys, values = keys.repeat_interleave(share, 0), values.repeat_interleave(share, 0)
-    if one.start == 0 and not 0 < window < end:
-        made = F.scaled_dot_product_attention(asked, keys[None], values[None], is_causal=True, scale=scale)
-    else:
-        mask = flat.mask(number, window, lambda: _piece_mask(one, tokens, end, window, queries))
-        made = F.scaled_dot_product_attention(asked, keys[None], values[None], attn_mask=mask, scale=scale)
+    is_whole = one.start == 0 and not 0 < window < end
+    mask = None if is_whole else flat.mask(number, window, lambda: _piece_mask(one, tokens, end, window, queries))
+    made = F.scaled_dot_product_attention(
+        asked, keys[None], values[None], attn_mask=mask, is_causal=is_whole, scale=scale,
+        enable_gqa=queries.shape[1] != keys.shape[0],
+    )  # fmt: skip
     return made[0].transpose(0, 1)
 
 

@@ -98,7 +98,7 @@ class Base:
         """Queues a request whose prompt was read."""
         self._need(submit.adapter_digest)
         row = Answering(
-            call, submit.adapter_digest, list(ids), submit.priority, submit.share,
+            call, submit.adapter_digest, list(ids), submit.priority, submit.who,
             options=submit.options, decode=self.reader.tokenizer.decode, spell=self.reader.spell,
             end=self.reader.end_text(submit),
         )  # fmt: skip
@@ -111,7 +111,7 @@ class Base:
         """Queues what is to be scored."""
         self._need(order.adapter_digest)
         row = Scoring(
-            call, order.adapter_digest, list(ids), order.priority, order.share,
+            call, order.adapter_digest, list(ids), order.priority, order.who,
             counted=counted, alternatives=order.alternatives, spell=self.reader.spell,
         )  # fmt: skip
         self.scheduler.submit(row)

@@ -65,17 +65,14 @@ class Modules:
         return there + self(x)
 
 
-class Bytes:
-    """Weights of 8 bits; those of several modules become one matrix, of which each module keeps its part."""
+class Bits:
+    """Weights of 8 or 4 bits; those of several modules become one matrix, of which each module keeps its part."""
 
-    def __init__(self, modules: list[packed.Int8]) -> None:
-        self._all = modules[0]
-        if len(modules) == 1:
-            return
-        self._all = packed.Int8.joined(modules)
+    def __init__(self, modules: list[Any]) -> None:
+        self._all = modules[0] if len(modules) == 1 else type(modules[0]).joined(modules)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._all(x)
+        return self._all.forward(x)
 
     def onto(self, x: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
         return there + self(x)
@@ -87,8 +84,8 @@ def of(modules: list[Any]) -> Linear:
     alike = len({m.bias is None for m in modules}) == 1
     if plain and alike:
         return Dense(modules)
-    if alike and all(isinstance(m, packed.Int8) for m in modules):
-        return Bytes(modules)
+    if alike and {type(m) for m in modules} in ({packed.Int8}, {packed.Int4}):
+        return Bits(modules)
     if alike and all(isinstance(m, Reordered) for m in modules):
         return join(modules)
     return Modules(modules)

@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _LEAST, _MOST = 32, 2048
-_ALONE, _BESIDE = 0.02, 0.01
-"""Seconds of reading in a step that nobody minds: where nobody gets tokens, and where somebody does."""
+_BESIDE, _ALONE, _FIRST = 0.01, 0.05, 0.1
+"""Seconds of reading in a step that nobody minds: where somebody gets tokens, where nobody does, and where nobody
+does and a short prompt waits."""
 _PART = 0.6
 """Of a step without reading, how much reading may take beside it."""
 _OTHERS = 16
@@ -43,7 +44,7 @@ class Pace:
     def note(self, seconds: float, read: int, rows: int) -> None:
         """Takes a step into account: how long it took, tokens of prompts it read, rows that got a token."""
         if not read:
-            self.row_seconds = seconds if not self.row_seconds else self.row_seconds + _NEW * (seconds - self.row_seconds)
+            self.row_seconds += (_NEW if self.row_seconds else 1.0) * (seconds - self.row_seconds)
             return
         took = max(seconds - (self.row_seconds if rows else 0.0), seconds / 4)
         if self._weight > _SOME:
@@ -67,12 +68,13 @@ class Pace:
         slope = min(max(slope, through_zero / 4), through_zero)
         return (self._took - slope * self._read) / self._weight, slope
 
-    def tokens(self, rows: int, prompts: int = 1) -> int:
+    def tokens(self, rows: int, prompts: int = 0) -> int:
         """Tokens of prompts for the next step, beside so many rows that get one, where so many short prompts wait."""
         fixed, each = self.costs()
         if not each:
-            return min(4 * _LEAST * prompts, _MOST)
-        allowed = max(_BESIDE, _PART * self.row_seconds) if rows else _ALONE
+            return min(4 * _LEAST * max(1, prompts), _MOST)
+        alone = _FIRST if prompts else _ALONE
+        allowed = max(_BESIDE, _PART * self.row_seconds) if rows else alone
         allowed = max(allowed, min(allowed * (1 + _OTHERS * max(0, prompts - 1) / max(1, rows)), _LONGEST))
         worth = min(fixed, allowed) / each
         return int(min(max((allowed - fixed) / each, worth, _LEAST), _MOST))

@@ -8,6 +8,7 @@ the number of tokens, so the last digits of an output depend on how many others 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ _GROUP = 32
 _MULTIPLE = 64
 """Both sizes of a matrix of 4 bits; others are held in 8."""
 _LEAST = 1e-8
-_FEW_NF4 = 16
+_FEW_NF4, _MANY_INT4 = 16, 192
 _FEW, _MANY = 8, 128
 """Tokens up to which a product is quickest with plain inputs and small weights, and with both small; beyond, with
 weights made large again."""
@@ -106,14 +107,56 @@ class Int4(nn.Module):
         eye = torch.eye(self.in_features, dtype=torch.bfloat16)
         return self._product(eye).float().t().contiguous()
 
+    @classmethod
+    def joined(cls, modules: list[Int4]) -> Int4:
+        """Modules that read the same input, as one; each keeps a view of its part."""
+        whole = cls.__new__(cls)
+        nn.Module.__init__(whole)
+        whole.in_features, whole.out_features = modules[0].in_features, sum(m.out_features for m in modules)
+        whole.register_buffer("quantized", torch.cat([m.quantized for m in modules]))
+        whole.register_buffer("scale_and_zero", torch.cat([m.scale_and_zero for m in modules], dim=1))
+        biases = [m.bias for m in modules]
+        whole.bias = None if biases[0] is None else nn.Parameter(torch.cat(biases), requires_grad=False)
+        begin = 0
+        for module in modules:
+            end = begin + module.out_features
+            module.quantized, module.scale_and_zero = whole.quantized[begin:end], whole.scale_and_zero[:, begin:end]
+            begin = end
+        return whole
+
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.quantized, _GROUP, self.scale_and_zero)
+        if len(x) > _MANY_INT4 and _has_known_layout():
+            return x @ self.plain()
+        scales = self.scale_and_zero.contiguous()  # of a part they are a view
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.quantized, _GROUP, scales)
+
+    def plain(self) -> torch.Tensor:
+        """The weights [in, out] in bfloat16, where a processor's layout is the known one.
+
+        Of each 64 outputs a byte holds one of the first 32 in its low half, and the one 32 further in its high half.
+        """
+        blocks, groups = self.out_features // 64, self.in_features // _GROUP
+        halves = self.quantized.view(blocks, self.in_features, 32)
+        numbers = torch.empty((blocks, self.in_features, 64), dtype=torch.bfloat16)
+        numbers[..., :32], numbers[..., 32:] = halves & 15, halves >> 4
+        scale, zero = (
+            self.scale_and_zero[..., n].reshape(groups, blocks, 1, 64).transpose(0, 1) for n in range(2)
+        )  # [blocks, groups, 1, 64]
+        numbers = numbers.sub_(8).view(blocks, groups, _GROUP, 64)
+        return torch.addcmul(zero, numbers, scale).permute(1, 2, 0, 3).reshape(self.in_features, self.out_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         made = self._product(x.reshape(-1, self.in_features).to(torch.bfloat16))
         if self.bias is not None:
             made += self.bias
         return made.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+
+@functools.cache
+def _has_known_layout() -> bool:
+    """Whether this processor's kernel lays weights of 4 bits out as `Int4.plain` reads them."""
+    sample = Int4(torch.linspace(-1, 1, 128 * 64).view(128, 64).sin(), None)
+    return torch.allclose(sample.plain().float().t(), sample.dequantized, atol=0.02)
 
 
 class Nf4(nn.Module):
@@ -125,10 +168,9 @@ class Nf4(nn.Module):
         super().__init__()
         self.out_features, self.in_features, self.bias = module.out_features, module.in_features, None
         self.module, self._product = module, bnb.gemv_4bit
-        packed, self._state = bnb._convert_weight_packed_for_cpu(
-            module.weight.data, copy.deepcopy(module.weight.quant_state)
-        )
-        self.register_buffer("packed", packed, persistent=False)
+        self._state = _state_for_few(module.weight.quant_state)
+        shape = (self.out_features, self.in_features)
+        self.register_buffer("packed", _bytes_for_few(module.weight.data, shape), persistent=False)
 
     @property
     def held_bytes(self) -> int:
@@ -148,6 +190,35 @@ class Nf4(nn.Module):
         if self.module.bias is not None:
             made = made + self.module.bias
         return made.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+
+def _bytes_for_few(weight: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """The bytes of NF4 weights as the product of few tokens wants them: of each 32 outputs, those 16 apart share one.
+
+    The library's own way makes 32-bit numbers of them first and takes ten times as long.
+    """
+    outs, ins = shape
+    lines = weight.view(torch.uint8).view(outs // 32, 32, ins // 2).transpose(1, 2).contiguous()
+    low, high = lines[..., :16], lines[..., 16:]
+    made = torch.empty((outs // 32, ins // 2, 16, 2), dtype=torch.uint8)
+    torch.bitwise_or(high & 0xF0, low >> 4, out=made[..., 0])
+    torch.bitwise_or((high & 0xF) << 4, low & 0xF, out=made[..., 1])
+    return made.view(outs, ins // 2)
+
+
+def _state_for_few(state: Any) -> Any:
+    """Scales of NF4 weights as the product of few tokens wants them: plain, input by input, in bfloat16."""
+    import bitsandbytes.functional as bnb
+
+    made = copy.copy(state)
+    scales = state.absmax
+    if state.nested:
+        scales = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    outs, ins = state.shape
+    made.absmax = scales.float().view(outs, ins // state.blocksize).T.to(torch.bfloat16).contiguous()
+    made.nested, made.state2, made.offset = False, None, None
+    made.dtype, made.packing_format_for_cpu = torch.bfloat16, True
+    return made
 
 
 def twice(model: nn.Module) -> None:

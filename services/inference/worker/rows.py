@@ -19,6 +19,7 @@ from services.inference.text import Detokeniser, StopFilter
 from services.inference.worker import sampling
 from services.inference.worker.flat import Piece
 from services.inference.worker.lanes import Place
+from services.inference.worker.turns import Share
 
 _CONTEXT_OF_TEXT = 8  # tokens of the prompt that the detokeniser sees
 _SCORED_AT_ONCE = 256  # tokens whose logits are held at the same time
@@ -37,9 +38,14 @@ class Row:
     adapter: str
     prompt: list[int]
     priority: int
-    share: str
+    who: str
     arrived: float = field(default_factory=time.monotonic)
     given: Place | None = None
+
+    @property
+    def share(self) -> Share:
+        """Whose turn it takes."""
+        return self.who, self.adapter
 
     @property
     def place(self) -> Place:

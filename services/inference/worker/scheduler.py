@@ -152,20 +152,23 @@ class Scheduler:
         """Every row's next tokens; rows whose prompt has no turn in this step are left out."""
         going = [row for row in self._rows if not row.unread]
         reading = [row for row in self._rows if row.unread]
-        budget = self._pace.tokens(len(going), sum(row.unread <= _SHORT for row in reading))
-        budget = max(flat.fitting(len(going) + budget) - len(going), 1)
         planned = [(row, row.piece(1)) for row in going]
         given: dict[int, int] = {}
         if reading:
+            budget = self._budget(len(going), 0)
+            of_short = max(budget, self._budget(len(going), sum(row.unread <= _SHORT for row in reading)))
             oldest = reading[0]
             given[id(oldest)] = min(oldest.unread, max(1, budget // _OLDEST))
-            left = budget - given[id(oldest)]
             for row in sorted(reading, key=lambda r: r.unread):
+                left = (of_short if row.unread <= _SHORT else budget) - sum(given.values())
                 more = min(left, row.unread - given.get(id(row), 0))
                 if more > 0:
                     given[id(row)] = given.get(id(row), 0) + more
-                    left -= more
         return planned + [(row, row.piece(given[id(row)])) for row in reading if id(row) in given]
+
+    def _budget(self, going: int, short: int) -> int:
+        """Tokens of prompts for this step, so that the whole is a usual number."""
+        return max(flat.fitting(going + self._pace.tokens(going, short)) - going, 1)
 
     def _taken(self, planned: list[tuple[Row, flat.Piece]], laid: flat.Flat, logits: torch.Tensor) -> list[Report]:
         """Gives every row its logits, tells what came of it, and retires those that are done."""

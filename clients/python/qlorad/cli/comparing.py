@@ -48,8 +48,11 @@ def _in_turn(voices: Sequence[str], answers: list[Answer], told: Iterator[Told],
     """All answer at once; what is printed is the first that is not told yet, then the next."""
     ended: set[int] = set()
     at = printed = 0
-    _begin(output, voices[0])
+    has_begun = False
     for index, event in told:
+        if not has_begun:  # not before: a refusal has no heading
+            _begin(output, voices[0])
+            has_begun = True
         answers[index].add(event)
         if isinstance(event, _LAST):
             ended.add(index)

@@ -221,15 +221,15 @@ class EngineSubmit(_message.Message):
     CONVERSATION_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
-    SHARE_FIELD_NUMBER: _builtins.int
+    WHO_FIELD_NUMBER: _builtins.int
     adapter_digest: _builtins.str
     """Digest of the adapter; empty = the base alone."""
     prompt: _builtins.str
     """Raw text to continue."""
     priority: _builtins.int
     """Higher goes first."""
-    share: _builtins.str
-    """Whose it is: those of equal priority take turns by tokens."""
+    who: _builtins.str
+    """Whose it is: of equal priority keys take turns by tokens, and adapters of one key."""
     @_builtins.property
     def conversation(self) -> _messages_pb2.Conversation:
         """A conversation to answer."""
@@ -246,11 +246,11 @@ class EngineSubmit(_message.Message):
         conversation: _messages_pb2.Conversation | None = ...,
         options: _inference_pb2.GenerationOptions | None = ...,
         priority: _builtins.int = ...,
-        share: _builtins.str = ...,
+        who: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "input", b"input", "options", b"options", "prompt", b"prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "conversation", b"conversation", "input", b"input", "options", b"options", "priority", b"priority", "prompt", b"prompt", "share", b"share"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "conversation", b"conversation", "input", b"input", "options", b"options", "priority", b"priority", "prompt", b"prompt", "who", b"who"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "conversation"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
@@ -269,7 +269,7 @@ class EngineScore(_message.Message):
     CONVERSATION_FIELD_NUMBER: _builtins.int
     ALTERNATIVES_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
-    SHARE_FIELD_NUMBER: _builtins.int
+    WHO_FIELD_NUMBER: _builtins.int
     adapter_digest: _builtins.str
     """Digest of the adapter; empty = the base alone."""
     prompt: _builtins.str
@@ -278,7 +278,7 @@ class EngineScore(_message.Message):
     """So many of the likeliest in each place."""
     priority: _builtins.int
     """Higher goes first."""
-    share: _builtins.str
+    who: _builtins.str
     """Whose it is."""
     @_builtins.property
     def conversation(self) -> _messages_pb2.Conversation:
@@ -292,11 +292,11 @@ class EngineScore(_message.Message):
         conversation: _messages_pb2.Conversation | None = ...,
         alternatives: _builtins.int = ...,
         priority: _builtins.int = ...,
-        share: _builtins.str = ...,
+        who: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "input", b"input", "prompt", b"prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "alternatives", b"alternatives", "conversation", b"conversation", "input", b"input", "priority", b"priority", "prompt", b"prompt", "share", b"share"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "alternatives", b"alternatives", "conversation", b"conversation", "input", b"input", "priority", b"priority", "prompt", b"prompt", "who", b"who"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "conversation"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
