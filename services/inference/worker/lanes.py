@@ -14,6 +14,8 @@ import torch
 
 _SHORTEST = 128
 """Length of the shortest lane; each other is twice as long as the one before."""
+_IDLE = 256 * 2**20
+"""Bytes that no row has and that are kept for the next, where there is no limit; else a quarter of that."""
 
 
 @dataclass(slots=True, eq=False)
@@ -92,10 +94,8 @@ class Lanes:
             lane.places[place.slot] = last
             last.slot = place.slot
         lane.places.pop()
-        if not lane.places:
-            del self._lanes[lane.capacity]
-        elif 4 * len(lane.places) <= lane.slots:
-            self._resize(lane, lane.slots // 2)
+        if self.bytes_held - self.bytes_used > (self._limit // 4 if self._limit else _IDLE):
+            self._shrink(lane)
 
     def scrub(self, place: Place) -> None:
         """Sets a place to zero: a mask hides garbage, but not what is not a number."""
@@ -110,11 +110,20 @@ class Lanes:
             slots = max(lane.slots + 1, min(slots, lane.slots + free))
         return slots
 
+    def _shrink(self, lane: Lane) -> None:
+        """Gives back what a lane has without need; a few slots it keeps, since new memory is slow."""
+        if not lane.places:
+            del self._lanes[lane.capacity]
+        elif 4 * len(lane.places) <= lane.slots:
+            self._resize(lane, lane.slots // 2)
+
     def _trim(self, needed: int, but: Lane) -> None:
         """Takes from other lanes the slots that no row has, if what is needed would not fit beside them."""
         if self._limit and self.bytes_held + needed > self._limit:
-            for lane in self._lanes.values():
-                if lane is not but and len(lane.places) < lane.slots:
+            for lane in list(self._lanes.values()):
+                if lane is not but and not lane.places:
+                    del self._lanes[lane.capacity]
+                elif lane is not but and len(lane.places) < lane.slots:
                     self._resize(lane, len(lane.places))
 
     def _resize(self, lane: Lane, slots: int) -> None:

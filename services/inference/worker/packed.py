@@ -21,7 +21,7 @@ _GROUP = 32
 _MULTIPLE = 64
 """Both sizes of a matrix of 4 bits; others are held in 8."""
 _LEAST = 1e-8
-_FEW_NF4, _MANY_INT4 = 16, 192
+_FEW_NF4, _MANY_INT4 = 16, 80
 _FEW, _MANY = 8, 128
 """Tokens up to which a product is quickest with plain inputs and small weights, and with both small; beyond, with
 weights made large again."""
@@ -137,13 +137,12 @@ class Int4(nn.Module):
         """
         blocks, groups = self.out_features // 64, self.in_features // _GROUP
         halves = self.quantized.view(blocks, self.in_features, 32)
-        numbers = torch.empty((blocks, self.in_features, 64), dtype=torch.bfloat16)
-        numbers[..., :32], numbers[..., 32:] = halves & 15, halves >> 4
-        scale, zero = (
-            self.scale_and_zero[..., n].reshape(groups, blocks, 1, 64).transpose(0, 1) for n in range(2)
-        )  # [blocks, groups, 1, 64]
-        numbers = numbers.sub_(8).view(blocks, groups, _GROUP, 64)
-        return torch.addcmul(zero, numbers, scale).permute(1, 2, 0, 3).reshape(self.in_features, self.out_features)
+        made = torch.empty((self.in_features, blocks, 2, 32), dtype=torch.bfloat16)
+        made[:, :, 0] = (halves & 15).sub_(8).view(torch.int8).transpose(0, 1)
+        made[:, :, 1] = (halves >> 4).sub_(8).view(torch.int8).transpose(0, 1)
+        scale, zero = (self.scale_and_zero[..., n].reshape(groups, 1, -1) for n in range(2))
+        made = made.view(groups, _GROUP, self.out_features)
+        return torch.addcmul(zero, made, scale, out=made).view(self.in_features, self.out_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         made = self._product(x.reshape(-1, self.in_features).to(torch.bfloat16))

@@ -92,6 +92,12 @@ class Prefixes:
             self.bytes_held -= self._blocks.pop(oldest).nbytes
         return True
 
+    def drop(self, adapter: str, ids: Sequence[int]) -> None:
+        """Forgets a prompt that turned out unsound."""
+        for name in _names(adapter, ids):
+            if (block := self._blocks.pop(name, None)) is not None:
+                self.bytes_held -= block.nbytes
+
     def clear(self) -> None:
         """Forgets everything."""
         self._blocks.clear()

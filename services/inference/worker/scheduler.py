@@ -184,10 +184,12 @@ class Scheduler:
                 reports.append(self._unsound(row))
             elif isinstance(row, Scoring):
                 reports += self._scored(row, logits[mine])
-            elif mine:
+            else:
                 if len(piece.ids) > 1 or not row.made:
+                    # Piece by piece: all of a long prompt at once would hold up the others.
                     self._prefixes.keep(row.adapter, row.prompt, row.place)
-                answering.append((row, mine[0]))
+                if mine:
+                    answering.append((row, mine[0]))
         if answering:
             rows = logits if len(answering) == len(logits) else logits[[at for _, at in answering]]
             if rows is logits:
@@ -218,6 +220,7 @@ class Scheduler:
 
     def _unsound(self, row: Row) -> Report:
         """Its keys and values may not be finite either; nobody must inherit them."""
+        self._prefixes.drop(row.adapter, row.prompt)
         self._lanes.scrub(row.place)
         row.place.length = 0
         self._retire(row)
