@@ -8,12 +8,17 @@ last. What lies behind a row's tokens is finite garbage that a mask hides.
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 from dataclasses import dataclass, field
 
 import torch
 
 _SHORTEST = 128
 """Length of the shortest lane; each other is twice as long as the one before."""
+_LARGE = 2**20
+"""Bytes from which memory is taken from the system itself."""
 _IDLE = 256 * 2**20
 """Bytes that no row has and that are kept for the next, where there is no limit; else a quarter of that."""
 
@@ -78,7 +83,7 @@ class Lanes:
             self._trim(self.token_bytes * capacity, lane)
             try:
                 self._resize(lane, self._wider(lane))
-            except (MemoryError, RuntimeError):  # torch's own word for it is a RuntimeError
+            except (MemoryError, OSError, RuntimeError):  # torch's own word for it is a RuntimeError
                 return None
         self._lanes[capacity] = lane
         place = Place(lane, len(lane.places))
@@ -128,15 +133,29 @@ class Lanes:
 
     def _resize(self, lane: Lane, slots: int) -> None:
         longest, rows = max((p.length for p in lane.places), default=0), len(lane.places)
-        made: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-        for held, fresh in zip((lane.keys, lane.values), made, strict=True):
-            for layer, (heads, width) in enumerate(self._shapes):
-                # Zeros, and not whatever was there: what a mask hides must still be a number.
-                one = torch.zeros((slots, heads, lane.capacity, width), dtype=self._dtype, device=self._device)
-                if rows:
-                    one[:rows, :, :longest] = held[layer][:rows, :, :longest]
-                fresh.append(one)
-        lane.keys, lane.values, lane.slots = made[0], made[1], slots
+        shapes = [(slots, heads, lane.capacity, width) for heads, width in self._shapes]
+        # Zeros, and not whatever was there: what a mask hides must still be a number.
+        whole = _zeros(2 * sum(map(math.prod, shapes)), self._dtype, self._device)
+        parts = iter(whole.split([math.prod(shape) for shape in (*shapes, *shapes)]))
+        keys, values = ([next(parts).view(shape) for shape in shapes] for _ in range(2))
+        if rows:
+            for held, fresh in ((lane.keys, keys), (lane.values, values)):
+                for before, now in zip(held, fresh, strict=True):
+                    now[:rows, :, :longest] = before[:rows, :, :longest]
+        lane.keys, lane.values, lane.slots = keys, values, slots
+
+
+def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros. On a processor memory that is not there before it is written to: setting all of it to zero at once
+    takes longer than many steps, and others would wait."""
+    size = count * dtype.itemsize
+    if device.type != "cpu" or size < _LARGE:
+        return torch.zeros(count, dtype=dtype, device=device)
+    held = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a system without large pages
+            held.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(held, dtype=dtype)
 
 
 def _capacity(tokens: int) -> int:

@@ -1,7 +1,7 @@
 """Continuous batching: rows come and go at every step.
 
 Law of this room: one step = one forward: a token for every row that has its prompt behind it, and as much of
-the waiting prompts as `pace` allows, the shortest first, but a quarter for the oldest. So a long prompt never
+the waiting prompts as `pace` allows, the shortest first, but every few steps the oldest. So a long prompt never
 stalls the others, and a cancelled request is gone before the next token. A row begins only where there is room
 for all that it can ever need.
 """
@@ -30,8 +30,10 @@ Report = engine_pb2.EngineReport
 Row = Answering | Scoring
 _SHORT = 256
 """Tokens of a prompt that does not hold up others for long: reading it makes a row that gets tokens."""
-_OLDEST = 4
-"""A part of what a step reads that belongs to the oldest prompt, as one by this."""
+_PATIENCE = 3
+"""Steps that read others' prompts in a row before the oldest has its turn."""
+_WORTH = 16
+"""Tokens of a prompt that are worth a piece beside others."""
 
 
 class Scheduler:
@@ -56,6 +58,8 @@ class Scheduler:
         self._rows: list[Row] = []
         """Oldest first."""
         self._pace = Pace()
+        self._passed_over = 0
+        """Steps since the oldest prompt that waits was read."""
         self._gauges = engine_pb2.EngineGauges()
 
     @property
@@ -158,12 +162,14 @@ class Scheduler:
             budget = self._budget(len(going), 0)
             of_short = max(budget, self._budget(len(going), sum(row.unread <= _SHORT for row in reading)))
             oldest = reading[0]
-            given[id(oldest)] = min(oldest.unread, max(1, budget // _OLDEST))
+            if self._passed_over >= _PATIENCE:
+                given[id(oldest)] = min(oldest.unread, budget)
             for row in sorted(reading, key=lambda r: r.unread):
                 left = (of_short if row.unread <= _SHORT else budget) - sum(given.values())
                 more = min(left, row.unread - given.get(id(row), 0))
-                if more > 0:
+                if more >= min(_WORTH, row.unread) or (more > 0 and not given):
                     given[id(row)] = given.get(id(row), 0) + more
+            self._passed_over = 0 if id(oldest) in given else self._passed_over + 1
         return planned + [(row, row.piece(given[id(row)])) for row in reading if id(row) in given]
 
     def _budget(self, going: int, short: int) -> int:
