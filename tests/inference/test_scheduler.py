@@ -397,7 +397,7 @@ def test_pace_follows_what_steps_take() -> None:
         pace.note(0.1, 0, 16)
         pace.note(0.1 + 0.001 * 100, 100, 16)
     assert 50 <= pace.tokens(16) <= 75  # about half as long again as a step without reading
-    assert pace.tokens(0) == 50 and pace.tokens(0, 1) == 250  # nobody is held up: a short prompt at once
+    assert pace.tokens(0) == 32 and pace.tokens(0, 1) == 250  # nobody is held up: a short prompt at once
     assert pace.tokens(2, 4) >= 4 * pace.tokens(16, 1)  # most wait: they count for more
     assert pace.tokens(1, 1000) <= 400  # but nobody stalls for long
 

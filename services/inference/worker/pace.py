@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _LEAST, _MOST = 32, 2048
-_BESIDE, _ALONE, _FIRST = 0.01, 0.05, 0.25
+_BESIDE, _ALONE, _FIRST = 0.01, 0.03, 0.25
 """Seconds of reading in a step that nobody minds: where somebody gets tokens, where nobody does, and where nobody
 does and a short prompt waits."""
 _PART = 0.6
