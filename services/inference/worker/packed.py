@@ -42,13 +42,9 @@ class Int8(nn.Module):
     @classmethod
     def joined(cls, modules: list[Int8]) -> Int8:
         """Modules that read the same input, as one; each keeps a view of its part."""
-        whole = cls.__new__(cls)
-        nn.Module.__init__(whole)
-        whole.in_features, whole.out_features = modules[0].in_features, sum(m.out_features for m in modules)
+        whole = _unfilled(cls, modules)
         whole.register_buffer("quantized", torch.cat([m.quantized for m in modules]))
         whole.register_buffer("scale", torch.cat([m.scale for m in modules]))
-        biases = [m.bias for m in modules]
-        whole.bias = None if biases[0] is None else nn.Parameter(torch.cat(biases), requires_grad=False)
         begin = 0
         for module in modules:
             end = begin + module.out_features
@@ -110,13 +106,9 @@ class Int4(nn.Module):
     @classmethod
     def joined(cls, modules: list[Int4]) -> Int4:
         """Modules that read the same input, as one; each keeps a view of its part."""
-        whole = cls.__new__(cls)
-        nn.Module.__init__(whole)
-        whole.in_features, whole.out_features = modules[0].in_features, sum(m.out_features for m in modules)
+        whole = _unfilled(cls, modules)
         whole.register_buffer("quantized", torch.cat([m.quantized for m in modules]))
         whole.register_buffer("scale_and_zero", torch.cat([m.scale_and_zero for m in modules], dim=1))
-        biases = [m.bias for m in modules]
-        whole.bias = None if biases[0] is None else nn.Parameter(torch.cat(biases), requires_grad=False)
         begin = 0
         for module in modules:
             end = begin + module.out_features
@@ -149,6 +141,16 @@ class Int4(nn.Module):
         if self.bias is not None:
             made += self.bias
         return made.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+
+def _unfilled(kind: type[nn.Module], modules: list[Any]) -> Any:
+    """A module of the size of several together, with their biases, without weights."""
+    whole = kind.__new__(kind)
+    nn.Module.__init__(whole)
+    whole.in_features, whole.out_features = modules[0].in_features, sum(m.out_features for m in modules)
+    biases = [m.bias for m in modules]
+    whole.bias = None if biases[0] is None else nn.Parameter(torch.cat(biases), requires_grad=False)
+    return whole
 
 
 @functools.cache
