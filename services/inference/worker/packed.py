@@ -145,7 +145,7 @@ class Int4(nn.Module):
 
 def _unfilled(kind: type[nn.Module], modules: list[Any]) -> Any:
     """A module of the size of several together, with their biases, without weights."""
-    whole = kind.__new__(kind)
+    whole: Any = nn.Module.__new__(kind)
     nn.Module.__init__(whole)
     whole.in_features, whole.out_features = modules[0].in_features, sum(m.out_features for m in modules)
     biases = [m.bias for m in modules]
@@ -196,7 +196,7 @@ class Nf4(nn.Module):
 def _bytes_for_few(weight: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     """The bytes of NF4 weights as the product of few tokens wants them: of each 32 outputs, those 16 apart share one.
 
-    The library's own way makes 32-bit numbers of them first and takes ten times as long.
+    The library's own way makes 32-bit numbers of them first and takes several times as long.
     """
     outs, ins = shape
     lines = weight.view(torch.uint8).view(outs // 32, 32, ins // 2).transpose(1, 2).contiguous()
