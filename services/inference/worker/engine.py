@@ -219,7 +219,7 @@ class Engine:
 
 
 def spin_a_little() -> None:
-    """Lets torch's threads wait awake between two products, for some hundred microseconds, before they sleep.
+    """Lets torch's threads wait awake between two products, for a millisecond or two, before they sleep.
 
     A token is hundreds of small products: waking up for each costs half as much again. Other workers have theirs
     sleep at once, since two processes whose threads wait awake stand in each other's way. Before torch is imported.

@@ -46,7 +46,7 @@ class Lane:
 
 
 class Lanes:
-    """All places of one model. Learns the shape of its keys and values from `shape_of`."""
+    """All places of one model."""
 
     def __init__(self, shapes: list[tuple[int, int]], dtype: torch.dtype, device: torch.device, limit: int) -> None:
         """`shapes`: heads and width of each layer's keys; `limit`: bytes of all places, 0 = no bound."""

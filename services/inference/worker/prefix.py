@@ -98,11 +98,6 @@ class Prefixes:
             if (block := self._blocks.pop(name, None)) is not None:
                 self.bytes_held -= block.nbytes
 
-    def clear(self) -> None:
-        """Forgets everything."""
-        self._blocks.clear()
-        self.bytes_held = 0
-
 
 def _names(adapter: str, ids: Sequence[int]) -> Iterator[bytes]:
     """What each whole block of a prompt is known by."""
