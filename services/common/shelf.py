@@ -310,7 +310,10 @@ class Shelf:
     def _holders(self, digest: str) -> list[str]:
         held = []
         for path in sorted((self.root / "pins" / names.hex_of(digest)).glob("*")):
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue  # let go since it was listed: that takes no lock
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink(missing_ok=True)

@@ -46,9 +46,11 @@ def count(store: pathlib.Path, collection: str) -> int:
 def size_bytes(store: pathlib.Path, collection: str) -> int:
     """Bytes of all payloads of a collection."""
     total = 0
-    for path in (store / collection).glob(f"*/{PAYLOAD}/**/*"):
-        with contextlib.suppress(FileNotFoundError):
-            total += os.path.getsize(path) if path.is_file() else 0
+    for artifact in (store / collection).glob("*"):
+        for folder, _, files in os.walk(artifact / PAYLOAD):  # what is removed meanwhile is passed over
+            for name in files:
+                with contextlib.suppress(FileNotFoundError):
+                    total += os.path.getsize(os.path.join(folder, name))
     return total
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import pathlib
 import subprocess
@@ -225,6 +226,18 @@ def test_a_released_pin_holds_nothing(shelf: Shelf) -> None:
     for pin in pins:
         pin.release()
     assert shelf.remove("models", sealed.digest) == 1
+
+
+def test_pins_let_go_while_someone_looks_are_simply_gone(shelf: Shelf) -> None:
+    sealed = put(shelf, {"a": b"1"})
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        for _ in range(20):
+            pins = [shelf.pin(sealed.digest, f"jobs/{n}") for n in range(40)]
+            done = pool.submit(lambda pins: [pin.release() for pin in pins], pins)
+            while not done.done():
+                assert len(shelf.holders(sealed.digest)) <= 40
+            done.result()
+            assert shelf.holders(sealed.digest) == []
 
 
 def test_what_is_gone_cannot_be_pinned(shelf: Shelf) -> None:
