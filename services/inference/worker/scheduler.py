@@ -1,9 +1,9 @@
 """Continuous batching: rows come and go at every step.
 
 Law of this room: one step = one forward: a token for every row that has its prompt behind it, and as much of
-the waiting prompts as `pace` allows, the shortest first, but every few steps the oldest. So a long prompt never
-stalls the others, and a cancelled request is gone before the next token. A row begins only where there is room
-for all that it can ever need.
+the waiting prompts as `pace` allows: the shortest first unless others waited long, and every few steps the oldest.
+So a long prompt never stalls the others, and a cancelled request is gone before the next token. A row begins only
+where there is room for all that it can ever need.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ Report = engine_pb2.EngineReport
 Row = Answering | Scoring
 _SHORT = 256
 """Tokens of a prompt that does not hold up others for long: reading it makes a row that gets tokens."""
+_WAITED = 256
+"""Tokens that a short prompt may have more than another for each second that it waited longer."""
 _PATIENCE = 3
 """Steps that read others' prompts in a row before the oldest has its turn."""
 _WORTH = 16
@@ -164,7 +166,7 @@ class Scheduler:
             oldest = reading[0]
             if self._passed_over >= _PATIENCE:
                 given[id(oldest)] = min(oldest.unread, budget)
-            for row in sorted(reading, key=lambda r: r.unread):
+            for row in sorted(reading, key=_burden):
                 left = (of_short if row.unread <= _SHORT else budget) - sum(given.values())
                 more = min(left, row.unread - given.get(id(row), 0))
                 if more >= min(_WORTH, row.unread) or (more > 0 and not given):
@@ -232,6 +234,12 @@ class Scheduler:
         self._retire(row)
         fault = rejected(row.adapter or "the base", "gave logits that are not finite")
         return Report(call=row.call, refusal=wire.pack(fault))
+
+
+def _burden(row: Row) -> tuple[bool, float]:
+    """Whose prompt is read first: the shortest; but among short ones waiting counts too."""
+    is_long = row.unread > _SHORT
+    return is_long, row.unread + (0.0 if is_long else _WAITED * row.arrived)
 
 
 def _ended(row: Row, reason: inference_pb2.FinishReason.ValueType) -> Report:
