@@ -9,6 +9,7 @@ import random
 import signal
 from contextlib import AsyncExitStack
 
+import psutil
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -90,6 +91,17 @@ async def test_bases_make_room_for_one_another(house: House) -> None:
         small = await core.r.load_model("models/three", ANY, False)
         assert small.digest == house.bases["three"]
         await refused(core.r.load_model("models/three", FP32, False), errors_pb2.REASON_WRONG_STATE)
+
+
+async def test_a_damaged_base_sends_nobody_away_and_leaves_nothing(house: House) -> None:
+    (house.shelf.root / "models" / house.bases["three"][7:] / "payload" / "name.json").write_text("other")
+    async with house.live(memory_bytes=4_000) as core:
+        for awake in (["models/one"], ["models/one", "models/two"]):
+            await core.r.load_model(awake[-1], ANY, False)
+            await refused(core.r.load_model("models/three", ANY, False), errors_pb2.REASON_CORRUPT, "name.json")
+            assert core.awake() == awake and (core.held() or ("", 0))[1] == 2_000 * len(awake)
+            assert len(psutil.Process().children()) == len(awake)
+        assert core.count("evictions", kind="base") == 0
 
 
 async def test_what_was_wanted_comes_back_when_it_is_needed(house: House) -> None:

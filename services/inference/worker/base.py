@@ -20,7 +20,7 @@ from services.common.safetensors_header import read_model_headers
 from services.common.worker.bfloat import has_bf16
 from services.common.worker.load import weight_bytes
 from services.inference import precision
-from services.inference.worker import proof, straight, weights
+from services.inference.worker import proof, said, straight, weights
 from services.inference.worker.forward import Forward, Whole
 from services.inference.worker.lanes import Lanes
 from services.inference.worker.lora import Lora
@@ -56,16 +56,19 @@ class Base:
         self.reader = Reader(load.name, payload, told.template_date)
         self._payload, self._headers = payload, read_model_headers(payload)
         kept = Prepared(load.prepared, load.manifest.digest, name)
-        self.model, self._from_prepared = weights.bring(payload, self.precision, load.device, kept)
+        brought = weights.bring(
+            payload, self.precision, load.device, kept, lambda model: said.ask(model, told.vocabulary, load.name)
+        )
+        self.model, self._from_prepared = brought.model, brought.from_kept
         device = next(self.model.parameters()).device
         self.reader.context_tokens = self.context_tokens = _context(self.model.config, told.context_tokens)
         self.reader.vocabulary = self.model.get_input_embeddings().weight.shape[0]
         self.lora = Lora(
             self.model, torch.float32 if self.precision == _FULL else torch.bfloat16, load.device_adapter_bytes
         )
-        self._probe = proof.Probe(self.model, told.vocabulary, load.name)
+        self._probe = proof.Probe(self.model, brought.said, told.vocabulary, load.name)
         limit = load.cache_bytes or _free_bytes(load.device) // 2
-        lanes = Lanes(self._probe.shapes, self._probe.dtype, device, limit)
+        lanes = Lanes(brought.said.shapes, self._probe.dtype, device, limit)
         forward = self._probe.proven(self._forwards())
         self.scheduler = Scheduler(
             forward, self.lora, lanes, Prefixes(load.prefix_bytes), load.max_rows, self.context_tokens,
