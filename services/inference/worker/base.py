@@ -72,7 +72,7 @@ class Base:
         forward = self._probe.proven(self._forwards())
         self.scheduler = Scheduler(
             forward, self.lora, lanes, Prefixes(load.prefix_bytes), load.max_rows, self.context_tokens,
-            frozenset(told.eos_token_ids), device,
+            frozenset(told.eos_token_ids), device, _reach(told.parameters, self.model.config, brought.said.shapes),
         )  # fmt: skip
 
     def _forwards(self) -> Iterator[Forward]:
@@ -164,6 +164,14 @@ def _free_bytes(device: str) -> int:
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+def _reach(parameters: int, config, shapes: Sequence[tuple[int, int]]) -> float:
+    """The context with which a token's attention takes as long as its products with the weights.
+
+    Two operations a weight, four a number of each head and token looked back upon; these run half as quick.
+    """
+    return parameters / (4 * config.num_attention_heads * sum(width for _, width in shapes))
 
 
 def _context(config, told: int) -> int:
