@@ -3,7 +3,8 @@
 Law of this room: the base's weights are never touched. A site is one linear module, or several that
 read the same input. Tokens of all rows share the stack of their adapters (see stacks), where what is not a
 token's own is set to zero between A and B, so no row is coloured by another; only a prompt so long that this
-costs more than a product of its own has its adapter alone. DoRA (see common/worker/dora) needs
+costs more than a product of its own has its adapter alone. A few tokens on a processor go by a compiled part that
+reads each adapter where it lies (see each). DoRA (see common/worker/dora) needs
 gain * (W x + BA x): the gain is in B, and gain - 1 times what the base's weight made of x comes on top.
 
 An adapter is held on the host, and on the device from the first forward that needs it; there those used
@@ -14,17 +15,18 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from services.common.errors import rejected
 from services.common.worker import dora
 from services.common.worker.adapter import MAGNITUDE, WEIGHTS
+from services.inference.worker import each, stacks
 from services.inference.worker import flat as forwards
-from services.inference.worker import stacks
 from services.inference.worker.flat import Flat
 from services.inference.worker.linears import Linear
+from services.inference.worker.sites import Choice, Site
 
 _SHARED = 65_536
 """Tokens of a prompt times ranks of all adapters, up to which it shares the stack with the others."""
@@ -34,26 +36,6 @@ _SPARE = 32
 """Ranks of adapters that nobody has now which may stay when a stack is made anew, beyond a quarter."""
 _PATIENCE = 16
 """Forwards that cost as much as the whole stack made anew: so much may be spent on ranks that nobody has."""
-
-
-@dataclass(slots=True)
-class Site:
-    """One linear module, or several with the same input whose outputs stand side by side."""
-
-    names: tuple[str, ...]
-    outs: tuple[int, ...]
-    biases: tuple[torch.Tensor | None, ...]
-    apart: bool = False
-    """Whether each module's outputs are a tensor of their own."""
-    stack: stacks.Stack | None = None
-    line: int = -1
-    """Which line of adapters the stack was made for."""
-    singles: dict[str, stacks.Stack] = field(default_factory=dict)
-    """Of adapters that read a long prompt, a few."""
-
-    def starts(self) -> list[int]:
-        """Where each module's outputs begin."""
-        return [sum(self.outs[:n]) for n in range(len(self.outs))]
 
 
 @dataclass(slots=True)
@@ -68,33 +50,6 @@ class _Held:
         return sum(part.nbytes for part in self.host.values())
 
 
-@dataclass(slots=True)
-class _Choice:
-    """Who is in the forward that comes."""
-
-    flat: Flat | None = None
-    rows: tuple[str, ...] = ()
-    """Of the tokens that share the stack, the first, one each."""
-    spans: tuple[tuple[int, int, str], ...] = ()
-    """Of the tokens that share the stack, the others."""
-    shared: int = 0
-    """Tokens that share the stack; 0 = none of them has an adapter."""
-    long: tuple[tuple[int, int, str], ...] = ()
-    """Prompts that have their adapter alone."""
-    only: bool = False
-    """Whether the stack is of one adapter, and every token that shares it has that."""
-    silences: dict[tuple[int, ...], stacks.Silence] = field(default_factory=dict)
-    """By the columns of a stack."""
-
-    def whose(self, tokens: int) -> list[str]:
-        """The adapter of each of the first tokens."""
-        found = [*self.rows, *([""] * (tokens - len(self.rows)))]
-        for begin, end, digest in (*self.spans, *self.long):
-            if begin < tokens:
-                found[begin:end] = [digest] * (end - begin)
-        return found
-
-
 class Lora:
     """The adapters of one model. Not for training; dropout is left out as in eval mode."""
 
@@ -105,10 +60,11 @@ class Lora:
         self._dtype = dtype
         self._device = next(model.parameters()).device
         self._device_bytes = device_bytes
+        self._each = each.found(self._device, dtype)
         self._held: OrderedDict[str, _Held] = OrderedDict()
         """Those used longest ago first."""
         self._sites: list[Site] = []
-        self._choice = _Choice()
+        self._choice = Choice()
         self._line: tuple[str, ...] = ()
         """Adapters that stand side by side in the stacks; may hold some that no token has."""
         self._number = 0
@@ -188,7 +144,9 @@ class Lora:
             gain = gains[module].cpu() if module in gains else None
             b = b * scaling if gain is None else b * scaling * gain[:, None]
             more = None if gain is None else gain - 1
-            host[module] = stacks.Part(tensor_a.to(self._dtype).contiguous(), b.to(self._dtype).contiguous(), more)
+            # B lies in memory by ranks, which a few tokens read one after another.
+            b = b.t().to(self._dtype).contiguous().t()
+            host[module] = stacks.Part(tensor_a.to(self._dtype).contiguous(), b, more)
         self._held[digest] = _Held(host)
         return self._held[digest].nbytes
 
@@ -222,7 +180,9 @@ class Lora:
         before = self._choice
         if (flat.adapters, spans, shared) != (before.rows, before.spans, before.shared):
             only = len(sharers) == 1 and len(self._line) == 1
-            self._choice = _Choice(None, flat.adapters, spans, shared, (), only)
+            self._choice = Choice(None, flat.adapters, spans, shared, (), only)
+            if self._each is not None and 0 < shared <= each.MOST:
+                self._choice.turn = each.Turn(self._places())
         self._choice.long, self._choice.flat = long, flat
 
     def _stand_in_line(self, needed: set[str]) -> None:
@@ -245,7 +205,7 @@ class Lora:
     def _line_up(self, line: tuple[str, ...]) -> None:
         if line != self._line:
             self._line, self._number = line, self._number + 1
-            self._choice = _Choice()
+            self._choice = Choice()
         self._spent = 0
 
     def _rank(self, digest: str) -> int:
@@ -270,9 +230,7 @@ class Lora:
     def _unstack(self, digest: str) -> None:
         self._line_up(tuple(d for d in self._line if d != digest))
         for site in self._sites:
-            site.singles.pop(digest, None)
-            if site.line != self._number:
-                site.stack = None
+            site.forget(digest, self._number)
 
     # adding
 
@@ -281,6 +239,10 @@ class Lora:
         choice = self._choice
         if not self.is_chosen:
             return linear(x) if there is None else linear.onto(x, there)
+        if (table := self._table(site, x)) is not None:
+            out = linear(x) if there is None else linear.onto(x, there)
+            table.add(choice.turn, x, out)
+            return out
         stack, singles = self._stacks(site)
         if any(one.has_more for one in (stack, *singles) if one is not None):
             # DoRA looks at what the base alone makes.
@@ -300,6 +262,9 @@ class Lora:
     def through_apart(self, site: Site, linears: Sequence[Linear], x: torch.Tensor) -> Sequence[torch.Tensor]:
         """What each module of a site whose modules stand apart makes of `x`."""
         made = [linear(x) for linear in linears]
+        if (table := self._table(site, x)) is not None:
+            table.add_apart(self._choice.turn, x, made)
+            return made
         stack, singles = self._stacks(site)
         if singles or stack is None or stack.has_more or self._choice.shared != len(x):
             return self._with_more(site, torch.cat(made, -1), x, stack, singles).split(site.outs, -1)
@@ -314,8 +279,21 @@ class Lora:
 
     def add_to(self, site: Site, x: torch.Tensor, out: torch.Tensor) -> None:
         """Adds to `out` [tokens, all outputs], which the base made of `x` [tokens, in]."""
-        if self.is_chosen:
+        if not self.is_chosen:
+            return
+        if (table := self._table(site, x)) is not None and out.dtype is x.dtype and out.stride(1) == 1:
+            table.add(self._choice.turn, x, out)
+        else:
             self._with_more(site, out, x, *self._stacks(site))
+
+    def _table(self, site: Site, x: torch.Tensor) -> each.Table | None:
+        """What adds to the few tokens of this forward; None where the stacks do."""
+        if self._choice.turn is None or self._choice.long or x.dtype is not torch.bfloat16 or x.stride(1) != 1:
+            return None
+        if site.table_line != self._number:
+            site.table = each.table(self._each, self._parts(self._line), site.names, site.outs)
+            site.table_line = self._number
+        return site.table
 
     def _stacks(self, site: Site) -> tuple[stacks.Stack | None, list[stacks.Stack]]:
         """Of the tokens that share one, and of the long prompts."""
@@ -351,11 +329,15 @@ class Lora:
     def _silence(self, columns: tuple[int, ...], like: torch.Tensor) -> stacks.Silence:
         silence = self._choice.silences.get(columns)
         if silence is None:
-            place = {digest: n for n, digest in enumerate(self._line)}
-            tokens = [place.get(digest, -1) for digest in self._choice.whose(self._choice.shared)]
-            own = torch.tensor(tokens, device=like.device)[:, None] == torch.tensor(columns, device=like.device)[None]
+            places, owners = (torch.tensor(of, device=like.device) for of in (self._places(), columns))
+            own = places[:, None] == owners[None]
             silence = self._choice.silences[columns] = stacks.Silence(own)
         return silence
+
+    def _places(self) -> list[int]:
+        """Where in line the adapter of each token stands that shares the stack; -1 where it has none."""
+        place = {digest: n for n, digest in enumerate(self._line)}
+        return [place.get(digest, -1) for digest in self._choice.whose(self._choice.shared)]
 
     def _stack_of(self, site: Site) -> stacks.Stack:
         if site.stack is None or site.line != self._number:
@@ -371,7 +353,10 @@ class Lora:
         return one
 
     def _stacked(self, site: Site, line: Sequence[str]) -> stacks.Stack:
-        return stacks.stacked([self._held[d].device or {} for d in line], site.names, site.starts(), site.apart)
+        return stacks.stacked(self._parts(line), site.names, site.starts(), site.apart)
+
+    def _parts(self, line: Sequence[str]) -> list[Mapping[str, stacks.Part]]:
+        return [self._held[d].device or {} for d in line]
 
     def _more(self, site: Site, whose: Sequence[str], out: torch.Tensor) -> torch.Tensor:
         """What DoRA adds of the base's own outputs, of each token."""

@@ -1,0 +1,159 @@
+// What adapters add at a site for a few tokens, each with its own: out[t] += B (A x[t]).
+//
+// Law of this room: knows numbers in memory and nothing of torch or Python. Numbers are bfloat16, sums fp32. Each
+// adapter's matrices are read once, in the order in which they lie; a token's sums are added up in the same order
+// whoever else is there. Whoever calls it keeps what the addresses mean (see each.py) and lets nobody else write there.
+
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+// The library may be copied to another processor, so it holds a form for each kind; the loader takes the best.
+#define FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FOR_EACH_PROCESSOR
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef const uint16_t* In;
+typedef uint16_t* Out;
+
+constexpr int64_t LANES = 16;
+constexpr int64_t ROWS = 4;     // of A that are read side by side
+constexpr int64_t TOKENS = 4;   // that share a reading of A and B
+constexpr int64_t AHEAD = 128;  // numbers of a row of B that are called for before they are needed
+constexpr int64_t RANK = 256;   // the largest; as in each.py
+
+// of one adapter at one module: a [rank, in], b [rank, out]; rank 0 = it leaves the module alone
+struct Part { In a; In b; int64_t rank; };
+// widths [modules], parts [modules, places]
+struct Site { int64_t modules, places, width; const int64_t* widths; const Part* parts; };
+// groups [count] are tokens[begin ... end] of the adapter at a place
+struct Group { int64_t place, begin, end; };
+struct Turn { int64_t count; const Group* groups; const int64_t* tokens; };
+struct Rows { Out at; int64_t stride; };
+
+INLINE float wide(uint16_t half) {
+  uint32_t word = uint32_t(half) << 16;
+  float number;
+  memcpy(&number, &word, sizeof number);
+  return number;
+}
+
+INLINE void wide(In at, Floats& numbers) {
+  Halves halves;
+  memcpy(&halves, at, sizeof halves);
+  Words words = __builtin_convertvector(halves, Words) << 16;
+  memcpy(&numbers, &words, sizeof numbers);
+}
+
+// To the nearest, ties to even; what is no number stays none.
+INLINE void narrow(const Floats& numbers, Out at) {
+  Words words;
+  memcpy(&words, &numbers, sizeof words);
+  Words none = (Words)((words & 0x7fffffffu) > 0x7f800000u);
+  words = ((words + 0x7fffu + ((words >> 16) & 1)) & ~none) | ((words | 0x400000u) & none);
+  Halves halves = __builtin_convertvector(words >> 16, Halves);
+  memcpy(at, &halves, sizeof halves);
+}
+
+// inner[t][row ... row + R] = rows of A times x[t]
+template <int R, int T>
+INLINE void dots(In a, int64_t width, const In* x, float (*inner)[RANK], int64_t row) {
+  Floats sums[R][T] = {};
+  int64_t k = 0;
+  for (; k + LANES <= width; k += LANES) {
+    Floats own[T], shared;
+    for (int t = 0; t < T; t++) wide(x[t] + k, own[t]);
+    for (int r = 0; r < R; r++) {
+      wide(a + r * width + k, shared);
+      for (int t = 0; t < T; t++) sums[r][t] += shared * own[t];
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < T; t++) {
+      float sum = 0;
+      for (int64_t lane = 0; lane < LANES; lane++) sum += sums[r][t][lane];
+      for (int64_t rest = k; rest < width; rest++) sum += wide(a[r * width + rest]) * wide(x[t][rest]);
+      inner[t][row + r] = sum;
+    }
+}
+
+// y[t][n ... n + W * LANES] += columns of B times inner[t]
+template <int W, int T>
+INLINE void columns(In b, int64_t rank, int64_t width, const Out* y, float (*inner)[RANK], int64_t n) {
+  Floats sums[T][W], shared;
+  for (int t = 0; t < T; t++)
+    for (int w = 0; w < W; w++) wide(y[t] + n + w * LANES, sums[t][w]);
+  for (int64_t r = 0; r < rank; r++) {
+    In at = b + r * width + n;
+    for (int w = 0; w < W; w += 2) __builtin_prefetch(at + AHEAD + w * LANES);
+    for (int w = 0; w < W; w++) {
+      wide(at + w * LANES, shared);
+      for (int t = 0; t < T; t++) sums[t][w] += shared * inner[t][r];
+    }
+  }
+  for (int t = 0; t < T; t++)
+    for (int w = 0; w < W; w++) narrow(sums[t][w], y[t] + n + w * LANES);
+}
+
+template <int T>
+INLINE void some(const Part& part, int64_t in, int64_t out, const In* x, const Out* y) {
+  float inner[T][RANK];
+  int64_t r = 0, n = 0;
+  for (; r + ROWS <= part.rank; r += ROWS) dots<ROWS, T>(part.a + r * in, in, x, inner, r);
+  for (; r < part.rank; r++) dots<1, T>(part.a + r * in, in, x, inner, r);
+  for (; n + 4 * LANES <= out; n += 4 * LANES) columns<4, T>(part.b, part.rank, out, y, inner, n);
+  for (; n + LANES <= out; n += LANES) columns<1, T>(part.b, part.rank, out, y, inner, n);
+  for (; n < out; n++)
+    for (int t = 0; t < T; t++) {
+      Floats sum = {};
+      uint16_t rounded[LANES];
+      sum[0] = wide(y[t][n]);
+      for (int64_t q = 0; q < part.rank; q++) sum[0] += wide(part.b[q * out + n]) * inner[t][q];
+      narrow(sum, rounded);
+      y[t][n] = rounded[0];
+    }
+}
+
+FOR_EACH_PROCESSOR
+void change(const Part& part, int64_t in, int64_t out, const In* x, const Out* y, int64_t tokens) {
+  switch (tokens) {
+    case 1: some<1>(part, in, out, x, y); break;
+    case 2: some<2>(part, in, out, x, y); break;
+    case 3: some<3>(part, in, out, x, y); break;
+    default: some<4>(part, in, out, x, y);
+  }
+}
+
+// x [tokens, in] by rows that lie `stride` apart; outs [modules]. Threads take adapters and modules as they come:
+// each of these is A, then B, for tokens that nobody else writes to, so that no thread waits for another in between.
+extern "C" void qlorad_each(
+    const Site* site, const Turn* turn, In x, int64_t stride, const Rows* outs, int threads) {
+  std::atomic<int64_t> next{0};
+  const int64_t all = site->modules * turn->count;
+  auto work = [&] {
+    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < all;) {
+      const int64_t module = item % site->modules;
+      const Group& group = turn->groups[item / site->modules];
+      const Part& part = site->parts[module * site->places + group.place];
+      if (part.rank == 0) continue;
+      for (int64_t t = group.begin; t < group.end; t += TOKENS) {
+        const int64_t count = group.end - t < TOKENS ? group.end - t : TOKENS;
+        In xs[TOKENS];
+        Out ys[TOKENS];
+        for (int64_t i = 0; i < count; i++) {
+          xs[i] = x + turn->tokens[t + i] * stride;
+          ys[i] = outs[module].at + turn->tokens[t + i] * outs[module].stride;
+        }
+        change(part, site->width, site->widths[module], xs, ys, count);
+      }
+    }
+  };
+#pragma omp parallel num_threads(threads) if (threads > 1 && all > 1)
+  work();
+}
