@@ -1,4 +1,4 @@
-// What adapters add at a site for a few tokens, each with its own: out[t] += B (A x[t]).
+// What adapters add at a site, to each token what its own makes: out[t] += B (A x[t]).
 //
 // Law of this room: knows numbers in memory and nothing of torch or Python. Numbers are bfloat16, sums fp32. Each
 // adapter's matrices are read once, in the order in which they lie; a token's sums are added up in the same order
@@ -32,7 +32,7 @@ constexpr int64_t RANK = 256;   // the largest; as in each.py
 struct Part { In a; In b; int64_t rank; };
 // widths [modules], parts [modules, places]
 struct Site { int64_t modules, places, width; const int64_t* widths; const Part* parts; };
-// groups [count] are tokens[begin ... end] of the adapter at a place
+// groups [count] are tokens[begin ... end] of the adapter at a place; below zero = of none
 struct Group { int64_t place, begin, end; };
 struct Turn { int64_t count; const Group* groups; const int64_t* tokens; };
 struct Rows { Out at; int64_t stride; };
@@ -61,6 +61,12 @@ INLINE void narrow(const Floats& numbers, Out at) {
   memcpy(at, &halves, sizeof halves);
 }
 
+INLINE uint16_t narrow(float number) {
+  uint16_t halves[LANES];
+  narrow(Floats{} + number, halves);
+  return halves[0];
+}
+
 // inner[t][row ... row + R] = rows of A times x[t]
 template <int R, int T>
 INLINE void dots(In a, int64_t width, const In* x, float (*inner)[RANK], int64_t row) {
@@ -70,6 +76,7 @@ INLINE void dots(In a, int64_t width, const In* x, float (*inner)[RANK], int64_t
     Floats own[T], shared;
     for (int t = 0; t < T; t++) wide(x[t] + k, own[t]);
     for (int r = 0; r < R; r++) {
+      __builtin_prefetch(a + (R + r) * width + k);  // of the next rows
       wide(a + r * width + k, shared);
       for (int t = 0; t < T; t++) sums[r][t] += shared * own[t];
     }
@@ -111,13 +118,45 @@ INLINE void some(const Part& part, int64_t in, int64_t out, const In* x, const O
   for (; n + LANES <= out; n += LANES) columns<1, T>(part.b, part.rank, out, y, inner, n);
   for (; n < out; n++)
     for (int t = 0; t < T; t++) {
-      Floats sum = {};
-      uint16_t rounded[LANES];
-      sum[0] = wide(y[t][n]);
-      for (int64_t q = 0; q < part.rank; q++) sum[0] += wide(part.b[q * out + n]) * inner[t][q];
-      narrow(sum, rounded);
-      y[t][n] = rounded[0];
+      float sum = wide(y[t][n]);
+      for (int64_t q = 0; q < part.rank; q++) sum += wide(part.b[q * out + n]) * inner[t][q];
+      y[t][n] = narrow(sum);
     }
+}
+
+// e to the power of what lies between -87 and 87, to the last digits of fp32.
+INLINE Floats power(const Floats& of) {
+  const Floats least = Floats{} - 87.f, most = Floats{} + 87.f;
+  Floats z = of < least ? least : of;
+  z = z > most ? most : z;
+  const Floats whole = (z * 1.44269504f + 12582912.f) - 12582912.f;  // rounded
+  const Floats rest = z - whole * 0.693359375f + whole * 2.12194440e-4f;
+  Floats sum = rest * 1.9875691500e-4f + 1.3981999507e-3f;
+  sum = sum * rest + 8.3334519073e-3f;
+  sum = sum * rest + 4.1665795894e-2f;
+  sum = sum * rest + 1.6666665459e-1f;
+  sum = sum * rest + 0.5f;
+  sum = sum * rest * rest + rest + 1.f;
+  Words twos = __builtin_convertvector(whole + 127.f, Words) << 23;
+  Floats scale;
+  memcpy(&scale, &twos, sizeof scale);
+  return sum * scale;
+}
+
+// opening = silu(opening) * passing
+FOR_EACH_PROCESSOR
+void gate(Out opening, In passing, int64_t count) {
+  Floats x, y;
+  int64_t n = 0;
+  for (; n + LANES <= count; n += LANES) {
+    wide(opening + n, x);
+    wide(passing + n, y);
+    narrow(x / (power(-x) + 1.f) * y, opening + n);
+  }
+  for (; n < count; n++) {
+    x = Floats{} + wide(opening[n]);
+    opening[n] = narrow((x / (power(-x) + 1.f))[0] * wide(passing[n]));
+  }
 }
 
 FOR_EACH_PROCESSOR
@@ -130,27 +169,35 @@ void change(const Part& part, int64_t in, int64_t out, const In* x, const Out* y
   }
 }
 
-// x [tokens, in] by rows that lie `stride` apart; outs [modules]. Threads take adapters and modules as they come:
+// x [tokens, in] by rows that lie `stride` apart; outs [modules]. Threads take groups and modules as they come:
 // each of these is A, then B, for tokens that nobody else writes to, so that no thread waits for another in between.
+// `gated`: of two modules, the first then becomes silu(first) * second; of all tokens, also those without adapters.
 extern "C" void qlorad_each(
-    const Site* site, const Turn* turn, In x, int64_t stride, const Rows* outs, int threads) {
+    const Site* site, const Turn* turn, In x, int64_t stride, const Rows* outs, int gated, int threads) {
   std::atomic<int64_t> next{0};
-  const int64_t all = site->modules * turn->count;
+  const int64_t modules = gated ? 1 : site->modules, all = modules * turn->count;
+  auto add = [&](int64_t module, const Group& group) {
+    const Part& part = site->parts[module * site->places + group.place];
+    if (part.rank == 0) return;
+    for (int64_t t = group.begin; t < group.end; t += TOKENS) {
+      const int64_t count = group.end - t < TOKENS ? group.end - t : TOKENS;
+      In xs[TOKENS];
+      Out ys[TOKENS];
+      for (int64_t i = 0; i < count; i++) {
+        xs[i] = x + turn->tokens[t + i] * stride;
+        ys[i] = outs[module].at + turn->tokens[t + i] * outs[module].stride;
+      }
+      change(part, site->width, site->widths[module], xs, ys, count);
+    }
+  };
   auto work = [&] {
     for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < all;) {
-      const int64_t module = item % site->modules;
-      const Group& group = turn->groups[item / site->modules];
-      const Part& part = site->parts[module * site->places + group.place];
-      if (part.rank == 0) continue;
-      for (int64_t t = group.begin; t < group.end; t += TOKENS) {
-        const int64_t count = group.end - t < TOKENS ? group.end - t : TOKENS;
-        In xs[TOKENS];
-        Out ys[TOKENS];
-        for (int64_t i = 0; i < count; i++) {
-          xs[i] = x + turn->tokens[t + i] * stride;
-          ys[i] = outs[module].at + turn->tokens[t + i] * outs[module].stride;
-        }
-        change(part, site->width, site->widths[module], xs, ys, count);
+      const Group& group = turn->groups[item / modules];
+      if (group.place >= 0)
+        for (int64_t m = 0; m < (gated ? site->modules : 1); m++) add(gated ? m : item % modules, group);
+      for (int64_t t = group.begin; gated && t < group.end; t++) {
+        const int64_t token = turn->tokens[t];
+        gate(outs[0].at + token * outs[0].stride, outs[1].at + token * outs[1].stride, site->widths[0]);
       }
     }
   };

@@ -1,4 +1,4 @@
-"""A few tokens, each with its own adapter, by a part that was compiled at set-up (each.cpp).
+"""Each token with its own adapter, by a part that was compiled at set-up (each.cpp).
 
 Law of this room: reads an adapter's matrices where they lie, each once, and writes only to tokens that have one.
 For bfloat16 on a processor. Compiles nothing (see prebuild); where the part is missing the log says so once, and
@@ -23,8 +23,10 @@ from services.inference.worker.stacks import Part
 
 log = logging.getLogger("qlorad.engine")
 
-MOST = 64
-"""Tokens up to which it is quicker than stacks."""
+_FEW = 64
+"""Tokens up to which it is quicker than a stack, whatever that is made of."""
+_WASTE = 4
+"""A stack's ranks to a token's own, from which on it is quicker for any number of tokens."""
 _TOGETHER = 8
 """Tokens of one adapter that a thread takes at a time."""
 _RANK = 256
@@ -52,9 +54,14 @@ def found(device: torch.device, dtype: torch.dtype) -> Add | None:
     except (OSError, AttributeError) as e:
         log.warning("adapters cost more than they need: the part compiled at set-up cannot be used (%s)", e)
         return None
-    add.argtypes = [_ADDRESS, _ADDRESS, _ADDRESS, _NUMBERS, _ADDRESS, ctypes.c_int]
+    add.argtypes = [_ADDRESS, _ADDRESS, _ADDRESS, _NUMBERS, _ADDRESS, ctypes.c_int, ctypes.c_int]
     add.restype = None
     return add
+
+
+def pays(tokens: int, own: int, all_ranks: int) -> bool:
+    """Whether it is quicker than a stack of so many ranks, most of which a token of `own` ranks has no use for."""
+    return tokens <= _FEW or own * _WASTE <= all_ranks
 
 
 class _Site(ctypes.Structure):
@@ -73,7 +80,7 @@ class Turn:
 
     def __init__(self, places: Sequence[int]) -> None:
         """`places`: the adapter's place in the line, one for each token; -1 = none."""
-        order = sorted((token for token, place in enumerate(places) if place >= 0), key=lambda token: places[token])
+        order = sorted(range(len(places)), key=lambda token: places[token])
         groups: list[int] = []
         for number, token in enumerate(order):
             if not number or places[token] != groups[-3] or number - groups[-2] == _TOGETHER:
@@ -100,15 +107,16 @@ class Table:
     def add(self, turn: Turn, x: torch.Tensor, out: torch.Tensor) -> None:
         """Adds to `out` [tokens, all outputs of the site] what the tokens' adapters make of `x` [tokens, in]."""
         at, stride = _rows(out)
-        self._into(turn, x, *(n for start in self._starts for n in (at + start, stride)))
+        self._into(turn, x, [n for start in self._starts for n in (at + start, stride)], gated=False)
 
-    def add_apart(self, turn: Turn, x: torch.Tensor, outs: Sequence[torch.Tensor]) -> None:
-        """The same, where each module's outputs are a tensor of their own."""
-        self._into(turn, x, *(n for out in outs for n in _rows(out)))
+    def gate(self, turn: Turn, x: torch.Tensor, opening: torch.Tensor, passing: torch.Tensor) -> torch.Tensor:
+        """silu(opening) * passing, once both have what the tokens' adapters make of `x`; `opening` becomes it."""
+        self._into(turn, x, [*_rows(opening), *_rows(passing)], gated=True)
+        return opening
 
-    def _into(self, turn: Turn, x: torch.Tensor, *outs: int) -> None:
+    def _into(self, turn: Turn, x: torch.Tensor, outs: Sequence[int], gated: bool) -> None:
         at, stride = _rows(x)
-        self._add(self._address, turn.address, at, stride, _numbers(outs), torch.get_num_threads())
+        self._add(self._address, turn.address, at, stride, _numbers(outs), gated, torch.get_num_threads())
 
 
 def table(add: Add, line: Sequence[Mapping[str, Part]], names: Sequence[str], outs: Sequence[int]) -> Table | None:
@@ -117,6 +125,11 @@ def table(add: Add, line: Sequence[Mapping[str, Part]], names: Sequence[str], ou
     if any(part.more is not None or part.a.shape[0] > _RANK for part in there):
         return None
     return Table(add, line, names, outs)
+
+
+def reads(*numbers: torch.Tensor) -> bool:
+    """Whether these lie in memory as they are read here."""
+    return all(some.dtype is torch.bfloat16 and some.stride(1) == 1 for some in numbers)
 
 
 def _told(part: Part | None) -> tuple[int, int, int]:
@@ -130,7 +143,7 @@ def _told(part: Part | None) -> tuple[int, int, int]:
 
 def _rows(numbers: torch.Tensor) -> tuple[int, int]:
     """Where the rows of a matrix begin, and how far they are from one another."""
-    if numbers.dtype is not torch.bfloat16 or numbers.stride(1) != 1:
+    if not reads(numbers):
         raise TypeError(f"{numbers.dtype} with strides {numbers.stride()} is not read here")
     return numbers.data_ptr(), numbers.stride(0)
 

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 from services.common.errors import rejected
 from services.common.worker import dora
@@ -26,6 +27,7 @@ from services.inference.worker import each, stacks
 from services.inference.worker import flat as forwards
 from services.inference.worker.flat import Flat
 from services.inference.worker.linears import Linear
+from services.inference.worker.reordered import Weights
 from services.inference.worker.sites import Choice, Site
 
 _SHARED = 65_536
@@ -181,7 +183,8 @@ class Lora:
         if (flat.adapters, spans, shared) != (before.rows, before.spans, before.shared):
             only = len(sharers) == 1 and len(self._line) == 1
             self._choice = Choice(None, flat.adapters, spans, shared, (), only)
-            if self._each is not None and 0 < shared <= each.MOST:
+            own = max((self._rank(digest) for digest in sharers if digest), default=0)
+            if self._each is not None and shared and each.pays(shared, own, ranks):
                 self._choice.turn = each.Turn(self._places())
         self._choice.long, self._choice.flat = long, flat
 
@@ -239,17 +242,15 @@ class Lora:
         choice = self._choice
         if not self.is_chosen:
             return linear(x) if there is None else linear.onto(x, there)
-        if (table := self._table(site, x)) is not None:
-            out = linear(x) if there is None else linear.onto(x, there)
-            table.add(choice.turn, x, out)
-            return out
-        stack, singles = self._stacks(site)
+        table, stack, singles = self._adding(site, x)
         if any(one.has_more for one in (stack, *singles) if one is not None):
             # DoRA looks at what the base alone makes.
             out = self._with_more(site, linear(x), x, stack, singles)
             return out if there is None else there + out
         out = linear(x) if there is None else linear.onto(x, there)
-        if stack is not None and stack.a is not None:
+        if table is not None:
+            table.add(choice.turn, x, out)
+        elif stack is not None and stack.a is not None:
             shared = choice.shared
             inner = self._inner(stack, x if shared == len(x) else x[:shared])
             whole = stack.changes[0]
@@ -259,46 +260,48 @@ class Lora:
         self._add_singles(singles, x, out)
         return out
 
-    def through_apart(self, site: Site, linears: Sequence[Linear], x: torch.Tensor) -> Sequence[torch.Tensor]:
-        """What each module of a site whose modules stand apart makes of `x`."""
-        made = [linear(x) for linear in linears]
-        if (table := self._table(site, x)) is not None:
-            table.add_apart(self._choice.turn, x, made)
-            return made
-        stack, singles = self._stacks(site)
-        if singles or stack is None or stack.has_more or self._choice.shared != len(x):
-            return self._with_more(site, torch.cat(made, -1), x, stack, singles).split(site.outs, -1)
-        if stack.a is None:
-            return made
-        inner = self._inner(stack, x)
-        changes = {change.start: change for change in stack.changes}
-        for number, start in enumerate(site.starts()):
-            if (change := changes.get(start)) is not None:
+    def gated(self, site: Site, gate: Weights, up: Weights, x: torch.Tensor) -> torch.Tensor:
+        """silu(gate x) * (up x) with the tokens' adapters at both; the two modules of the site stand apart."""
+        if not self.is_chosen:
+            return up.times(x, gate.opened(x))
+        made = [gate(x), up(x)]
+        table, stack, singles = self._adding(site, x)
+        shared = self._choice.shared
+        if table is not None and not singles and shared == len(x):
+            return table.gate(self._choice.turn, x, *made)
+        if table is None and stack is not None and not singles and not stack.has_more and shared == len(x):
+            inner = self._inner(stack, x) if stack.a is not None else x
+            for change in stack.changes:
+                number = site.starts().index(change.start)
                 made[number] = change.b.onto(inner[:, change.low : change.high], made[number])
-        return made
+        else:
+            out = torch.cat(made, -1)
+            if table is not None:
+                table.add(self._choice.turn, x, out)
+            made = list(self._with_more(site, out, x, stack, singles).split(site.outs, -1))
+        return functional.silu(made[0]) * made[1]
 
     def add_to(self, site: Site, x: torch.Tensor, out: torch.Tensor) -> None:
         """Adds to `out` [tokens, all outputs], which the base made of `x` [tokens, in]."""
         if not self.is_chosen:
             return
-        if (table := self._table(site, x)) is not None and out.dtype is x.dtype and out.stride(1) == 1:
+        table, stack, singles = self._adding(site, x, out)
+        if table is not None:
             table.add(self._choice.turn, x, out)
-        else:
-            self._with_more(site, out, x, *self._stacks(site))
+        self._with_more(site, out, x, stack, singles)
 
-    def _table(self, site: Site, x: torch.Tensor) -> each.Table | None:
-        """What adds to the few tokens of this forward; None where the stacks do."""
-        if self._choice.turn is None or self._choice.long or x.dtype is not torch.bfloat16 or x.stride(1) != 1:
-            return None
-        if site.table_line != self._number:
-            site.table = each.table(self._each, self._parts(self._line), site.names, site.outs)
-            site.table_line = self._number
-        return site.table
-
-    def _stacks(self, site: Site) -> tuple[stacks.Stack | None, list[stacks.Stack]]:
-        """Of the tokens that share one, and of the long prompts."""
-        stack = self._stack_of(site) if self._choice.shared else None
-        return stack, [self._single(site, digest) for _, _, digest in self._choice.long]
+    def _adding(
+        self, site: Site, *numbers: torch.Tensor
+    ) -> tuple[each.Table | None, stacks.Stack | None, list[stacks.Stack]]:
+        """What adds to the tokens that share a stack: a table that does without, or it; and what to long prompts."""
+        singles = [self._single(site, digest) for _, _, digest in self._choice.long]
+        if self._choice.turn is not None and each.reads(*numbers):
+            if site.table_line != self._number:
+                site.table = each.table(self._each, self._parts(self._line), site.names, site.outs)
+                site.table_line = self._number
+            if site.table is not None:
+                return site.table, None, singles
+        return None, self._stack_of(site) if self._choice.shared else None, singles
 
     def _with_more(
         self, site: Site, out: torch.Tensor, x: torch.Tensor, stack: stacks.Stack | None, singles: list[stacks.Stack]

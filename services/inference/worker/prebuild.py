@@ -36,7 +36,11 @@ def main() -> None:
     if shutil.which("g++") is None:
         print("not built: g++ not found; adapters will cost more than they need", file=sys.stderr)
         raise SystemExit(1)
-    build(path)
+    try:
+        build(path)
+    except (OSError, subprocess.CalledProcessError) as e:
+        print(f"not built: {e}; adapters will cost more than they need", file=sys.stderr)
+        raise SystemExit(1) from e
     print(f"built: {path}")
 
 
