@@ -209,9 +209,9 @@ def test_an_engine_says_with_it_what_it_says_without(add: each.Add, way: str) ->
         assert any(site.table is not None for site in made.lora._sites) is compiled
         assert any(site.stack is not None for site in made.lora._sites) is not compiled
     for with_it, without in zip(said[True], said[False], strict=True):
-        assert float((with_it - without).abs().mean()) < 0.2
+        assert float((with_it - without).abs().mean()) < 0.1
     assert torch.equal(said[True][1], said[False][1]), "the base's rows are untouched"
-    assert float((said[True][0] - said[True][2]).abs().mean()) > 1.0
+    assert float((said[True][0] - said[True][2]).abs().mean()) > 0.5
 
 
 def scores(made: kit.Engine, call: int) -> torch.Tensor:
