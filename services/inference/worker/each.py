@@ -78,8 +78,9 @@ class _Turn(ctypes.Structure):
 class Turn:
     """Which adapter each of some tokens has."""
 
-    def __init__(self, places: Sequence[int]) -> None:
+    def __init__(self, places: Sequence[int] = ()) -> None:
         """`places`: the adapter's place in the line, one for each token; -1 = none."""
+        self._tokens = len(places)
         order = sorted(range(len(places)), key=lambda token: places[token])
         groups: list[int] = []
         for number, token in enumerate(order):
@@ -89,6 +90,9 @@ class Turn:
         self._kept = (_numbers(groups), _numbers(order))
         self._struct = _Turn(len(groups) // 3, *map(ctypes.addressof, self._kept))
         self.address = ctypes.addressof(self._struct)
+
+    def __len__(self) -> int:
+        return self._tokens
 
 
 class Table:

@@ -295,7 +295,7 @@ class Lora:
     ) -> tuple[each.Table | None, stacks.Stack | None, list[stacks.Stack]]:
         """What adds to the tokens that share a stack: a table that does without, or it; and what to long prompts."""
         singles = [self._single(site, digest) for _, _, digest in self._choice.long]
-        if self._choice.turn is not None and each.reads(*numbers):
+        if self._each is not None and self._choice.turn and each.reads(*numbers):
             if site.table_line != self._number:
                 site.table = each.table(self._each, self._parts(self._line), site.names, site.outs)
                 site.table_line = self._number
