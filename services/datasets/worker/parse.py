@@ -188,6 +188,8 @@ class Parser:
                 return
             for problem in problems:
                 notes.add(problem, place.file, at, row)
+        if record.spans:
+            example["origin"] = {"file": place.name, "line": str(at), "spans": list(record.spans)}
         self._spool(place, example, form, at, row, segment, notes)
 
     def _leave_out(self, problems: Iterable[Problem], place: Place, at: int, row: int, notes: Notes) -> None:
