@@ -132,7 +132,7 @@ class _Walk(Target):
         if self._in_fallback:
             return
         value = attributes.get("val", "")
-        if tag == "p" and "w" not in attributes:
+        if tag == "p":
             self._number += 1
             self._open.append(_Paragraph(self._number))
         elif tag == "tbl":
@@ -198,7 +198,7 @@ class _Walk(Target):
             self._run_strong = self._run_mono = False
         elif tag in ("del", "moveFrom") and self._in_deleted:
             self._in_deleted -= 1
-        elif tag == "p" and self._open and self.depth >= 0:
+        elif tag == "p" and self._open:
             block = self._block(self._open.pop())
             if block is not None:
                 self._place(block)
@@ -272,7 +272,7 @@ def _text(pieces: list[tuple[str, bool, bool]]) -> str:
             found, is_open = found + "`", is_code
         found += text
     found += "`" if is_open else ""
-    return "\n".join(" ".join(line.split()) for line in found.replace("` ", "` ").split("\n")).strip()
+    return "\n".join(" ".join(line.split()) for line in found.split("\n")).strip()
 
 
 def _lead(pieces: list[tuple[str, bool, bool]]) -> str:

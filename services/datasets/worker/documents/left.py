@@ -16,6 +16,7 @@ REASONS: Mapping[str, tuple[str, str]] = {
     "picture": ("a picture, which is no text", "describe it in words"),
     "navigation": ("what a page has around its text", ""),
     "page_furniture": ("what every page repeats at its head or foot", ""),
+    "footnote": ("a footnote, which stands apart from what it belongs to", "write it into the text"),
     "table_of_contents": ("a table of contents", ""),
     "references": ("a list of sources or an index, which explains nothing", ""),
     "too_short": ("too few words to learn from", "write more, or join it with what stands beside it"),

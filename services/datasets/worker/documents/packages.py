@@ -62,7 +62,7 @@ class Package:
 
 
 class Target:
-    """What hears the elements of a part, in order. Tags are without their namespace."""
+    """What hears the elements of a part, in order. Tags are without their namespace, but for those of drawings."""
 
     depth = 0
 
@@ -95,8 +95,8 @@ class Target:
 
 
 def local(tag: str) -> str:
-    """A name without its namespace."""
-    return tag.rpartition("}")[2]
+    """A name without its namespace; but those of drawings, which have paragraphs of their own kind, keep it."""
+    return tag if "/drawingml/" in tag else tag.rpartition("}")[2]
 
 
 def hear(package: Package, name: str, target: Target) -> None:
