@@ -45,8 +45,8 @@ class Found:
 def analyse(document: Document, language: str) -> Found:
     """The items of a document, each asked for in its language."""
     words = wording.of_language(language)
-    blocks = document.blocks
-    left = {n: block.left for n, block in enumerate(blocks) if block.left}
+    blocks, places = _kept(document)
+    left: dict[int, str] = {}
     made: list[Item] = []
     for section in sections.cut(blocks, document.title):
         _leave_out_whole(section, left)
@@ -66,30 +66,46 @@ def analyse(document: Document, language: str) -> Found:
         for n in section.left():
             left[n] = "code_without_prose" if blocks[n].kind == CODE else "no_heading"
         if section.heading is not None and len(made) == before and not section.has_parts:
-            left[section.heading] = left.get(section.heading) or "lone_heading"
+            left.setdefault(section.heading, "lone_heading")
     made.sort(key=lambda item: (min(item.blocks), item.rule))
-    return Found(made, left)
+    return _placed(document, places, made, left)
 
 
 def texts(document: Document) -> Found:
     """The sections of a document as plain texts, their headings on top."""
-    blocks = document.blocks
-    left = {n: block.left for n, block in enumerate(blocks) if block.left}
+    blocks, places = _kept(document)
+    left: dict[int, str] = {}
     made: list[Item] = []
     for section in sections.cut(blocks, ""):
         _leave_out_whole(section, left)
         body = section.left()
         if not body and section.heading is not None:
             if not section.has_parts:
-                left[section.heading] = left.get(section.heading) or "lone_heading"
+                left.setdefault(section.heading, "lone_heading")
             continue
         own = [] if section.heading is None else [section.heading]
         for number, run in enumerate(_parts(blocks, body)):
             taken = (*own, *run) if number == 0 else tuple(run)
             text = sections.written(blocks[n] for n in taken)
             path = " › ".join(section.path)
-            made.append(Item("text", "", text, path, sections.spans(blocks, taken), taken))
-    return Found(made, left)
+            made.append(Item("text", "", text, path, (), taken))
+    return _placed(document, places, made, left)
+
+
+def _kept(document: Document) -> tuple[list[Block], list[int]]:
+    """What its reader did not leave out, and the number of each in the document."""
+    places = [n for n, block in enumerate(document.blocks) if not block.left]
+    return [document.blocks[n] for n in places], places
+
+
+def _placed(document: Document, places: Sequence[int], made: Sequence[Item], left: Mapping[int, str]) -> Found:
+    """What was found, by the numbers and places of the whole document."""
+    whole = []
+    for item in made:
+        taken = tuple(places[n] for n in item.blocks)
+        whole.append(replace(item, blocks=taken, spans=sections.spans(document.blocks, taken)))
+    by_reader = {n: block.left for n, block in enumerate(document.blocks) if block.left}
+    return Found(whole, by_reader | {places[n]: reason for n, reason in left.items()})
 
 
 def _leave(section: Section, numbers: Sequence[int], reason: str, left: dict[int, str]) -> None:
@@ -133,7 +149,7 @@ def _items(section: Section, draft: Draft, words: wording.Words) -> list[Item]:
         asked = wording.part(words, question, number, len(parts))
         path = " › ".join(section.path)
         taken = tuple(sorted((*own, *run)))
-        made.append(Item(draft.rule, asked, answer, path, sections.spans(blocks, taken), taken))
+        made.append(Item(draft.rule, asked, answer, path, (), taken))
     return made
 
 
