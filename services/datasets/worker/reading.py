@@ -130,6 +130,7 @@ class Reading:
             size_bytes=path.stat().st_size,
             format=form,
             container=read.kind,
+            items=len(read.records),
         )
         self._parse(place, [], read.records, self._open(0), None, len(read.records))
 

@@ -1434,6 +1434,7 @@ class SourceFile(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
     CONTAINER_FIELD_NUMBER: _builtins.int
+    ITEMS_FIELD_NUMBER: _builtins.int
     file: _builtins.str
     """Its name."""
     sha256: _builtins.str
@@ -1446,6 +1447,8 @@ class SourceFile(_message.Message):
     """How rows lie in it, as in "jsonl", "csv" or "parquet", with ".gz" or ".zst" where it was packed; or the
     kind of a document, as in "markdown" or "pdf".
     """
+    items: _builtins.int
+    """Items that were found in it, where it is a document."""
     def __init__(
         self,
         *,
@@ -1454,10 +1457,11 @@ class SourceFile(_message.Message):
         size_bytes: _builtins.int = ...,
         format: Global___RowFormat.ValueType = ...,
         container: _builtins.str = ...,
+        items: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["container", b"container", "file", b"file", "format", b"format", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["container", b"container", "file", b"file", "format", b"format", "items", b"items", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -14,6 +14,9 @@ from services.datasets.worker.documents.blocks import CODE, HEADING, ITEM, MEANI
 from services.datasets.worker.documents.sections import Section, words
 
 LEAST_WORDS = 5
+LEAST_REST = 30
+"""Words that are left of a section: fewer are no item of their own beside others."""
+TAKE_MORE = ("procedure", "code", "table")
 _MOST_SHOWN = 80
 
 
