@@ -1,7 +1,7 @@
 """One Markdown text set as a PDF and as a DOCX, as people set documents: for tests that compare what is read of each.
 
-The setter of the PDF puts a running head and a number on every page, justifies,
-and hyphenates; that of the DOCX uses Word's own styles and counts its lists.
+The setter of the PDF puts a running head and a number on every page and
+justifies; that of the DOCX uses Word's own styles and counts its lists.
 """
 
 from __future__ import annotations
@@ -100,9 +100,9 @@ def plain(runs: Runs) -> str:
 
 
 def as_pdf(
-    markdown: str, head: str = "Field methods", size: float = 11.5, columns: int = 1, hyphens: bool = False
+    markdown: str, head: str = "Field methods", size: float = 11.5, columns: int = 1, leading: float = 1.42
 ) -> bytes:
-    """The text as a PDF of A4 pages."""
+    """The text as a PDF of A4 pages, with a running head and numbers where there is a head."""
     from reportlab.lib.enums import TA_JUSTIFY
     from reportlab.lib.pagesizes import A4
     from reportlab.lib.styles import ParagraphStyle
@@ -119,10 +119,13 @@ def as_pdf(
     )
 
     body = ParagraphStyle(
-        "body", fontName="Times-Roman", fontSize=size, leading=size * 1.42, alignment=TA_JUSTIFY, spaceAfter=size * 0.7
+        "body",
+        fontName="Times-Roman",
+        fontSize=size,
+        leading=size * leading,
+        alignment=TA_JUSTIFY,
+        spaceAfter=size * 0.7,
     )
-    if hyphens:
-        body.hyphenationLang, body.embeddedHyphenation = "", 1
     heads = {
         n: ParagraphStyle(
             f"h{n}", fontName="Helvetica-Bold", fontSize=big, leading=big * 1.25, spaceBefore=big * 0.9,
@@ -158,6 +161,8 @@ def as_pdf(
     out = io.BytesIO()
 
     def around(canvas: Any, document: Any) -> None:
+        if not head:
+            return
         canvas.setFont("Helvetica", 8.5)
         canvas.drawString(2.5 * cm, A4[1] - 1.5 * cm, head)
         canvas.drawCentredString(A4[0] / 2, 1.4 * cm, str(canvas.getPageNumber()))
