@@ -34,9 +34,11 @@ class Set:
 
 @functools.cache
 def of(name: str) -> Set:
-    data = {"a.md": TEXT.encode, "a.pdf": lambda: as_pdf(TEXT, size=12, leading=2.0), "a.docx": lambda: as_docx(TEXT)}[
-        name
-    ]()
+    data = {
+        "a.md": TEXT.encode,
+        "a.pdf": lambda: as_pdf(TEXT, size=13.5, leading=2.1, margin_cm=3.6),
+        "a.docx": lambda: as_docx(TEXT),
+    }[name]()
     document = kinds.read(data, name)
     return Set(data, document, analyse(document, "en"))
 

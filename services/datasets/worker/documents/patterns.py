@@ -13,8 +13,8 @@ GLOSSARY = re.compile(
     re.I,
 )
 PRINCIPLES = re.compile(
-    r"\b(?:principles?|rules?|guidelines?|tenets?|maxims?|laws?|best practices?|dos? and don'?ts?|grundsätze?|"
-    r"prinzipien|prinzip|regeln?|leitlinien?)\b",
+    r"\b(?:principles|rules|guidelines|tenets|maxims|laws|best practices|dos? and don'?ts?|grundsätze|prinzipien|"
+    r"regeln|leitlinien)\b",
     re.I,
 )
 PRINCIPLE_HEADING = re.compile(
