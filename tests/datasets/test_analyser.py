@@ -206,3 +206,9 @@ def test_code_and_tables_take_the_prose_beside_them() -> None:
     assert table[1].startswith("Table 2: Signs of the lamp\n\n| sign | meaning |")
     alone = analyse(kinds.read(b"```\nx = 1\n```\n", "a.md"), "en")
     assert not alone.items and alone.left == {0: "code_without_prose"}
+
+
+def test_few_words_beside_items_lead_to_them_or_go_with_them() -> None:
+    text = "# G\n\n## Terms\n\nThese words are used here.\n\n- **Blank**: a sample without what is looked for.\n"
+    found = analyse(kinds.read(text.encode(), "a.md"), "en")
+    assert [item.rule for item in found.items] == ["definition"] and set(found.left.values()) == {"lead_in"}

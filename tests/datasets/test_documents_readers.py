@@ -85,7 +85,7 @@ def test_markdown() -> None:
 
 HTML = """<!doctype html><html><head><title>A guide</title><style>p {}</style></head><body>
 <header><a href=/>Home</a></header><nav><ul><li><a href=x>Here</a></ul></nav>
-<main><h1>The <em>gauge</em></h1><p>First<p>Second, with <code>zero</code><br>and more
+<main><h1><a href="#x">The <em>gauge</em></a></h1><p>First<p>Second, with <code>zero</code><br>and more
 <ul><li>one<li>two<ol start=3><li>deep</ol></ul>
 <dl><dt>Blank<dd>A sample without it.</dl>
 <pre><code class="language-python">a  = 1

@@ -267,7 +267,8 @@ class _Walk(HTMLParser):
                 self._rows[-1][-1] = f"{self._rows[-1][-1]}\n{text}".strip()
                 return
         left = "navigation" if self._is_around() else _only(run)
-        if inside[:1] == "h" and inside[1:].isdigit():
+        if inside[:1] == "h" and inside[1:].isdigit():  # many link to themselves
+            left = "" if left == "links_only" else left
             self._made.append(Block(HEADING, " ".join(text.split()), span, level=int(inside[1]), left=left))
         elif self._is_pre():
             self._made.append(Block(CODE, text, span, level=len(self._opened), language=self._language, left=left))
