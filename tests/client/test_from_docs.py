@@ -6,6 +6,8 @@ import pathlib
 
 import pytest
 
+from qlorad import _documents
+from services.datasets.documents import SUFFIXES
 from tests.client.cli import Cli
 from tests.house import ROOT
 
@@ -63,3 +65,7 @@ def test_one_document_alone_and_as_texts(cli: Cli, tmp_path: pathlib.Path) -> No
     made = cli.lines("dataset", "from-docs", str(METHODOLOGY), "--model", "starter-test", "--name", "alone", "--texts")
     assert [list(line) for line in made] == [["found"], ["dataset"], ["measure"], ["ledger"], ["preview"]]
     assert made[1]["dataset"]["stats"]["document_items"] == {"text": 73}
+
+
+def test_client_and_daemon_call_the_same_files_documents() -> None:
+    assert [s for suffixes in _documents.KINDS.values() for s in suffixes] == list(SUFFIXES)
