@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from qlorad.v1 import datasets_pb2
 from services.common.artifacts import sha256_file
 from services.common.frames.v1 import ingest_pb2
-from services.datasets.forms import NAMES, Form
+from services.datasets.forms import NAMES, PAPER, TEXT, Form
 from services.datasets.worker import findings, forms, language, mate, stretches
 from services.datasets.worker.findings import Noted, Notes, Tally
 from services.datasets.worker.found import INFO, Problem, Record, Unreadable, clip
@@ -53,6 +53,7 @@ class Reading:
             Pipeline.load(request.steps, "plan." if order.validate_only else ""),
             language.of,
             stop_at_errors,
+            request.min_score if request.HasField("min_score") else None,
         )
 
     def read(self, number: int, told: ingest_pb2.IngestSource) -> None:
@@ -97,7 +98,7 @@ class Reading:
         path = pathlib.Path(told.path)
         size = path.stat().st_size
         notes = self._open(0)
-        form, columns, first = self._settle(number, source, notes)
+        form, columns, first = self._settle(number, source, notes, told.text_column)
         place = Place(number, told.filename, self._side(number, told, notes), form, columns)
         self.lineage.files.add(
             file=told.filename,
@@ -105,6 +106,7 @@ class Reading:
             size_bytes=size,
             format=form,
             container=source.container,
+            url=told.url,
         )
         if form and stretches.worth_it(source.container, size):
             notes.close()
@@ -183,12 +185,15 @@ class Reading:
             counts.records += report.records
             counts.skipped += report.skipped
             counts.stepped_out += report.stepped_out
+            counts.below_score += report.below_score
             counts.columns_met.update(report.columns_met)
             self.parser.repairs.applied.update(report.repaired)
             self.parser.pipeline.dropped.update(report.dropped_by_step)
             self.parser.pipeline.changed.update(report.changed_by_step)
 
-    def _settle(self, number: int, source: Source, notes: Notes) -> tuple[Form, dict[str, str], list[Record]]:
+    def _settle(
+        self, number: int, source: Source, notes: Notes, text_column: str
+    ) -> tuple[Form, dict[str, str], list[Record]]:
         """Finds form and field names of rows by the first ones, says it with its evidence, and gives them back."""
         first = _peeked(source.records)
         readable = [r.row for r in first if r.row is not None]
@@ -202,6 +207,12 @@ class Reading:
                 raise Unreadable(Problem("unknown_column", told, hint, missing[0]))
         said = list(source.said)
         sniffed = forms.sniff(readable, columns, self._request.format)
+        if text_column and not sniffed.evidence and self._request.format in (0, TEXT) and "text" not in columns:
+            sniffed = forms.sniff(readable, {**columns, "text": text_column}, self._request.format)
+        if self._request.HasField("min_score") and sniffed.form != PAPER and readable:
+            named = f"are {NAMES[sniffed.form]}" if sniffed.form else "fit no form"
+            told = f"min_score is for papers, but the rows {named}"
+            raise Unreadable(Problem("not_papers", told, "papers alone, or no min_score"))
         evidence = f": {sniffed.evidence}" if sniffed.evidence else ""
         if self._request.format:
             told = f"read as {source.container} with {NAMES[sniffed.form]} rows, as asked{evidence}"

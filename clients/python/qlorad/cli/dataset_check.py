@@ -14,7 +14,7 @@ import typer
 from qlorad.cli import dataset_options as given
 from qlorad.cli import output as out
 from qlorad.cli import parameters
-from qlorad.cli.dataset_show import FINDINGS, by_step, counted, show_dataset
+from qlorad.cli.dataset_show import FINDINGS, below_score, by_step, counted, show_dataset
 from qlorad.cli.output import Format, Output
 from qlorad.cli.session import connected
 
@@ -36,7 +36,8 @@ def validate(
     sources: Annotated[
         list[str],
         typer.Argument(
-            help="Files; or datasets by alias or sha256:…; or one hub:OWNER/NAME or folder.", metavar="SOURCE…"
+            help="Files; or datasets by alias or sha256:…; or one hub:OWNER/NAME, https://… or folder.",
+            metavar="SOURCE…",
         ),
     ],
     severity: Annotated[str, typer.Option(help="Only info, warning or error, and worse.")] = "",
@@ -54,6 +55,7 @@ def validate(
     repair: given.Repair = None,
     near_duplicates: given.Near = "together",
     similarity: given.Similarity = None,
+    min_score: given.MinScore = None,
     output: Output = Format.table,
 ) -> int:
     """Checks files or datasets as upload would, and seals nothing. Exit code 2 where they do not pass."""
@@ -67,7 +69,7 @@ def validate(
     files, others = given.told_apart(sources)
     asked = given.plan(
         format, column, validation, test, seed, "", False, on_row_error, False, near_duplicates, similarity,
-        ["all"] if fix else repair, steps,
+        ["all"] if fix else repair, steps, min_score,
     )  # fmt: skip
     if others and given.is_place(others[0]):
         asked = given.sourced(asked, others[0], "", [], [])
@@ -150,6 +152,7 @@ def _show_report(report: datasets_pb2.ValidationReport) -> None:
         ("duplicates", f"{stats.duplicate_rows} exact, {stats.near_duplicate_rows} near"),
         ("findings", severities or "none"),
         ("repaired", counted(stats.repaired)),
+        ("papers", below_score(stats)),
         ("dropped", by_step(stats.dropped_by_step)),
         ("changed", by_step(stats.changed_by_step)),
         ("score", f"{stats.quality.score:.1f} of 100"),
