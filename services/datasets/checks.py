@@ -11,6 +11,7 @@ import re
 from qlorad.v1 import datasets_pb2, messages_pb2
 from services.common.errors import Violation, invalid, show
 from services.common.names import check_id, check_name, check_request_id
+from services.datasets import documents
 from services.datasets.forms import FIELDS, FORMS, NAMES, PAPER
 from services.datasets.repairs import REPAIRS
 from services.datasets.source_checks import check_chroma, check_folder, check_hub, check_web
@@ -32,17 +33,23 @@ def start_upload(request: datasets_pb2.StartUploadRequest) -> None:
     """INVALID_ARGUMENT with every violation."""
     wrong = check_request_id(request.request_id)
     name = request.filename
-    if not 1 <= len(name) <= 255 or "/" in name or "\\" in name or any(ord(c) < 32 for c in name):
-        wrong.append(Violation("filename", show(name), "1 to 255 characters, without '/', '\\' or control characters"))
-    elif not name.lower().removesuffix(".gz").removesuffix(".zst").endswith(SUFFIXES):
-        accepted = f"a name that ends in {', '.join(SUFFIXES)}, or in one of them and .gz or .zst"
+    if not 1 <= len(name) <= 255 or "\\" in name or any(ord(c) < 32 for c in name) or not _is_below(name):
+        accepted = "1 to 255 characters without '\\' or control characters: a name, or a path of names without '..'"
         wrong.append(Violation("filename", show(name), accepted))
+    elif not name.lower().removesuffix(".gz").removesuffix(".zst").endswith(SUFFIXES) and not documents.kind_of(name):
+        accepted = f"a name that ends in {', '.join(SUFFIXES)}, or in one of them and .gz or .zst; or in "
+        wrong.append(Violation("filename", show(name), accepted + ", ".join(documents.SUFFIXES)))
     if request.size_bytes < 1:
         wrong.append(Violation("size_bytes", show(request.size_bytes), "the file's exact size, at least 1"))
     if not _SHA256.fullmatch(request.sha256):
         wrong.append(Violation("sha256", show(request.sha256), "64 lower-case hex digits"))
     if wrong:
         raise invalid(wrong)
+
+
+def _is_below(path: str) -> bool:
+    """Whether a path, if it were one, would stay where it begins."""
+    return all(part.strip() not in ("", ".", "..") for part in path.split("/"))
 
 
 def upload_id(field: str, name: str) -> str:

@@ -163,6 +163,30 @@ def test_pages_by_url(far: Door, web: Site) -> None:
     assert list((far.home / "state" / "fetched").iterdir()) == []
 
 
+def test_documents_by_url(far: Door, web: Site) -> None:
+    body = "The zero of a meter moves while nothing is measured, by some µV each day, and that is called its drift."
+    page = f"<html><head><meta charset='iso-8859-1'></head><body><h1>Zero drift</h1><p>{body}</p></body></html>"
+    guide = f"# Terms\n\n## Zero drift of meters\n\n{body}\n"
+    urls = [
+        web.put("/guide/", page.encode(), "text/html; charset=utf-8"),  # who sends it knows better than the page
+        web.put("/old", page.encode("latin-1"), "text/html"),
+        web.put("/terms", guide.encode(), "text/markdown"),
+    ]
+    dataset = far.make("documents", web=datasets_pb2.WebSource(urls=urls), keep_duplicates=True)
+    told = [(f.file, f.container, f.url, f.size_bytes) for f in dataset.lineage.files]
+    assert told == [
+        ("127.0.0.1/guide/index.html", "html", urls[0], len(page.encode())),
+        ("127.0.0.1/old.html", "html", urls[1], len(page.encode("latin-1"))),
+        ("127.0.0.1/terms.md", "markdown", urls[2], len(guide.encode())),
+    ]
+    assert dataset.source_sha256[1] == hashlib.sha256(page.encode("latin-1")).hexdigest()
+    rows = far.export(dataset.name)
+    assert {r["origin"]["file"] for r in rows} == {name for name, *_ in told}
+    assert all(body in str(r) and r["origin"]["spans"] for r in rows)
+    scored = far.request("never", web=datasets_pb2.WebSource(urls=urls[:1]), min_score=1, request_id="scored")
+    assert "this is a document" in refusal(lambda: far.updates(scored)).message
+
+
 def test_refusals_of_pages(far: Door, door: Door, web: Site) -> None:
     web.move("/within", web.url("/").replace("127.0.0.1", "localhost"))
     web.put("/rows.jsonl", b'{"text": ""}\n')

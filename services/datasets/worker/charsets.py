@@ -17,7 +17,7 @@ from services.datasets.worker.card import unusable
 from services.datasets.worker.pages import Kind
 
 _PIECE = 1 << 20
-_HEAD_BYTES = 1024
+_HEAD_BYTES = 4096
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 _META = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([A-Za-z0-9_:.-]{1,40})", re.I)
 # The charsets of the web, by the names that Python has for them.
@@ -38,7 +38,7 @@ def to_utf8(path: pathlib.Path, told: str, kind: Kind, page: Page) -> None:
     part = path.with_name(f"{path.name}.utf8")
     decode, done = codecs.getincrementaldecoder(codec)(), 0
     with path.open("rb") as f, part.open("wb") as out:
-        if kind.is_html and codec != "utf-8":
+        if kind.is_html and (codec != "utf-8" or _META.search(head)):
             out.write(codecs.BOM_UTF8)  # which says more than the charset that the page tells of itself
         while True:
             data = f.read(_PIECE)

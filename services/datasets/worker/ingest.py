@@ -24,6 +24,7 @@ from services.common.frames.v1 import ingest_pb2
 from services.datasets.forms import NAMES
 from services.datasets.worker import duplicates, findings, grouping, language, near, rules, short
 from services.datasets.worker.bound import Bench, Refused
+from services.datasets.worker.documents.apart import UnreadableDocument
 from services.datasets.worker.findings import Noted, Notes, Tally
 from services.datasets.worker.found import ERROR, INFO, WARNING, Problem, Unreadable, clip
 from services.datasets.worker.mate import finding_counts
@@ -64,20 +65,27 @@ class Ingest:
         self._reading = Reading(order, self._refuse, self._progress)
         self._whole = [_left_out(name) for name in order.left_out]
         """Found about the dataset as a whole."""
+        self._unread_documents = 0
         self._later: dict[pathlib.Path, Tally] = {}
         """Notes of what was found after reading."""
 
     def run(self) -> ingest_pb2.IngestDone:
         """All of it; Refused where the request's rules say so."""
         self._enter("parse")
-        for number, source in enumerate(self._order.sources):
-            try:
-                self._reading.read(number, source)
-            except Unreadable as e:
-                if not self._is_noted(e):
+        try:
+            for number, source in enumerate(self._order.sources):
+                try:
+                    self._reading.read(number, source)
+                except UnreadableDocument as e:  # the others are told too
                     self._reading.refuse(number, e)
-                if not self._validate:
-                    raise self._refusal() from None
+                    self._unread_documents += 1
+                except Unreadable as e:
+                    if not self._is_noted(e):
+                        self._reading.refuse(number, e)
+                    if not self._validate:
+                        raise self._refusal() from None
+        finally:
+            self._reading.close()
         self._judge([])
         self._enter("duplicates")
         spool = self._reading.spool()
@@ -218,6 +226,9 @@ class Ingest:
             changed_by_step=parser.pipeline.changed,
             row_characters=totals.histogram,
             languages=languages,
+            document_items=self._reading.items,
+            left_out_blocks=self._reading.left,
+            skipped_documents=self._unread_documents,
         )
         met: Counter[str] = Counter()
         for counted in finding_counts(self._tallies()):

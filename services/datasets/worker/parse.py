@@ -157,7 +157,7 @@ class Parser:
             self.counts.columns_met.update(c for c in place.columns.values() if c in data)
         problems: list[Problem] = []
         if place.form == PAPER:
-            self._paper(place, data, at, row, segment, notes)
+            self._paper(place, data, record, row, segment, notes)
             return
         if place.is_ours:
             example = data
@@ -165,10 +165,13 @@ class Parser:
             if self.repairs.names:
                 data = self.repairs.mend_row(data, place.form, place.columns)
             example, problems = forms.example_of(data, place.form, place.columns)
-        self._example(place, example, problems, at, row, segment, notes)
+        self._example(place, example, problems, record, row, segment, notes)
 
-    def _paper(self, place: Place, data: Mapping[str, Any], at: int, row: int, segment: Segment, notes: Notes) -> None:
+    def _paper(
+        self, place: Place, data: Mapping[str, Any], record: Record, row: int, segment: Segment, notes: Notes
+    ) -> None:
         """Several examples of one row, which is left out as a whole or not at all where it is read."""
+        at = record.line
         made = papers.read(data, place.columns, self._min_score)
         if any(p.severity == ERROR for p in made.problems):
             self._leave_out(made.problems, place, at, row, notes)
@@ -180,19 +183,20 @@ class Parser:
             notes.add(problem, place.file, at, row)
         self.counts.records += len(made.examples) - 1
         for example in made.examples:
-            self._example(place, example, [], at, row, segment, notes)
+            self._example(place, example, [], record, row, segment, notes)
 
     def _example(
         self,
         place: Place,
         example: Plain,
         problems: list[Problem],
-        at: int,
+        record: Record,
         row: int,
         segment: Segment,
         notes: Notes,
     ) -> None:
         """Mends, steps through, judges and spools an example."""
+        at = record.line
         if self.repairs.names:
             example, problems = self.repairs.mend(example, problems)
         if any(p.severity == ERROR for p in problems):
@@ -223,6 +227,8 @@ class Parser:
                 return
             for problem in problems:
                 notes.add(problem, place.file, at, row)
+        if record.spans:
+            example["origin"] = {"file": place.name, "line": str(at), "spans": list(record.spans)}
         self._spool(place, example, form, at, row, segment, notes)
 
     def _leave_out(self, problems: Iterable[Problem], place: Place, at: int, row: int, notes: Notes) -> None:

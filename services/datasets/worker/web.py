@@ -42,6 +42,16 @@ class Bounds:
     page_seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A page that was laid down: where it was at last, and its bytes as they came, before its text became UTF-8."""
+
+    page: Page
+    kind: pages.Kind
+    sha256: str
+    size: int
+
+
 def fetch(
     order: ingest_pb2.FetchOrder, tell: Callable[[int, int], None], resolve: Resolve = socket.getaddrinfo
 ) -> ingest_pb2.FetchDone:
@@ -52,16 +62,14 @@ def fetch(
     done = ingest_pb2.FetchDone()
     for number, url in enumerate(order.web.urls):
         path = into / f"page-{number:03d}"
-        last, kind = _bring(web_rules.read_url(url), bounds, path, functools.partial(_tell_on, tell, total), resolve)
-        size = path.stat().st_size
-        total += size
+        asked = web_rules.read_url(url)
+        file = _bring(asked, bounds, path, functools.partial(_tell_on, tell, total), resolve)
+        total += file.size
         if total > order.max_bytes:
             raise too_large(f"web.urls: {len(order.web.urls)} pages", total, order.max_bytes, "bytes")
-        with path.open("rb") as f:
-            sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-        asked = web_rules.read_url(url)
-        shown = last.url if last == asked else last.url_without_query
-        done.sources.add(path=str(path), filename=names.of(last, kind), sha256=sha256, url=shown)
+        shown = file.page.url if file.page == asked else file.page.url_without_query
+        name = names.of(file.page, file.kind)
+        done.sources.add(path=str(path), filename=name, sha256=file.sha256, size_bytes=file.size, url=shown)
     more = f" and {len(done.sources) - 1} more" if len(done.sources) > 1 else ""
     done.source = f"web:{done.sources[0].url}{more}"
     return done
@@ -71,10 +79,8 @@ def _tell_on(tell: Callable[[int, int], None], before: int, done: int) -> None:
     tell(before + done, 0)
 
 
-def _bring(
-    page: Page, bounds: Bounds, path: pathlib.Path, told: Callable[[int], None], resolve: Resolve
-) -> tuple[Page, pages.Kind]:
-    """Lays a page down at a path, following redirects; the page that it was at last, and its kind."""
+def _bring(page: Page, bounds: Bounds, path: pathlib.Path, told: Callable[[int], None], resolve: Resolve) -> Taken:
+    """Lays a page down at a path, following redirects."""
     way = [page]
     with Clock(bounds.page_seconds) as clock:
         while True:
@@ -84,8 +90,7 @@ def _bring(
                 raise denied(page, f"is not of a host that is allowed{came}", bounds.told)
             with answered(page, allowed, pages.ACCEPT, clock, resolve) as response:
                 if response.status not in _REDIRECTS:
-                    kind = _take(page, response, bounds, path, told, clock)
-                    return page, kind
+                    return _take(page, response, bounds, path, told, clock)
                 page = _next(page, response)
             if page in way or len(way) > MAX_HOPS:
                 hops = " to ".join(show(p.url_without_query, 80) for p in way[-3:])
@@ -110,7 +115,7 @@ def _take(
     path: pathlib.Path,
     told: Callable[[int], None],
     clock: Clock,
-) -> pages.Kind:
+) -> Taken:
     """Lays the body down; faults for what is none, too large, or of a kind that is not read."""
     if response.status != 200:
         raise _by_status(page, response)
@@ -118,7 +123,7 @@ def _take(
     if kind is None:
         given = f"{page.url_without_query}, which is {show(response.headers.get('Content-Type', 'of no told type'))}"
         raise unusable("web.urls", given, pages.ACCEPTED)
-    size = 0
+    size, digest = 0, hashlib.sha256()
     if (announced := response.length or 0) > bounds.page_bytes:
         raise _too_large(page, announced, bounds)
     with path.open("wb") as out:
@@ -127,12 +132,13 @@ def _take(
             if size > bounds.page_bytes:
                 raise _too_large(page, size, bounds)
             out.write(piece)
+            digest.update(piece)
             told(size)
     if not size:
         raise unusable("web.urls", f"{page.url_without_query}, which is empty", "a page with text")
     if kind.is_text:
         charsets.to_utf8(path, response.headers.get_content_charset(""), kind, page)
-    return kind
+    return Taken(page, kind, digest.hexdigest(), size)
 
 
 def _too_large(page: Page, size: int, bounds: Bounds) -> Fault:

@@ -89,7 +89,9 @@ class _OnRowErrorEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OnRowError
     ON_ROW_ERROR_REFUSE: _OnRowError.ValueType  # 1
     """Refuse the whole dataset, listing the first findings."""
     ON_ROW_ERROR_SKIP: _OnRowError.ValueType  # 2
-    """Leave the row out, keep the finding, count it."""
+    """Leave the row out, keep the finding, count it. So with a document that cannot
+    be read; a file of rows that cannot be read on refuses the dataset all the same.
+    """
 
 class OnRowError(_OnRowError, metaclass=_OnRowErrorEnumTypeWrapper):
     """What to do with a row that has a finding of severity ERROR."""
@@ -99,7 +101,9 @@ ON_ROW_ERROR_UNSPECIFIED: OnRowError.ValueType  # 0
 ON_ROW_ERROR_REFUSE: OnRowError.ValueType  # 1
 """Refuse the whole dataset, listing the first findings."""
 ON_ROW_ERROR_SKIP: OnRowError.ValueType  # 2
-"""Leave the row out, keep the finding, count it."""
+"""Leave the row out, keep the finding, count it. So with a document that cannot
+be read; a file of rows that cannot be read on refuses the dataset all the same.
+"""
 Global___OnRowError: _TypeAlias = OnRowError  # noqa: Y015
 
 class _NearDuplicates:
@@ -129,6 +133,42 @@ NEAR_DUPLICATES_TOGETHER: NearDuplicates.ValueType  # 2
 NEAR_DUPLICATES_DROP: NearDuplicates.ValueType  # 3
 """Find them, keep the first of each group, count the others."""
 Global___NearDuplicates: _TypeAlias = NearDuplicates  # noqa: Y015
+
+class _DocumentUnit:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DocumentUnitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DocumentUnit.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DOCUMENT_UNIT_UNSPECIFIED: _DocumentUnit.ValueType  # 0
+    """Never sent."""
+    DOCUMENT_UNIT_LINE: _DocumentUnit.ValueType  # 1
+    """Lines of a text file (Markdown, plain text, HTML). Characters are those of the
+    whole decoded file, line ends as they are, without a byte order mark.
+    """
+    DOCUMENT_UNIT_PAGE: _DocumentUnit.ValueType  # 2
+    """Pages of a PDF. Characters are those of one page, as PDFium numbers them."""
+    DOCUMENT_UNIT_PARAGRAPH: _DocumentUnit.ValueType  # 3
+    """Paragraphs of a DOCX: the w:p elements of its main part, those in cells of
+    tables too. Always whole ones, so no characters are told.
+    """
+
+class DocumentUnit(_DocumentUnit, metaclass=_DocumentUnitEnumTypeWrapper):
+    """How places in a document are counted."""
+
+DOCUMENT_UNIT_UNSPECIFIED: DocumentUnit.ValueType  # 0
+"""Never sent."""
+DOCUMENT_UNIT_LINE: DocumentUnit.ValueType  # 1
+"""Lines of a text file (Markdown, plain text, HTML). Characters are those of the
+whole decoded file, line ends as they are, without a byte order mark.
+"""
+DOCUMENT_UNIT_PAGE: DocumentUnit.ValueType  # 2
+"""Pages of a PDF. Characters are those of one page, as PDFium numbers them."""
+DOCUMENT_UNIT_PARAGRAPH: DocumentUnit.ValueType  # 3
+"""Paragraphs of a DOCX: the w:p elements of its main part, those in cells of
+tables too. Always whole ones, so no characters are told.
+"""
+Global___DocumentUnit: _TypeAlias = DocumentUnit  # noqa: Y015
 
 class _Severity:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -241,7 +281,9 @@ class Upload(_message.Message):
     name: _builtins.str
     """"uploads/{id}"."""
     filename: _builtins.str
-    """The file's own name, for findings and format sniffing; never used as a path."""
+    """The file's own name, or its path below the folder that it came from; for
+    findings and format sniffing, never used as a path.
+    """
     size_bytes: _builtins.int
     """Announced size."""
     committed_bytes: _builtins.int
@@ -281,7 +323,7 @@ class StartUploadRequest(_message.Message):
     request_id: _builtins.str
     """Same id and body, same answer; chosen by the client."""
     filename: _builtins.str
-    """The file's own name."""
+    """The file's own name, or a relative path of names, as in "guide/setup.md"."""
     size_bytes: _builtins.int
     """Exact size."""
     sha256: _builtins.str
@@ -865,23 +907,71 @@ class Origin(_message.Message):
 
     FILE_FIELD_NUMBER: _builtins.int
     LINE_FIELD_NUMBER: _builtins.int
+    SPANS_FIELD_NUMBER: _builtins.int
     file: _builtins.str
     """The file's name: an upload's, or the path inside a repository or folder."""
     line: _builtins.int
-    """One-based line (JSONL, CSV), element (JSON array) or row (Parquet)."""
+    """One-based line (JSONL, CSV), element (JSON array) or row (Parquet); of a
+    document the first line (Markdown, text, HTML), page (PDF) or paragraph (DOCX).
+    """
+    @_builtins.property
+    def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___DocumentSpan]:
+        """Of an item of a document: the stretches whose text stands in the row, in
+        order. A heading that only names the item is in none of them.
+        """
+
     def __init__(
         self,
         *,
         file: _builtins.str = ...,
         line: _builtins.int = ...,
+        spans: _abc.Iterable[Global___DocumentSpan] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "line", b"line"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "line", b"line", "spans", b"spans"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Origin: _TypeAlias = Origin  # noqa: Y015
+
+@_typing.final
+class DocumentSpan(_message.Message):
+    """A stretch of a document."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UNIT_FIELD_NUMBER: _builtins.int
+    FIRST_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    BEGIN_CHARACTER_FIELD_NUMBER: _builtins.int
+    END_CHARACTER_FIELD_NUMBER: _builtins.int
+    unit: Global___DocumentUnit.ValueType
+    """What `first` and `last` count."""
+    first: _builtins.int
+    """The first one, from 1."""
+    last: _builtins.int
+    """The last one."""
+    begin_character: _builtins.int
+    """The first character, from 0; in a PDF, of the first page."""
+    end_character: _builtins.int
+    """The character behind the last; in a PDF, of the last page."""
+    def __init__(
+        self,
+        *,
+        unit: Global___DocumentUnit.ValueType = ...,
+        first: _builtins.int = ...,
+        last: _builtins.int = ...,
+        begin_character: _builtins.int = ...,
+        end_character: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin_character", b"begin_character", "end_character", b"end_character", "first", b"first", "last", b"last", "unit", b"unit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DocumentSpan: _TypeAlias = DocumentSpan  # noqa: Y015
 
 @_typing.final
 class Finding(_message.Message):
@@ -900,7 +990,7 @@ class Finding(_message.Message):
     file: _builtins.str
     """The upload's file name."""
     line: _builtins.int
-    """One-based line; 0 = the file or the dataset as a whole."""
+    """One-based line, counted as Origin.line is; 0 = the file or the dataset as a whole."""
     field: _builtins.str
     """The field, where one is at fault."""
     rule: _builtins.str
@@ -1173,6 +1263,46 @@ class DatasetStats(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class DocumentItemsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class LeftOutBlocksEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     ROWS_FIELD_NUMBER: _builtins.int
     SKIPPED_ROWS_FIELD_NUMBER: _builtins.int
     DUPLICATE_ROWS_FIELD_NUMBER: _builtins.int
@@ -1188,6 +1318,9 @@ class DatasetStats(_message.Message):
     CHANGED_BY_STEP_FIELD_NUMBER: _builtins.int
     QUALITY_FIELD_NUMBER: _builtins.int
     OUTPUT_WORDS_FIELD_NUMBER: _builtins.int
+    DOCUMENT_ITEMS_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_BLOCKS_FIELD_NUMBER: _builtins.int
+    SKIPPED_DOCUMENTS_FIELD_NUMBER: _builtins.int
     BELOW_SCORE_PAPERS_FIELD_NUMBER: _builtins.int
     skipped_rows: _builtins.int
     """Rows left out by on_row_error."""
@@ -1201,6 +1334,8 @@ class DatasetStats(_message.Message):
     """Near duplicates that were dropped."""
     output_words: _builtins.int
     """Words of what is learnt, over all rows."""
+    skipped_documents: _builtins.int
+    """Documents that could not be read and were left out (ON_ROW_ERROR_SKIP)."""
     below_score_papers: _builtins.int
     """Papers that were left out because their score is below min_score."""
     @_builtins.property
@@ -1239,6 +1374,14 @@ class DatasetStats(_message.Message):
     def quality(self) -> Global___Quality:
         """The score of the rows as they came."""
 
+    @_builtins.property
+    def document_items(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Items that were found in documents, by rule, as in "definition"."""
+
+    @_builtins.property
+    def left_out_blocks(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Blocks of documents that are in no item, by the rule that left them out."""
+
     def __init__(
         self,
         *,
@@ -1257,11 +1400,14 @@ class DatasetStats(_message.Message):
         changed_by_step: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         quality: Global___Quality | None = ...,
         output_words: _builtins.int = ...,
+        document_items: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        left_out_blocks: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        skipped_documents: _builtins.int = ...,
         below_score_papers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["quality", b"quality", "row_characters", b"row_characters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["below_score_papers", b"below_score_papers", "changed_by_step", b"changed_by_step", "characters", b"characters", "dropped_by_step", b"dropped_by_step", "duplicate_rows", b"duplicate_rows", "findings", b"findings", "forms", b"forms", "languages", b"languages", "near_dropped_rows", b"near_dropped_rows", "near_duplicate_rows", b"near_duplicate_rows", "output_words", b"output_words", "quality", b"quality", "repaired", b"repaired", "row_characters", b"row_characters", "rows", b"rows", "skipped_rows", b"skipped_rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["below_score_papers", b"below_score_papers", "changed_by_step", b"changed_by_step", "characters", b"characters", "document_items", b"document_items", "dropped_by_step", b"dropped_by_step", "duplicate_rows", b"duplicate_rows", "findings", b"findings", "forms", b"forms", "languages", b"languages", "left_out_blocks", b"left_out_blocks", "near_dropped_rows", b"near_dropped_rows", "near_duplicate_rows", b"near_duplicate_rows", "output_words", b"output_words", "quality", b"quality", "repaired", b"repaired", "row_characters", b"row_characters", "rows", b"rows", "skipped_documents", b"skipped_documents", "skipped_rows", b"skipped_rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1372,7 +1518,9 @@ class SourceFile(_message.Message):
     format: Global___RowFormat.ValueType
     """Its rows' form."""
     container: _builtins.str
-    """How rows lie in it, as in "jsonl", "csv" or "parquet"; with ".gz" or ".zst" where it was packed."""
+    """How rows lie in it, as in "jsonl", "csv" or "parquet", with ".gz" or ".zst" where it was packed; or the
+    kind of a document, as in "markdown" or "pdf".
+    """
     url: _builtins.str
     """The URL that it was fetched from at last; a query that a redirect added is left out."""
     def __init__(
@@ -1535,7 +1683,9 @@ class CreateDatasetRequest(_message.Message):
     dataset_id: _builtins.str
     """The alias to give, as in "datasets/{dataset_id}"."""
     format: Global___RowFormat.ValueType
-    """The form of rows; sniffed if unspecified."""
+    """The form of rows; sniffed if unspecified. Documents become chat rows, an
+    item each, or with ROW_FORMAT_TEXT plain texts, a section each.
+    """
     on_row_error: Global___OnRowError.ValueType
     """What to do with broken rows."""
     move_alias: _builtins.bool

@@ -86,6 +86,7 @@ class IngestSource(_message.Message):
     SHA256_FIELD_NUMBER: _builtins.int
     URL_FIELD_NUMBER: _builtins.int
     TEXT_COLUMN_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """Where its bytes lie; a folder for a parent."""
     filename: _builtins.str
@@ -100,6 +101,8 @@ class IngestSource(_message.Message):
     """Where it was fetched from."""
     text_column: _builtins.str
     """The column that is the text of rows which fit no form; empty = none."""
+    size_bytes: _builtins.int
+    """Size as it was fetched; 0 = that of the file."""
     def __init__(
         self,
         *,
@@ -110,10 +113,11 @@ class IngestSource(_message.Message):
         sha256: _builtins.str = ...,
         url: _builtins.str = ...,
         text_column: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["filename", b"filename", "path", b"path", "sealed", b"sealed", "sha256", b"sha256", "split", b"split", "text_column", b"text_column", "url", b"url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filename", b"filename", "path", b"path", "sealed", b"sealed", "sha256", b"sha256", "size_bytes", b"size_bytes", "split", b"split", "text_column", b"text_column", "url", b"url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -604,6 +608,86 @@ class StretchReport(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StretchReport: _TypeAlias = StretchReport  # noqa: Y015
+
+@_typing.final
+class DocumentOrder(_message.Message):
+    """One document, for the reader of an ingest worker, which takes any number of them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    FILENAME_FIELD_NUMBER: _builtins.int
+    AS_TEXTS_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    CPU_SECONDS_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """The file."""
+    filename: _builtins.str
+    """Its name."""
+    as_texts: _builtins.bool
+    """Sections as plain texts, no items."""
+    memory_bytes: _builtins.int
+    """Address space that its reading may take."""
+    cpu_seconds: _builtins.int
+    """CPU time that its reading may take."""
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        filename: _builtins.str = ...,
+        as_texts: _builtins.bool = ...,
+        memory_bytes: _builtins.int = ...,
+        cpu_seconds: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_texts", b"as_texts", "cpu_seconds", b"cpu_seconds", "filename", b"filename", "memory_bytes", b"memory_bytes", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DocumentOrder: _TypeAlias = DocumentOrder  # noqa: Y015
+
+@_typing.final
+class DocumentReport(_message.Message):
+    """What a document holds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    FOUND_JSON_FIELD_NUMBER: _builtins.int
+    RULE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    HINT_FIELD_NUMBER: _builtins.int
+    LINE_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """Its kind, as in "markdown"."""
+    found_json: _builtins.bytes
+    """Rows, spans, findings and what was left out, as one JSON object. Empty where it was refused."""
+    rule: _builtins.str
+    """Why it cannot be read: rule, message, hint; and the line or page."""
+    message: _builtins.str
+    """What was found."""
+    hint: _builtins.str
+    """What to do."""
+    line: _builtins.int
+    """Where; 0 = the document as a whole."""
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        found_json: _builtins.bytes = ...,
+        rule: _builtins.str = ...,
+        message: _builtins.str = ...,
+        hint: _builtins.str = ...,
+        line: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["found_json", b"found_json", "hint", b"hint", "kind", b"kind", "line", b"line", "message", b"message", "rule", b"rule"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DocumentReport: _TypeAlias = DocumentReport  # noqa: Y015
 
 @_typing.final
 class FindingCount(_message.Message):
