@@ -175,7 +175,7 @@ def test_each_hop_is_checked_anew(get: Get, there: Site) -> None:
         assert len(get(there.url("/out"), hosts=(there.host(), inner.host())).sources) == 1
     for to in ("file:///etc/passwd", "http://user@127.0.0.1/", "ftp://127.0.0.1/", "http://a b/", "\\\\x"):
         there.move("/odd", to)
-        assert reason(get.refused(there.url("/odd"))) in ("UPSTREAM", "NOT_FOUND"), to
+        assert reason(get.refused(there.url("/odd"))) in ("INVALID_REQUEST", "NOT_FOUND"), to
     assert "does not say where to" in get.refused(there.say("/nowhere", 302)).message
 
 
@@ -187,7 +187,7 @@ def test_circles_and_long_ways_end(get: Get, there: Site) -> None:
     for path, hops in (("/a", 2), ("/hop0", web.MAX_HOPS + 1)):
         there.asked.clear()
         fault = get.refused(there.url(path))
-        assert reason(fault) == "UPSTREAM" and "circle" in fault.message and len(there.asked) == hops
+        assert reason(fault) == "INVALID_REQUEST" and "circle" in fault.message and len(there.asked) == hops
 
 
 # What the other end sends
@@ -217,14 +217,14 @@ def test_a_bomb_is_cut_at_the_bound(get: Get, there: Site) -> None:
 def test_packed_bodies(get: Get, there: Site) -> None:
     packed = gzip.compress(b"first ") + gzip.compress(b"second" * 40_000)
     assert get.text(there.put("/packed", packed, Content_Encoding="gzip")) == "first " + "second" * 40_000
-    for body, encoding, word in (
-        (packed[:-9], "gzip", "middle of its packed data"),
-        (b"no gzip", "gzip", "damaged"),
-        (packed + b"rest", "gzip", "damaged"),
-        (packed, "br", "'br'"),
+    for body, encoding, why, word in (
+        (packed[:-9], "gzip", "UPSTREAM", "middle of its packed data"),
+        (b"no gzip", "gzip", "INVALID_REQUEST", "damaged"),
+        (packed + b"rest", "gzip", "INVALID_REQUEST", "damaged"),
+        (packed, "br", "INVALID_REQUEST", "'br'"),
     ):
         fault = get.refused(there.put("/odd-packed", body, Content_Encoding=encoding))
-        assert reason(fault) == "UPSTREAM" and word in fault.message
+        assert reason(fault) == why and word in fault.message
 
 
 @pytest.mark.parametrize(
@@ -254,15 +254,15 @@ def test_a_name_service_that_hangs(get: Get, there: Site) -> None:
 
 def test_heads_that_are_none(get: Get, there: Site) -> None:
     many = b"".join(b"X-%d: y\r\n" % i for i in range(5000))
-    for head in (
-        b"HTTP/1.1 200 x\r\nX-Huge: " + b"x" * (1 << 20) + b"\r\n\r\n",
-        b"HTTP/1.1 200 x\r\n" + many + b"\r\n",
-        b"x" * 100_000,
-        b"SSH-2.0-server\r\n",
-        b"",
+    for head, why in (
+        (b"HTTP/1.1 200 x\r\nX-Huge: " + b"x" * (1 << 20) + b"\r\n\r\n", "INVALID_REQUEST"),
+        (b"HTTP/1.1 200 x\r\n" + many + b"\r\n", "INVALID_REQUEST"),
+        (b"x" * 100_000, "INVALID_REQUEST"),
+        (b"SSH-2.0-server\r\n", "INVALID_REQUEST"),
+        (b"", "UPSTREAM"),
     ):
         fault = get.refused(there.odd("/head", lambda s, head=head: s.sendall(head)))
-        assert reason(fault) == "UPSTREAM" and "does not answer as it should" in fault.message
+        assert reason(fault) == why and "does not answer as a web server should" in fault.message
     cut = b"HTTP/1.1 200 x\r\nContent-Type: text/plain\r\nContent-Length: 100\r\n\r\nhalf"
     assert "too early" in get.refused(there.odd("/cut", lambda s: s.sendall(cut))).message
 
@@ -284,7 +284,9 @@ def test_answers_that_are_no_page(get: Get, there: Site) -> None:
     assert reason(get.refused(there.say("/closed", 403, b"no"))) == "PERMISSION_DENIED"
     fault = get.refused(there.say("/busy", 503, b"", Retry_After="7"))
     assert reason(fault) == "UPSTREAM" and fault.retry_seconds == 7
-    assert reason(get.refused(there.say("/part", 206, b"x", Content_Type="text/plain"))) == "UPSTREAM"
+    for status in (204, 206, 304, 418, 500, 999):
+        fault = get.refused(there.say("/part", status, b"x", Content_Type="text/plain"))
+        assert reason(fault) == ("UPSTREAM" if status == 500 else "INVALID_REQUEST"), status
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
@@ -357,6 +359,9 @@ def test_certificates_are_held_against_the_name(
     def resolve(host: str, port: int, **_: Any) -> list[Any]:
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
 
+    plain = there.url("/", "localhost").replace("https", "http")
+    fault = get.refused(plain, hosts=(there.host("localhost").replace("https", "http"),))
+    assert reason(fault) in ("UPSTREAM", "INVALID_REQUEST")
     fault = get.refused(there.url("/", "other.example"), hosts=(there.host("other.example"),), resolve=resolve)
     assert reason(fault) == "REJECTED" and "certificate" in fault.message
     # No length, and no farewell: this may be half of it.

@@ -23,6 +23,7 @@ from qlorad.v1 import errors_pb2
 from services.common.errors import Fault, rejected, show
 from services.datasets.addresses import INNER, is_open, kind_of
 from services.datasets.web_rules import Allowed, Page
+from services.datasets.worker.card import unusable
 
 _CONNECT_SECONDS = 10.0
 _IDLE_SECONDS = 30.0
@@ -32,10 +33,15 @@ Resolve = Callable[..., list]
 
 
 def failed(page: Page, why: str, retry_seconds: float = 30.0) -> Fault:
-    """UPSTREAM: the server did not do its part."""
+    """UPSTREAM: the server did not do its part, and may do it later."""
     url = page.url_without_query  # what a redirect put behind it may be a secret
     told = f"{show(url, 200)} {why}"
     return Fault(errors_pb2.REASON_UPSTREAM, told, resource=url[:200], retry_seconds=max(1.0, retry_seconds))
+
+
+def unfit(page: Page, why: str, accepted: str = "the URL of a page that a browser shows") -> Fault:
+    """INVALID_ARGUMENT: what the server does will be no better later."""
+    return unusable("web.urls", f"{page.url_without_query}, which {why}", accepted)
 
 
 def late(page: Page, clock: Clock) -> Fault:
@@ -129,7 +135,11 @@ def errors_of(page: Page, clock: Clock) -> Iterator[None]:
             raise late(page, clock) from None
         if isinstance(e, TimeoutError):
             raise failed(page, f"says nothing for {_IDLE_SECONDS:g} seconds") from None
-        raise failed(page, f"does not answer as it should ({type(e).__name__}: {show(str(e))})") from None
+        told = f"does not answer as a web server should ({type(e).__name__}: {show(str(e))})"
+        is_cut = isinstance(e, OSError | http.client.IncompleteRead)
+        if is_cut and (not isinstance(e, ssl.SSLError) or isinstance(e, ssl.SSLEOFError)):
+            raise failed(page, told) from None
+        raise unfit(page, told) from None
 
 
 def _connected(page: Page, allowed: Allowed, clock: Clock, resolve: Resolve) -> socket.socket:

@@ -23,7 +23,7 @@ from services.datasets import web_rules
 from services.datasets.web_rules import Allowed, Page
 from services.datasets.worker import charsets, pages
 from services.datasets.worker.card import unusable
-from services.datasets.worker.reach import Clock, Resolve, answered, denied, errors_of, failed, late
+from services.datasets.worker.reach import Clock, Resolve, answered, denied, errors_of, failed, late, unfit
 
 MAX_HOPS = 5
 _PIECE = 1 << 16
@@ -94,18 +94,18 @@ def _bring(page: Page, bounds: Bounds, path: pathlib.Path, told: Callable[[int],
                 page = _next(page, response)
             if page in way or len(way) > MAX_HOPS:
                 hops = " to ".join(show(p.url_without_query, 80) for p in way[-3:])
-                raise failed(way[0], f"is redirected in a circle, or more than {MAX_HOPS} times (at last {hops})")
+                raise unfit(way[0], f"is redirected in a circle, or more than {MAX_HOPS} times (at last {hops})")
             way.append(page)
 
 
 def _next(page: Page, response: http.client.HTTPResponse) -> Page:
     location = response.headers.get("Location")
     if not location:
-        raise failed(page, f"answers with {response.status} and does not say where to")
+        raise unfit(page, f"answers with {response.status} and does not say where to")
     try:
         return web_rules.follow(page, location)
     except ValueError as e:
-        raise failed(page, f"is redirected to {show(location)}, which {e}") from None
+        raise unfit(page, f"is redirected to {show(location)}, which {e}") from None
 
 
 def _take(
@@ -166,7 +166,7 @@ def _unpacked(page: Page, response: http.client.HTTPResponse, pieces: Iterator[b
         yield from pieces
         return
     if packing not in ("gzip", "x-gzip"):
-        raise failed(page, f"is packed as {show(packing)}, which was not asked for; accepted: gzip, or not packed")
+        raise unfit(page, f"is packed as {show(packing)}, which was not asked for", "gzip, or not packed")
     unpack = zlib.decompressobj(31)
     try:
         for piece in pieces:
@@ -178,7 +178,7 @@ def _unpacked(page: Page, response: http.client.HTTPResponse, pieces: Iterator[b
         while rest := unpack.decompress(b"", _PIECE):  # what it still holds
             yield rest
     except zlib.error as e:
-        raise failed(page, f"is packed in a way that is damaged ({e})") from None
+        raise unfit(page, f"is packed in a way that is damaged ({e})", "whole gzip data") from None
     if not unpack.eof:
         raise failed(page, "ends in the middle of its packed data")
 
@@ -190,6 +190,8 @@ def _by_status(page: Page, response: http.client.HTTPResponse) -> Fault:
         return Fault(errors_pb2.REASON_NOT_FOUND, told, resource=page.url_without_query[:200])
     if status in (401, 403, 407, 451):
         return denied(page, f"is not open to this daemon ({status}), which shows no credentials", "a page open to all")
+    if status not in _AGAIN:
+        return unfit(page, f"is answered with status {status}")
     wait = response.headers.get("Retry-After", "").strip()
-    seconds = float(wait[:9]) if status in _AGAIN and wait.isdecimal() and wait.isascii() else 30.0
+    seconds = float(wait[:9]) if wait.isdecimal() and wait.isascii() else 30.0
     return failed(page, f"answers with status {status}", seconds)

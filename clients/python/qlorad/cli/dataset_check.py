@@ -34,12 +34,14 @@ def add_to(app: typer.Typer) -> None:
 
 def validate(
     sources: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             help="Files; or datasets by alias or sha256:…; or one hub:OWNER/NAME, https://… or folder.",
             metavar="SOURCE…",
         ),
-    ],
+    ] = None,
+    chroma: given.Chroma = "",
+    collection: given.Collection = "",
     severity: Annotated[str, typer.Option(help="Only info, warning or error, and worse.")] = "",
     most: Annotated[int, typer.Option(min=0, help="So many findings in the table; JSON has all.")] = 50,
     fix: Annotated[bool, typer.Option("--fix", help="Make a dataset with every repair, under --name.")] = False,
@@ -66,11 +68,16 @@ def validate(
         raise errors.invalid("--name", name, "an alias for the repaired dataset")
     if name and not fix:
         raise errors.invalid("--name", name, "no name without --fix: validate makes nothing")
-    files, others = given.told_apart(sources)
+    files, others = given.told_apart(sources or [])
+    if not (sources or chroma or collection):
+        raise errors.invalid("SOURCE", "", "files, datasets, hub:OWNER/NAME, https://… or a folder; or --chroma")
     asked = given.plan(
         format, column, validation, test, seed, "", False, on_row_error, False, near_duplicates, similarity,
         ["all"] if fix else repair, steps, min_score,
     )  # fmt: skip
+    if chroma or collection:
+        given.alone(" ".join(sources or []), "", [], [])
+        asked = given.elsewhere(asked, [], chroma, collection)
     if others and given.is_place(others[0]):
         asked = given.sourced(asked, others[0], "", [], [])
     with connected() as client:

@@ -133,10 +133,10 @@ def split(
 
 def _of_url(urls: list[str]) -> str:
     """What a dataset of pages is called: the last part of the first one's path, or its host."""
-    from urllib.parse import urlsplit
+    from urllib.parse import unquote, urlsplit
 
     parts = urlsplit(urls[0])
-    return parts.path.rstrip("/").rpartition("/")[2].partition(".")[0] or (parts.hostname or "")
+    return unquote(parts.path).rstrip("/").rpartition("/")[2].partition(".")[0] or (parts.hostname or "")
 
 
 def _make(output: Format, alias: str, files: list[pathlib.Path], move: bool, asked: Plan) -> None:
