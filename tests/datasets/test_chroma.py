@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -74,6 +75,21 @@ def test_what_is_no_folder_of_chroma(tmp_path: pathlib.Path) -> None:
     assert fault.reason == errors_pb2.REASON_TOO_LARGE
 
 
+def test_who_writes_is_waited_for_and_not_for_ever(tmp_path: pathlib.Path) -> None:
+    writer = sqlite3.connect(tmp_path / chroma.FILE, isolation_level=None)
+    writer.execute("CREATE TABLE t (x)")
+    writer.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(Fault) as caught:
+        chroma.copied(tmp_path, tmp_path / "a", 1 << 30, patience=0.3)
+    assert caught.value.reason == errors_pb2.REASON_UPSTREAM and "held by who writes" in caught.value.message
+    writer.execute("INSERT INTO t VALUES (7)")
+    writer.execute("COMMIT")
+    copy = sqlite3.connect(chroma.copied(tmp_path, tmp_path / "b", 1 << 30) / chroma.FILE)
+    assert copy.execute("SELECT x FROM t").fetchall() == [(7,)]
+    copy.close()
+    writer.close()
+
+
 @pytest.mark.skipif(HAS_CHROMA, reason="chromadb is here")
 def test_without_chromadb_the_extra_is_named(tmp_path: pathlib.Path) -> None:
     folder = tmp_path / "store"
@@ -141,6 +157,20 @@ def test_a_collection_in_order_of_ids_and_untouched(tmp_path: pathlib.Path) -> N
     assert [json.loads(line)["number"] for line in lines] == list(range(12_345))
     assert digest_of(store) == before
     assert read(store, tmp_path / "b").sources[0].sha256 == source.sha256
+
+
+@pytest.mark.slow
+@with_chroma
+def test_a_store_of_an_older_chroma_is_read_and_stays_as_it_is(tmp_path: pathlib.Path) -> None:
+    store = tmp_path / "store"
+    fill(store, 20)
+    with contextlib.closing(sqlite3.connect(store / chroma.FILE)) as db:  # as the release before left it
+        db.execute("DROP TABLE embedding_metadata_array")
+        db.execute("DELETE FROM migrations WHERE dir = 'metadb' AND version = 6")
+        db.commit()
+    before = digest_of(store)
+    assert len(pathlib.Path(read(store, tmp_path / "a").sources[0].path).read_bytes().splitlines()) == 20
+    assert digest_of(store) == before
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import hashlib
 import pathlib
 import socket
 import ssl
+import tracemalloc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -210,7 +211,12 @@ def test_an_endless_body_is_cut_at_the_bound(get: Get, there: Site) -> None:
 def test_a_bomb_is_cut_at_the_bound(get: Get, there: Site) -> None:
     bomb = gzip.compress(bytes(64 << 20))
     url = there.put("/bomb", bomb, Content_Encoding="gzip")
-    fault = get.refused(url, most=1 << 20)
+    tracemalloc.start()
+    try:
+        fault = get.refused(url, most=1 << 20)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
     assert reason(fault) == "TOO_LARGE" and (get.into / "page-000").stat().st_size <= 1 << 20
 
 

@@ -15,9 +15,11 @@ import os
 import pathlib
 import shutil
 import sqlite3
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from qlorad.v1 import errors_pb2
 from services.common.errors import Fault, disk_full, not_found, rejected, show, too_large
 from services.common.frames.v1 import ingest_pb2
 from services.datasets.worker.card import unusable
@@ -54,8 +56,11 @@ def fetch(order: ingest_pb2.FetchOrder, tell: Callable[[int, int], None]) -> ing
     return done
 
 
-def copied(folder: pathlib.Path, into: pathlib.Path, max_bytes: int) -> pathlib.Path:
-    """A folder with a copy of the file that holds the texts: whole and of one moment, whoever writes to it."""
+def copied(folder: pathlib.Path, into: pathlib.Path, max_bytes: int, patience: float = 30.0) -> pathlib.Path:
+    """A folder with a copy of the file that holds the texts: whole and of one moment, whoever writes to it.
+
+    UPSTREAM where somebody holds it for as long as the patience.
+    """
     given = folder / FILE
     real = given.resolve()
     if not real.is_file() or not real.is_relative_to(folder):
@@ -67,12 +72,19 @@ def copied(folder: pathlib.Path, into: pathlib.Path, max_bytes: int) -> pathlib.
     into.mkdir()
     if size > (free := shutil.disk_usage(into).free):
         raise disk_full(f"copying {size} bytes of {real} ({free} are free)")
+    end = time.monotonic() + patience
+
+    def wait(status: int, *_: int) -> None:
+        if status in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) and time.monotonic() > end:
+            told = f"chroma.path: {real} is held by who writes to it; call again later"
+            raise Fault(errors_pb2.REASON_UPSTREAM, told, resource=str(folder), retry_seconds=30.0)
+
     try:
         with (
-            contextlib.closing(sqlite3.connect(f"{real.as_uri()}?mode=ro", uri=True)) as source,
+            contextlib.closing(sqlite3.connect(f"{real.as_uri()}?mode=ro", uri=True, timeout=0)) as source,
             contextlib.closing(sqlite3.connect(into / FILE)) as copy,
         ):
-            source.backup(copy)
+            source.backup(copy, progress=wait, sleep=0.1)
     except sqlite3.Error as e:
         raise unusable("chroma.path", f"{real}, which cannot be read ({e})", "a whole file of Chroma's") from None
     return into
