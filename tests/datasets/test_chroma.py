@@ -180,7 +180,7 @@ def test_collections_that_are_not_there_or_hold_nothing(tmp_path: pathlib.Path) 
     fill(store, 3)
     collection(store, "empty")
     fault = refused(store, tmp_path / "a", name="note")
-    assert fault.reason == errors_pb2.REASON_NOT_FOUND and "did you mean 'notes'" in fault.message
+    assert fault.reason == errors_pb2.REASON_NOT_FOUND and "there is: 'empty', 'notes'" in fault.message
     assert "which is empty" in refused(store, tmp_path / "b", name="empty").message
 
 

@@ -123,6 +123,7 @@ def test_papers_are_known_by_their_sections() -> None:
     assert form_of(paper(), {}) == PAPER and form_of(paper(text="x"), {}) == PAPER
     assert form_of({"title": "T", "abstract": "A", "text": "x"}, {}) == datasets_pb2.ROW_FORMAT_TEXT
     assert form_of({**paper(), "sections": "none"}, {}) == 0
+    assert form_of({**paper(), "sections": json.dumps(paper()["sections"])}, {}) == PAPER  # as CSV fields hold it
     found = sniff([paper()], {})
     assert found.form == PAPER and "title, abstract, sections" in found.evidence
 

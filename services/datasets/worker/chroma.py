@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from qlorad.v1 import errors_pb2
-from services.common.errors import Fault, disk_full, not_found, rejected, show, too_large
+from services.common.errors import Fault, disk_full, rejected, show, too_large
 from services.common.frames.v1 import ingest_pb2
 from services.datasets.worker.card import unusable
 
@@ -115,7 +115,9 @@ def _collection(client: Any, name: str, path: str) -> Any:
         found = client.get_collection(name, embedding_function=None)
     except Exception as e:
         if type(e).__name__ == "NotFoundError":
-            raise not_found(name, known) from None
+            there = ", ".join(map(show, sorted(known)[:20])) or "none"
+            told = f"chroma.collection: {path} has no {show(name)}; there is: {there}"
+            raise Fault(errors_pb2.REASON_NOT_FOUND, told, resource=name) from None
         raise _odd(f"has a collection {show(name)} that cannot be opened", e) from None
     return found
 

@@ -94,7 +94,8 @@ def _fits(form: Form, row: Mapping[str, Any], names: Mapping[str, str], is_told:
     if form == CANONICAL:
         return row.keys() <= _EXAMPLE and any(isinstance(row.get(body), dict) for body in BODIES)
     if form == PAPER:
-        return isinstance(row[names["sections"]], list)
+        given = row[names["sections"]]
+        return is_told or isinstance(given, list) or (isinstance(given, str) and given.lstrip().startswith("["))
     if form == TEXT and names["text"] != "text":
         return is_told or "role" not in row  # a message by itself is no text
     if form not in _TURN:
