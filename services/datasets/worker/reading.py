@@ -134,6 +134,7 @@ class Reading:
             size_bytes=told.size_bytes or path.stat().st_size,
             format=form,
             container=read.kind,
+            items=len(read.records),
             url=told.url,
         )
         self._parse(place, [], read.records, self._open(0), None, len(read.records))

@@ -32,7 +32,10 @@ def add_to(app: typer.Typer) -> None:
 def upload(
     files: Annotated[
         list[pathlib.Path],
-        typer.Argument(help="JSONL, JSON, CSV, TSV, Parquet or Arrow files, packed as .gz or .zst too, in order."),
+        typer.Argument(
+            help="JSONL, JSON, CSV, TSV, Parquet or Arrow files, packed as .gz or .zst too; Markdown, text, HTML, PDF "
+            "or DOCX; in order."
+        ),
     ],
     name: Annotated[str, typer.Option(help="The alias to give; else the first file's name.")] = "",
     format: given.FormatOf = "",
@@ -145,7 +148,7 @@ def _make(output: Format, alias: str, files: list[pathlib.Path], move: bool, ask
     sent: list[Any] = list(files)
     with connected() as client:
         if not move:
-            _not_taken(client, alias)
+            not_taken(client, alias)
         with progress.shown(f"datasets/{alias}") as tell:
             made = client.datasets.create(alias, sent, move_alias=move, progress=tell, **asked)
     show_dataset(output, made)
@@ -153,7 +156,7 @@ def _make(output: Format, alias: str, files: list[pathlib.Path], move: bool, ask
         out.say(f"`qlorad dataset findings {alias}` tells each finding")
 
 
-def _not_taken(client: Client, alias: str) -> None:
+def not_taken(client: Client, alias: str) -> None:
     """Asks before anything is sent or fetched: the name may be wrong, or taken."""
     from qlorad import errors
 

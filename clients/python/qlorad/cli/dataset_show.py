@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qlorad.client import Client
     from qlorad.v1 import datasets_pb2
 
+_UNITS = {"DOCUMENT_UNIT_LINE": "line", "DOCUMENT_UNIT_PAGE": "page", "DOCUMENT_UNIT_PARAGRAPH": "paragraph"}
 _SPLITS = ("train", "validation", "test")
 
 
@@ -46,6 +47,9 @@ def show_dataset(wanted: Format, dataset: datasets_pb2.Dataset) -> None:
         ("format", format_of(dataset)),
         ("rows", rows_of(dataset)),
         ("skipped rows", str(stats.skipped_rows or "")),
+        ("items", counted(stats.document_items)),
+        ("left out", counted(stats.left_out_blocks)),
+        ("unread", f"{stats.skipped_documents} documents" if stats.skipped_documents else ""),
         ("duplicates", ", ".join(x for x in (exact, near) if x)),
         ("papers", below_score(stats)),
         ("repaired", counted(stats.repaired)),
@@ -104,6 +108,12 @@ def came_from(example: dict[str, Any]) -> str:
     origin = example.get("origin", {})
     if not origin.get("file"):
         return ""
+    spans = [
+        f"{_UNITS[s['unit']]}{s['first']}" + f"–{s['last']}" * (s["last"] != s["first"])
+        for s in origin.get("spans", [])
+    ]
+    if spans:
+        return f" ({origin['file']}: {', '.join(spans)})"
     return f" ({origin['file']}:{origin['line']})" if origin.get("line") else f" ({origin['file']})"
 
 

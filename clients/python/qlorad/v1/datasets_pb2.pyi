@@ -1508,6 +1508,7 @@ class SourceFile(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
     CONTAINER_FIELD_NUMBER: _builtins.int
+    ITEMS_FIELD_NUMBER: _builtins.int
     URL_FIELD_NUMBER: _builtins.int
     file: _builtins.str
     """Its name."""
@@ -1521,6 +1522,8 @@ class SourceFile(_message.Message):
     """How rows lie in it, as in "jsonl", "csv" or "parquet", with ".gz" or ".zst" where it was packed; or the
     kind of a document, as in "markdown" or "pdf".
     """
+    items: _builtins.int
+    """Items that were found in it, where it is a document."""
     url: _builtins.str
     """The URL that it was fetched from at last; a query that a redirect added is left out."""
     def __init__(
@@ -1531,11 +1534,12 @@ class SourceFile(_message.Message):
         size_bytes: _builtins.int = ...,
         format: Global___RowFormat.ValueType = ...,
         container: _builtins.str = ...,
+        items: _builtins.int = ...,
         url: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["container", b"container", "file", b"file", "format", b"format", "sha256", b"sha256", "size_bytes", b"size_bytes", "url", b"url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["container", b"container", "file", b"file", "format", b"format", "items", b"items", "sha256", b"sha256", "size_bytes", b"size_bytes", "url", b"url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

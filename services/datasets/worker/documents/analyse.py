@@ -45,51 +45,57 @@ class Found:
 def analyse(document: Document, language: str) -> Found:
     """The items of a document, each asked for in its language."""
     words = wording.of_language(language)
-    blocks = document.blocks
-    left = {n: block.left for n, block in enumerate(blocks) if block.left}
+    blocks, places = _kept(document)
+    left: dict[int, str] = {}
     made: list[Item] = []
     for section in sections.cut(blocks, document.title):
         _leave_out_whole(section, left)
-        before = len(made)
-        for rule in items.RULES:
-            for draft in rule(section):
-                if not set(draft.answer) | set(draft.asked) <= section.free:
-                    continue
-                if draft.rule == "heading" and _is_lead_in(section, draft, len(made) > before):
-                    _leave(section, draft.answer, "lead_in", left)
-                elif items.is_too_short(section, draft):
-                    if draft.rule == "heading":
-                        _leave(section, draft.answer, "too_short", left)
-                else:
-                    section.free -= {*draft.answer, *draft.asked}
-                    made += _items(section, draft, words)
+        drafts = _drafts(section, left)
+        for draft in drafts:
+            made += _items(section, draft, words)
         for n in section.left():
             left[n] = "code_without_prose" if blocks[n].kind == CODE else "no_heading"
-        if section.heading is not None and len(made) == before and not section.has_parts:
-            left[section.heading] = left.get(section.heading) or "lone_heading"
+        if section.heading is not None and not drafts and not section.has_parts:
+            left.setdefault(section.heading, "lone_heading")
     made.sort(key=lambda item: (min(item.blocks), item.rule))
-    return Found(made, left)
+    return _placed(document, places, made, left)
 
 
 def texts(document: Document) -> Found:
     """The sections of a document as plain texts, their headings on top."""
-    blocks = document.blocks
-    left = {n: block.left for n, block in enumerate(blocks) if block.left}
+    blocks, places = _kept(document)
+    left: dict[int, str] = {}
     made: list[Item] = []
     for section in sections.cut(blocks, ""):
         _leave_out_whole(section, left)
         body = section.left()
         if not body and section.heading is not None:
             if not section.has_parts:
-                left[section.heading] = left.get(section.heading) or "lone_heading"
+                left.setdefault(section.heading, "lone_heading")
             continue
         own = [] if section.heading is None else [section.heading]
         for number, run in enumerate(_parts(blocks, body)):
             taken = (*own, *run) if number == 0 else tuple(run)
             text = sections.written(blocks[n] for n in taken)
             path = " › ".join(section.path)
-            made.append(Item("text", "", text, path, sections.spans(blocks, taken), taken))
-    return Found(made, left)
+            made.append(Item("text", "", text, path, (), taken))
+    return _placed(document, places, made, left)
+
+
+def _kept(document: Document) -> tuple[list[Block], list[int]]:
+    """What its reader did not leave out, and the number of each in the document."""
+    places = [n for n, block in enumerate(document.blocks) if not block.left]
+    return [document.blocks[n] for n in places], places
+
+
+def _placed(document: Document, places: Sequence[int], made: Sequence[Item], left: Mapping[int, str]) -> Found:
+    """What was found, by the numbers and places of the whole document."""
+    whole = []
+    for item in made:
+        taken = tuple(places[n] for n in item.blocks)
+        whole.append(replace(item, blocks=taken, spans=sections.spans(document.blocks, taken)))
+    by_reader = {n: block.left for n, block in enumerate(document.blocks) if block.left}
+    return Found(whole, by_reader | {places[n]: reason for n, reason in left.items()})
 
 
 def _leave(section: Section, numbers: Sequence[int], reason: str, left: dict[int, str]) -> None:
@@ -115,10 +121,41 @@ def _leave_out_whole(section: Section, left: dict[int, str]) -> None:
         _leave(section, dotted, "table_of_contents", left)
 
 
-def _is_lead_in(section: Section, draft: Draft, has_items: bool) -> bool:
-    """Whether the rest of a section only leads to what was taken of it."""
-    blocks = [section.blocks[n] for n in draft.answer]
-    return has_items and all(b.kind == PROSE and b.text.endswith(":") for b in blocks)
+def _drafts(section: Section, left: dict[int, str]) -> list[Draft]:
+    """The items of a section; each block that a rule looked at is in one of them, or left out."""
+    drafts: list[Draft] = []
+    for rule in items.RULES:
+        for draft in rule(section):
+            if not set(draft.answer) | set(draft.asked) <= section.free:
+                continue
+            if draft.rule == "heading" and drafts and sections.words(_text(section, draft)) < items.LEAST_REST:
+                _share_out(section, draft.answer, drafts, left)
+            elif not items.is_too_short(section, draft):
+                section.free -= {*draft.answer, *draft.asked}
+                drafts.append(draft)
+            elif draft.rule == "heading":
+                _leave(section, draft.answer, "too_short", left)
+    return drafts
+
+
+def _text(section: Section, draft: Draft) -> str:
+    return sections.written(section.blocks[n] for n in draft.answer)
+
+
+def _share_out(section: Section, rest: Sequence[int], drafts: list[Draft], left: dict[int, str]) -> None:
+    """Gives the few words that are left of a section to the steps, table or code beside them; else they only lead."""
+    for n in sorted(rest, reverse=True):
+        for at, draft in enumerate(drafts):
+            if draft.rule in items.TAKE_MORE and (n + 1 in draft.answer or n - 1 in draft.answer):
+                drafts[at] = replace(draft, answer=tuple(sorted((*draft.answer, n))))
+                section.free.discard(n)
+                break
+    for n in rest:  # what stands behind such a word
+        for at, draft in enumerate(drafts):
+            if n in section.free and draft.rule in items.TAKE_MORE and n - 1 in draft.answer:
+                drafts[at] = replace(draft, answer=tuple(sorted((*draft.answer, n))))
+                section.free.discard(n)
+    _leave(section, [n for n in rest if n in section.free], "lead_in", left)
 
 
 def _items(section: Section, draft: Draft, words: wording.Words) -> list[Item]:
@@ -133,7 +170,7 @@ def _items(section: Section, draft: Draft, words: wording.Words) -> list[Item]:
         asked = wording.part(words, question, number, len(parts))
         path = " › ".join(section.path)
         taken = tuple(sorted((*own, *run)))
-        made.append(Item(draft.rule, asked, answer, path, sections.spans(blocks, taken), taken))
+        made.append(Item(draft.rule, asked, answer, path, (), taken))
     return made
 
 

@@ -30,6 +30,7 @@ from services.datasets.worker.documents.packages import Package, Target, hear
 from services.datasets.worker.found import INFO, Problem, Unreadable
 
 _MAIN = "word/document.xml"
+_BLANK_LINES = 3
 _SIGNS = {"tab": " ", "noBreakHyphen": "-", "softHyphen": "", "cr": "\n"}
 
 
@@ -258,8 +259,9 @@ class _Walk(Target):
 def _append(made: list[Block], block: Block) -> None:
     """Adds a block; paragraphs of code that follow one another are one piece of it."""
     before = made[-1] if made else None
-    if block.kind == CODE and before and before.kind == CODE and before.span.last + 1 == block.span.first:
-        made[-1] = replace(before, text=f"{before.text}\n{block.text}", span=before.span.to(block.span))
+    if block.kind == CODE and before and before.kind == CODE and block.span.first - before.span.last <= _BLANK_LINES:
+        ends = "\n" * (block.span.first - before.span.last)  # nothing but empty ones lies between them
+        made[-1] = replace(before, text=f"{before.text}{ends}{block.text}", span=before.span.to(block.span))
     else:
         made.append(block)
 

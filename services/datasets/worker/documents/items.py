@@ -14,6 +14,10 @@ from services.datasets.worker.documents.blocks import CODE, HEADING, ITEM, MEANI
 from services.datasets.worker.documents.sections import Section, words
 
 LEAST_WORDS = 5
+LEAST_REST = 30
+"""Words that are left of a section: fewer are no item of their own beside others."""
+TAKE_MORE = ("procedure", "code", "table")
+_MOST_SHOWN = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +167,8 @@ def codes(section: Section) -> Iterator[Draft]:
         topic = section.topic
         if before is not None and (place or not topic):
             topic = f"{topic}: {_last_sentence(blocks[before].text)}".lstrip(": ")
+        elif place:
+            topic = f"{topic}: {blocks[n].text.lstrip().partition(chr(10))[0][:_MOST_SHOWN]}"
         answer = (*(() if before is None else (before,)), *range(n, end), *(() if after is None else (after,)))
         yield Draft("code", topic, answer)
 

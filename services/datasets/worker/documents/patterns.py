@@ -36,7 +36,7 @@ _NAME = r"[^\W\d_][\w/'’\-]*(?:\s+[\w/'’\-]+){0,5}?(?:\s+\([^()]{1,20}\))?"
 _DEFINED = re.compile(
     rf"(?:(?:an?|the|ein|eine|der|die|das)\s+)?(?P<term>{_NAME})\s*"
     r"(?:,\s+[^,.]{1,60},\s*)?"
-    r"(?:(?:is|are)\s+(?:defined\s+as|understood\s+as|the\s+name\s+(?:of|for)|short\s+for|called)\b"
+    r"(?:(?:is|are)\s+(?:defined\s+as|understood\s+as|the\s+name\s+(?:of|for)|short\s+for|called|what)\b"
     r"|means\b|mean\s+(?=an?\s|the\s)|refers?\s+to\b|denotes?\b|stands?\s+for\b"
     r"|(?:ist|sind)\s+definiert\s+als\b|bedeutet\b|bezeichnet\b|steht\s+für\b)",
     re.I,

@@ -14,7 +14,7 @@ import pypdfium2.raw as raw
 
 from services.datasets.worker.documents import bounds, pdf_blocks, pdf_furniture
 from services.datasets.worker.documents.blocks import Document
-from services.datasets.worker.documents.pdf_lines import lines_of
+from services.datasets.worker.documents.pdf_lines import all_lines
 from services.datasets.worker.documents.pdf_words import Page, words_of
 from services.datasets.worker.found import WARNING, Problem, Unreadable
 
@@ -44,7 +44,7 @@ def read(data: bytes) -> Document:
         opened.close()
     said = list(_judged(pages))
     shown = [p for p in pages if p.words and not _is_unmapped(p)]
-    lines = [lines_of(p) for p in shown]
+    lines = all_lines(shown)
     around = pdf_furniture.furniture(shown, lines)
     blocks = pdf_blocks.build(lines, around, marks)
     bounds.checked(len(blocks), 0)

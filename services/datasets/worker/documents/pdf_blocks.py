@@ -16,7 +16,7 @@ from statistics import median
 from services.datasets.worker.documents import hyphens, pdf_tables
 from services.datasets.worker.documents.blocks import CODE, HEADING, ITEM, PAGE, PROSE, Block, Span
 from services.datasets.worker.documents.patterns import DOTTED
-from services.datasets.worker.documents.pdf_lines import Line, Word, spaced
+from services.datasets.worker.documents.pdf_lines import Line, Word, rejoined, spaced
 
 _MARK = re.compile(r"(?:([•◦▪‣●○■□–—*·\-])|(?:\()?(\d{1,3})[.)])(?:\s+|$)")
 _ENDS = tuple(".!?:;”\"')…。")
@@ -78,6 +78,7 @@ class _Build:
                 at += len(run)
                 self._lists = []
                 continue
+            line.pieces = rejoined(line.pieces)
             self._take(line, lines[at + 1][0] if at + 1 < len(lines) else None)
             at += 1
         self._end()
@@ -244,7 +245,9 @@ class _Build:
         return room > first.right - first.left + 1.2 * first.look.size
 
     def _is_same_code(self, before: Line, line: Line) -> bool:
-        return before.page == line.page and 0 < before.base - line.base < 2.6 * max(self._leading, line.look.size)
+        if before.page != line.page:
+            return before.page + 1 == line.page
+        return 0 < before.base - line.base < 2.6 * max(self._leading, line.look.size)
 
 
 def _measures(lines: Sequence[Line]) -> tuple[float, float]:

@@ -6,6 +6,7 @@ both sides are filled; cells of a table are not that.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -14,8 +15,9 @@ from services.datasets.worker.documents.pdf_words import Look, Page, Word
 
 _WIDE = 0.85
 """Of the size: a wider gap parts pieces of a line."""
-_LEAST_LINES = 5
-_LEAST_FILL = 0.55
+_LEAST_LINES = 6
+_LEAST_FILL = 0.8
+"""Of its column: so wide is the middle one of all lines of text, and no cell of a table."""
 
 
 @dataclass(slots=True)
@@ -73,13 +75,22 @@ class Line:
         return " ".join(piece.text for piece in self.pieces)
 
 
-def lines_of(page: Page) -> list[Line]:
-    """The lines of a page in reading order. Text that is turned is not among them."""
-    rows = _rows([w for w in page.words if not w.look.is_turned and w.text])
-    found = _ordered([(base, piece) for base, pieces in rows for piece in pieces], page.number)
-    for line in found:
+def all_lines(pages: Sequence[Page]) -> list[list[Line]]:
+    """The lines of each page in reading order. Text that is turned is not among them.
+
+    Where the gutter of other pages lies, a page of few lines has one too.
+    """
+    placed: list[list[Placed]] = []
+    for page in pages:
+        rows = _rows([w for w in page.words if not w.look.is_turned and w.text])
+        placed.append([(base, piece) for base, pieces in rows for piece in pieces])
+    gutters = sorted(x for found in placed if found and (x := _gutter(found, ())) is not None)
+    usual = [x for x, after in itertools.pairwise(gutters) if after - x < 6]
+    hints = usual[len(usual) // 2 :][:1]
+    lines = [_ordered(found, page.number, hints) for found, page in zip(placed, pages, strict=True)]
+    for line in itertools.chain.from_iterable(lines):
         line.look = look_of(line.words)
-    return found
+    return lines
 
 
 def look_of(words: Sequence[Word]) -> Look:
@@ -130,30 +141,30 @@ def _pieces(words: list[Word]) -> list[Piece]:
 Placed = tuple[float, Piece]
 
 
-def _ordered(pieces: list[Placed], page: int) -> list[Line]:
+def _ordered(pieces: list[Placed], page: int, hints: Sequence[float]) -> list[Line]:
     """Pieces of a region in reading order: what crosses its gutter parts it, left comes before right."""
     if not pieces:
         return []
-    gutter = _gutter(pieces)
+    gutter = _gutter(pieces, hints)
     if gutter is None:
         return _lines(pieces, page)
     found: list[Line] = []
     band: list[Placed] = []
     for base, piece in sorted(pieces, key=lambda p: (-p[0], p[1].left)):
         if piece.left < gutter < piece.right:
-            found += _columns(band, gutter, page)
+            found += _columns(band, gutter, page, hints)
             band = []
             # Others on its line stand beside it, as the cells of a wide table do.
             found += _lines([(base, piece)], page)
         else:
             band.append((base, piece))
-    return found + _columns(band, gutter, page)
+    return found + _columns(band, gutter, page, hints)
 
 
-def _columns(band: list[Placed], gutter: float, page: int) -> list[Line]:
+def _columns(band: list[Placed], gutter: float, page: int, hints: Sequence[float]) -> list[Line]:
     left = [p for p in band if p[1].right <= gutter]
     right = [p for p in band if p[1].right > gutter]
-    return _ordered(left, page) + _ordered(right, page)
+    return _ordered(left, page, hints) + _ordered(right, page, hints)
 
 
 def _lines(pieces: list[Placed], page: int) -> list[Line]:
@@ -164,12 +175,10 @@ def _lines(pieces: list[Placed], page: int) -> list[Line]:
             made[-1].pieces.append(piece)
         else:
             made.append(Line(page, base, [piece], edges))
-    for line in made:
-        line.pieces = _rejoined(line.pieces)
     return made
 
 
-def _rejoined(pieces: list[Piece]) -> list[Piece]:
+def rejoined(pieces: list[Piece]) -> list[Piece]:
     """Pieces that are apart no more than wide blanks of a justified line are one."""
     found = [pieces[0]]
     for piece in pieces[1:]:
@@ -181,21 +190,22 @@ def _rejoined(pieces: list[Piece]) -> list[Piece]:
     return found
 
 
-def _gutter(pieces: list[Placed]) -> float | None:
-    """Where a region has its gutter; None where it has none."""
+def _gutter(pieces: list[Placed], hints: Sequence[float]) -> float | None:
+    """Where a region has its gutter; None where it has none. At a hint fewer lines are enough."""
     lefts, rights = [p.left for _, p in pieces], [p.right for _, p in pieces]
     begin, end = min(lefts), max(rights)
     width = end - begin
     if width < 150:
         return None
     best: tuple[int, float] | None = None
-    for x in _candidates(pieces, begin + 0.25 * width, end - 0.25 * width):
+    for x in [*hints, *_candidates(pieces, begin + 0.25 * width, end - 0.25 * width)]:
         crossing = sum(1 for _, p in pieces if p.left < x < p.right)
         left = [p for _, p in pieces if p.right <= x]
         right = [p for _, p in pieces if p.left >= x]
-        if min(len(left), len(right)) < _LEAST_LINES or crossing > 0.5 * len(pieces):
+        is_hint = x in hints
+        if min(len(left), len(right)) < (1 if is_hint else _LEAST_LINES) or crossing > 0.5 * len(pieces):
             continue
-        if _is_filled(left) and _is_filled(right) and (best is None or crossing < best[0]):
+        if (is_hint or (_is_filled(left) and _is_filled(right))) and (best is None or crossing < best[0]):
             best = crossing, x
     return best[1] if best else None
 

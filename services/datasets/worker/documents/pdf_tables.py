@@ -6,11 +6,14 @@ them; a row without a first cell goes on with the one above.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from services.datasets.worker.documents.blocks import PAGE, TABLE, Block, Span, squared, table_text
 from services.datasets.worker.documents.pdf_lines import Line
 
+_OFF = 4.0
+_SIGN = re.compile(r"[•◦▪‣●○■□–—*·-]|\(?\d{1,3}[.)]")
 _MOST_GAP = 3.2
 """Lines of a table are no further apart than so many times their size."""
 
@@ -24,6 +27,8 @@ def rows_of(lines: Sequence[Line]) -> list[Line]:
             gap = before.base - line.base
             if not 0 < gap < _MOST_GAP * line.look.size or line.look.size > 1.15 * run[0].look.size:
                 break
+        if _SIGN.fullmatch(line.pieces[0].text):
+            break
         if len(line.pieces) < 2 and (before is None or not _fits(run, line)):
             break
         candidate = [*run, line]
@@ -33,7 +38,18 @@ def rows_of(lines: Sequence[Line]) -> list[Line]:
     while run and len(run[-1].pieces) < 2 and len(_columns(run)) > 1 and _of_column(run, run[-1]) == 0:
         run.pop()
     several = [line for line in run if len(line.pieces) > 1]
-    return run if len(several) >= 2 else []
+    return run if len(several) >= 2 and _is_aligned(run) else []
+
+
+def _is_aligned(lines: Sequence[Line]) -> bool:
+    """Whether what stands in each column but the first begins, ends or is centred in one place; blanks are not."""
+    columns = _columns(lines)
+    for begin, end in columns[1:]:
+        pieces = [p for line in lines for p in line.pieces if begin - 1 <= p.left and p.right <= end + 1]
+        places = ([p.left for p in pieces], [p.right for p in pieces], [p.left + p.right for p in pieces])
+        if not any(max(found) - min(found) <= _OFF for found in places if found):
+            return False
+    return True
 
 
 def _fits(run: Sequence[Line], line: Line) -> bool:

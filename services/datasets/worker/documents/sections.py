@@ -67,13 +67,13 @@ class Section:
 
 
 def cut(blocks: Sequence[Block], title: str) -> list[Section]:
-    """The sections of a document; a lone heading above all others is its title and stands in no path."""
-    heads = [n for n, b in enumerate(blocks) if b.kind == HEADING and not b.left]
+    """The sections of blocks that nobody left out; a lone heading above all others is a title and in no path below."""
+    heads = [n for n, b in enumerate(blocks) if b.kind == HEADING]
     top = _title_of(blocks, heads)
     sections = [Section(blocks, None, (title,) if title else ())]
     open_: list[tuple[int, Section]] = []
     for n, block in enumerate(blocks):
-        if block.kind == HEADING and not block.left:
+        if block.kind == HEADING:
             while open_ and open_[-1][0] >= block.level:
                 open_.pop()
             for _, around in open_:
@@ -84,8 +84,7 @@ def cut(blocks: Sequence[Block], title: str) -> list[Section]:
             sections.append(made)
         else:
             sections[-1].body.append(n)
-            if not block.left:
-                sections[-1].free.add(n)
+            sections[-1].free.add(n)
     return sections
 
 
@@ -95,12 +94,6 @@ def _title_of(blocks: Sequence[Block], heads: Sequence[int]) -> int | None:
     lowest = min(blocks[n].level for n in heads)
     highest = [n for n in heads if blocks[n].level == lowest]
     return heads[0] if highest == [heads[0]] and len(heads) > 1 else None
-
-
-def title_of(blocks: Sequence[Block]) -> str:
-    """The heading above all others; empty where there is none."""
-    top = _title_of(blocks, [n for n, b in enumerate(blocks) if b.kind == HEADING and not b.left])
-    return bare(blocks[top].text) if top is not None else ""
 
 
 def bare(heading: str) -> str:
