@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlorad.v1 import datasets_pb2
+from services.common.config import ConfigError, load
 from services.datasets import web_rules
 from services.datasets.addresses import INNER, PUBLIC, carried, is_open, kind_of
+from services.datasets.app import Config
 from services.datasets.source_checks import check_web
 
 NEVER = (
@@ -133,6 +135,15 @@ def test_the_allow_list_is_empty_by_default_and_its_widest_entry_counts() -> Non
     assert allowed("https://example.org/") is None
     both = allowed("https://a.example.org/", "*.example.org", "a.example.org+inner")
     assert both is not None and both.with_inner
+
+
+def test_the_settings_are_checked_at_the_start() -> None:
+    flags = ["--web-hosts", "docs.example.org,*.a.org,http://b.org:81+inner", "--page-seconds", "5"]
+    assert load(Config, "datasets", flags, {}).web_hosts == tuple(flags[1].split(","))
+    assert load(Config, "datasets", [], {}).web_hosts == ()
+    for name, value in (("web-hosts", "a.org,*"), ("page-seconds", "0"), ("max-page-bytes", "0")):
+        with pytest.raises(ConfigError, match=f"--{name}"):
+            load(Config, "datasets", [f"--{name}", value], {})
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,44 @@ def test_a_store_of_an_older_chroma_is_read_and_stays_as_it_is(tmp_path: pathlib
 
 @pytest.mark.slow
 @with_chroma
+def test_the_function_that_made_the_vectors_is_not_made(tmp_path: pathlib.Path) -> None:
+    from chromadb.api.types import EmbeddingFunction
+    from chromadb.utils.embedding_functions import register_embedding_function
+
+    made: list[str] = []
+
+    class Marked(EmbeddingFunction[Any]):
+        def __init__(self) -> None:
+            made.append("made")
+
+        def __call__(self, input: Any) -> Any:
+            return made.append("called")
+
+        @staticmethod
+        def name() -> str:
+            return "marked"
+
+        @staticmethod
+        def build_from_config(config: dict[str, Any]) -> Marked:
+            return Marked()
+
+        def get_config(self) -> dict[str, Any]:
+            return {}
+
+    register_embedding_function(Marked)  # type: ignore[arg-type]
+    store = tmp_path / "store"
+    fill(store, 5)
+    with contextlib.closing(sqlite3.connect(store / chroma.FILE)) as db:
+        told = json.dumps({"embedding_function": {"type": "known", "name": "marked", "config": {}}})
+        db.execute("UPDATE collections SET config_json_str = ?", (told,))
+        db.execute("""UPDATE collections SET schema_str = replace(schema_str, '"default"', '"marked"')""")
+        db.commit()
+    assert len(read(store, tmp_path / "into").sources) == 1 and made == []
+    assert collection(tmp_path / "into" / "copy").schema and made  # who looks at it makes it
+
+
+@pytest.mark.slow
+@with_chroma
 def test_collections_that_are_not_there_or_hold_nothing(tmp_path: pathlib.Path) -> None:
     store = tmp_path / "store"
     fill(store, 3)

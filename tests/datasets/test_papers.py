@@ -67,6 +67,16 @@ def test_every_answer_is_text_of_the_paper() -> None:
     assert [(p.rule, p.field, p.severity) for p in made.problems] == [("section_left_out", "sections[2]", INFO)]
 
 
+def test_other_fields_are_kept_and_large_ones_once() -> None:
+    made = papers.read(paper(venue="Notes", full=words("full", 1, 200), n=2**60), {}, None)
+    assert [sorted(e["metadata"].keys() & {"venue", "full", "n"}) for e in made.examples] == [
+        ["full", "n", "venue"], *[["n", "venue"]] * 3
+    ]  # fmt: skip
+    assert "number_as_text" in {p.rule for p in made.problems}
+    blank = papers.read(paper(abstract=" Of cells. ", title=" T "), {}, None).examples[0]
+    assert said(blank) == ("Write the abstract of the paper “T”.", " Of cells. ")
+
+
 def test_what_is_not_asked_is_told() -> None:
     short = {"heading": "Outlook", "text": "More days."}
     long = {"heading": "Appendix", "text": "word " * 3000}

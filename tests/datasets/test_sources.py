@@ -13,6 +13,7 @@ import pytest
 import zstandard
 
 from qlorad.v1 import datasets_pb2
+from tests.contract.reference import scrape
 from tests.datasets.kit import Door, jsonl, numbered, open_door, refusal
 from tests.datasets.site import Site, site
 from tests.datasets.test_parquet import parquet
@@ -206,13 +207,17 @@ def test_refusals_of_pages(far: Door, door: Door, web: Site) -> None:
     closed = door.request("never", web=datasets_pb2.WebSource(urls=[web.url("/rows.jsonl")]), request_id="web-closed")
     answer = refusal(lambda: door.updates(closed))
     assert answer.code == "PERMISSION_DENIED" and "--web-hosts, which is empty" in answer.message
+    counted = scrape(far.house, "datasets")
+    assert 'qlorad_datasets_fetches_total{outcome="not_found",source="web"}' in counted
     assert list((far.home / "state" / "fetched").iterdir()) == []
 
 
-def test_a_killed_daemon_leaves_no_page_behind(
+@pytest.mark.slow
+def test_a_killed_daemon_leaves_no_page_behind_and_its_bounds_are_settings(
     tmp_path: pathlib.Path, web: Site, house_factory: Callable[[pathlib.Path], House]
 ) -> None:
-    far = open_door(house_factory(tmp_path / "home"), "--web-hosts", web.host())
+    bounds = ("--page-seconds", "3", "--max-page-bytes", "500000")
+    far = open_door(house_factory(tmp_path / "home"), "--web-hosts", web.host(), *bounds)
     web.odd("/long", web.drip(b"HTTP/1.1 200 x\r\nContent-Type: text/plain\r\n\r\n", b"x" * 1000))
     stream = far.stub.CreateDataset(
         far.request("long", web=datasets_pb2.WebSource(urls=[web.url("/long")])), timeout=60
@@ -224,6 +229,11 @@ def test_a_killed_daemon_leaves_no_page_behind(
         list(stream)
     far.again()
     assert not fetched.exists() or list(fetched.iterdir()) == []
+    web.odd("/wide", web.drip(b"HTTP/1.1 200 x\r\nContent-Type: text/plain\r\n\r\n", b"x" * 100_000))
+    for path, reason, word in (("/long", "UPSTREAM", "within 3 seconds"), ("/wide", "TOO_LARGE", "at most 500000")):
+        request = far.request("never", web=datasets_pb2.WebSource(urls=[web.url(path)]), request_id=f"bound{path[1:]}")
+        answer = refusal(lambda request=request: far.updates(request))
+        assert answer.reason == reason and word in answer.message
 
 
 def test_a_killed_daemon_goes_on_where_it_was(

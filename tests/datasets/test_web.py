@@ -245,8 +245,8 @@ def test_packed_bodies(get: Get, there: Site) -> None:
 )
 def test_a_slow_page_ends_with_the_clock(get: Get, there: Site, head: bytes) -> None:
     there.odd("/slow", there.drip(head, b"H" if head == b"" else b"x"))
-    fault = get.refused(there.url("/slow"), seconds=0.3)
-    assert reason(fault) == "UPSTREAM" and "within 0.3 seconds (--page-seconds)" in fault.message
+    fault = get.refused(there.url("/slow"), seconds=0.15)
+    assert reason(fault) == "UPSTREAM" and "within 0.15 seconds (--page-seconds)" in fault.message
 
 
 def test_a_name_service_that_hangs(get: Get, there: Site) -> None:

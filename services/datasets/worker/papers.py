@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
+
 from services.datasets.forms import PAPER
 from services.datasets.worker.forms import plain_metadata
 from services.datasets.worker.found import ERROR, INFO, Problem, clip
@@ -21,6 +23,8 @@ from services.datasets.worker.row import Row
 
 FEW_WORDS = 15
 LONG_CHARACTERS = 12_000
+SHORT_BYTES = 500
+"""Other fields of a paper stand with each of its examples up to this size, larger ones with the first alone."""
 # Sections that say who, how paid and where, but nothing of what was found.
 _FORMAL = re.compile(
     r"[\d. ]*(references|bibliography|literature cited|acknowledge?ments?|funding( information)?|"
@@ -52,7 +56,7 @@ class _Section:
 def read(given: Mapping[str, Any], columns: Mapping[str, str], min_score: float | None) -> Made:
     """The examples of a paper, in a fixed order; with an ERROR among the problems there are none."""
     row = Row(given, PAPER, columns)
-    title, abstract = _text(row, "title"), _text(row, "abstract")
+    title, abstract = _text(row, "title").strip(), _text(row, "abstract")
     sections = _sections(row)
     score = _number(row, "quality_score")
     if score is None and min_score is not None and not row.problems_of(row.named("quality_score")):
@@ -87,8 +91,9 @@ def read(given: Mapping[str, Any], columns: Mapping[str, str], min_score: float 
         asked = f"Summarise the paper “{title}” as its abstract."
         examples.append(_example(asked, body, abstract, told, {"pair": "summary"}))
     rest = plain_metadata(row.rest, row.problems)
-    for example in examples:
-        example["metadata"] = {**rest, **example["metadata"]}
+    short = {key: value for key, value in rest.items() if len(orjson.dumps(value)) <= SHORT_BYTES}
+    for i, example in enumerate(examples):
+        example["metadata"] = {**(short if i else rest), **example["metadata"]}
     return Made(examples, row.problems)
 
 
@@ -102,8 +107,8 @@ def _example(asked: str, given: str, answer: str, told: Mapping[str, Any], more:
 def _text(row: Row, field: str) -> str:
     """A text that says something."""
     column = row.named(field)
-    text = row.text(field).strip()
-    if not text and not row.problems_of(column):
+    text = row.text(field)
+    if not text.strip() and not row.problems_of(column):
         row.wrong("missing_field", "the paper form needs it; it is empty", "a text", column)
     return text
 
@@ -129,12 +134,12 @@ def _sections(row: Row) -> list[_Section]:
                 else:
                     row.wrong("wrong_type", f"is {clip(text)}", "a text", where)
             else:
-                texts[name] = text.strip()
+                texts[name] = text
         for name, value in given.items():
             if name not in ("heading", "text"):
                 row.keep(f"{place}.", name, value)
         if len(texts) == 2:
-            found.append(_Section(place, texts["heading"], texts["text"]))
+            found.append(_Section(place, texts["heading"].strip(), texts["text"]))
     return found
 
 
