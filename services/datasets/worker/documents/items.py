@@ -102,7 +102,7 @@ def principles(section: Section) -> Iterator[Draft]:
             for n, name in named:
                 end = _end_of_item(section, n)
                 yield Draft("principle", name, tuple(range(n, end)), above="")
-        elif len(run) > 1:
+        elif len(run) > 1 and blocks[run[0]].number is None:
             whole = tuple(range(run[0], _end_of_item(section, run[-1])))
             yield Draft("principle", section.topic, whole, wording="principles")
 
