@@ -184,21 +184,21 @@ def test_what_only_looks_like_a_definition_is_none(said: str) -> None:
 
 def test_another_language_is_asked_in_its_own_words_or_by_the_topic_alone() -> None:
     text = "# Messen\n\n## Regen\n\nDer Regen wird jeden Morgen um sieben Uhr gemessen und sofort notiert.\n"
-    assert list(rows(text, "de")) == ["Erkläre „Regen“."]
-    assert list(rows(text, "it")) == ["Regen"]
+    assert list(rows(text, "de")) == ["Erkläre „Regen“ im Zusammenhang mit „Messen“."]
+    assert list(rows(text, "it")) == ["Regen (Messen)"]
 
 
 def test_long_sections_are_cut_between_blocks_and_say_so() -> None:
     part = "The river rises in spring and falls in summer, as it always did. " * 60
     told = rows(f"# G\n\n## River\n\n{part}\n\n{part}\n\n{part}\n")
-    assert list(told) == [f'Explain "River" (part {n} of 3).' for n in (1, 2, 3)]
+    assert list(told) == [f'Explain "River" in the context of "G" (part {n} of 3).' for n in (1, 2, 3)]
 
 
 def test_code_and_tables_take_the_prose_beside_them() -> None:
     text = "# G\n\n## Zero\n\nThis sets the zero:\n\n```python\nzero()\n```\n\nIt takes a second.\n\n"
     text += "Table 2: Signs of the lamp\n\n| sign | meaning |\n|---|---|\n| red | stop |\n"
     told = rows(text)
-    assert told['Show the code for "Zero", with its explanation.'] == (
+    assert told['Show the code for "Zero" in the context of "G", with its explanation.'] == (
         "code",
         "This sets the zero:\n\n```python\nzero()\n```\n\nIt takes a second.",
     )
@@ -206,3 +206,9 @@ def test_code_and_tables_take_the_prose_beside_them() -> None:
     assert table[1].startswith("Table 2: Signs of the lamp\n\n| sign | meaning |")
     alone = analyse(kinds.read(b"```\nx = 1\n```\n", "a.md"), "en")
     assert not alone.items and alone.left == {0: "code_without_prose"}
+
+
+def test_few_words_beside_items_lead_to_them_or_go_with_them() -> None:
+    text = "# G\n\n## Terms\n\nThese words are used here.\n\n- **Blank**: a sample without what is looked for.\n"
+    found = analyse(kinds.read(text.encode(), "a.md"), "en")
+    assert [item.rule for item in found.items] == ["definition"] and set(found.left.values()) == {"lead_in"}

@@ -51,7 +51,7 @@ def test_markdown_becomes_a_dataset_of_items_with_their_places(door: Door) -> No
     assert made.lineage.files[0].container == "markdown"
     rows = {r["chat"]["messages"][0]["parts"][0]["text"]: r for r in door.export(made.name)}
     lines = GUIDE.decode().splitlines()
-    asked = rows['What are the steps of "Calibrating the probe"?']
+    asked = rows['What are the steps of "Calibrating the probe" in the context of "Field guide"?']
     (span,) = asked["origin"]["spans"]
     assert span["unit"] == "DOCUMENT_UNIT_LINE"
     there = lines[int(span["first"]) - 1 : int(span["last"])]
@@ -100,6 +100,8 @@ def test_sections_as_texts_and_rows_by_their_rule(door: Door) -> None:
     made = door.make("rules", upload, split=split)
     kinds = [row["metadata"]["rule"] for row in door.export(made.name, split="validation")]
     assert kinds == ["definition"]  # of two; the others stand alone
+    bare = refusal(lambda: door.make("bare", b"Prose without a heading asks for nothing.\n", filename="bare.txt"))
+    assert "1 no_heading" in bare.message and "ROW_FORMAT_TEXT" in bare.message
     wrong = refusal(lambda: door.make("infill", upload, format=datasets_pb2.ROW_FORMAT_INFILL))
     assert "[document_form]" in wrong.message and "chat or text" in wrong.message
 

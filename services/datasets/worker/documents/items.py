@@ -92,7 +92,8 @@ def principles(section: Section) -> Iterator[Draft]:
         yield Draft("principle", heading[numbered.end() :].strip(), body)
         return
     if not patterns.PRINCIPLES.search(section.topic):
-        if body and patterns.PRINCIPLES.search(section.above) and not section.has_parts:
+        around = section.path[-2:-1]
+        if body and any(map(patterns.PRINCIPLES.search, around)) and not section.has_parts:
             yield Draft("principle", section.topic, body)
         return
     for run in section.runs(ITEM):

@@ -99,11 +99,11 @@ class _Build:
 
     def _take(self, line: Line, after: Line | None) -> None:
         text, before = line.text, self._open[-1] if self._open else None
-        if line.look.is_mono and not self._is_within(before, line):
-            if self._kind != CODE or before is None or not self._is_same_code(before, line):
-                self._begin(CODE, line)
-            else:
-                self._open.append(line)
+        goes_on = self._kind == CODE and before is not None and self._is_same_code(before, line)
+        if goes_on and _is_mostly_code(line):  # a sign that its font does not have is of another one
+            self._open.append(line)
+        elif line.look.is_mono and not self._is_within(before, line):
+            self._begin(CODE, line)
         elif DOTTED.fullmatch(text):
             self._begin(PROSE, line)
             self._end("table_of_contents")
@@ -318,6 +318,11 @@ def _words_of(line: Line) -> str:
         told = f"`{spaced(run)}`" if run[0].look.is_mono else spaced(run)
         text += told if not text or run[0].is_glued else f" {told}"
     return text
+
+
+def _is_mostly_code(line: Line) -> bool:
+    letters = sum(len(w.text) for w in line.words)
+    return sum(len(w.text) for w in line.words if w.look.is_mono) > 0.8 * letters
 
 
 def _behind_mark(text: str) -> str:

@@ -15,7 +15,9 @@ from typing import Any
 
 import pypdfium2.raw as pdfium
 
-_MONO = re.compile(r"courier|consolas|mono|menlo|inconsolata|cmtt|lmtt|typewriter|sourcecode|firacode|fixed", re.I)
+_MONO = re.compile(
+    r"courier|consolas|mono|nimbusmon|menlo|inconsolata|cmtt|lmtt|typewriter|sourcecode|firacode|fixed", re.I
+)
 _BOLD = re.compile(r"bold|black|heavy|semibold|demi|-bd|cmbx|lmbx|\bbx\d", re.I)
 _ITALIC = re.compile(r"italic|oblique|slanted|cmti|lmti|-it\b", re.I)
 _FIXED_PITCH = 1
