@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pathlib
 
+import pytest
+
 from tests.client.cli import Cli
 from tests.house import ROOT
 
@@ -56,6 +58,7 @@ def test_what_cannot_be_made_a_dataset_is_answered_clearly(cli: Cli, tmp_path: p
     assert "'datasets/half' exists already" in error(str(tmp_path), *model, *name, code=1)
 
 
+@pytest.mark.slow
 def test_one_document_alone_and_as_texts(cli: Cli, tmp_path: pathlib.Path) -> None:
     made = cli.lines("dataset", "from-docs", str(METHODOLOGY), "--model", "starter-test", "--name", "alone", "--texts")
     assert [list(line) for line in made] == [["found"], ["dataset"], ["measure"], ["ledger"], ["preview"]]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pathlib
 
+import pytest
+
 from qlorad.v1 import datasets_pb2
 from tests.datasets.kit import Door, refusal
 
@@ -127,6 +129,7 @@ def test_names_of_uploads_may_be_paths_and_lead_nowhere(door: Door) -> None:
         assert refusal(lambda name=name: door.start(b"x", name, request_id="wrong")).fields == ["filename"]
 
 
+@pytest.mark.slow
 def test_what_stands_in_a_dataset_of_documents_reaches_the_ledger_and_another_dataset(door: Door) -> None:
     made = door.make("once", GUIDE, filename="guide.md")
     again = door.make("twice", parents=[made.name])
