@@ -15,14 +15,14 @@ METHODOLOGY = ROOT / "examples" / "documents" / "methodology.md"
 
 
 def test_a_folder_becomes_a_dataset_and_every_stage_is_told(cli: Cli, tmp_path: pathlib.Path) -> None:
-    folder = tmp_path / "papers"
+    folder = tmp_path / "field-papers"
     (folder / "deep").mkdir(parents=True)
     (folder / "methodology.md").write_bytes(METHODOLOGY.read_bytes())
     page = "<h1>FAQ</h1><h2>How long?</h2><p>Nine hours in summer, five in frost.</p>"
     (folder / "deep" / "faq.html").write_text(page)
     (folder / "table.csv").write_text("a,b\n1,2\n")
     (folder / ".hidden.md").write_text("# Hidden\n")
-    told = cli.json("dataset", "from-docs", str(folder), "--model", "starter-test", "--name", "papers")
+    told = cli.json("dataset", "from-docs", str(folder), "--model", "starter-test", "--name", "field-papers")
     assert list(told) == ["found", "dataset", "measure", "ledger", "preview"]
     assert told["found"] == {
         "files": ["methodology.md", "deep/faq.html"],

@@ -95,7 +95,7 @@ class Ingest:
             keep[repeated] = False
         groups, nearly, dropped = self._near(spool, keep)
         self._enter("split")
-        sides = grouping.sides(spool, groups, self._request.split)
+        sides = grouping.sides(spool, grouping.bound(spool, groups), self._request.split)
         if isinstance(sides, Problem):
             self._judge([sides])
             sides = np.zeros(spool.rows, np.uint8)
@@ -139,7 +139,7 @@ class Ingest:
 
     def _judge_whole(self, stats: datasets_pb2.DatasetStats) -> None:
         rows = sum(stats.rows.values())
-        said = rules.check_all(rows, stats.skipped_rows, stats.output_words)
+        said = rules.check_all(rows, stats.skipped_rows, stats.output_words, stats.below_score_papers)
         if not rows and self._reading.left:
             left = ", ".join(f"{n} {rule}" for rule, n in sorted(self._reading.left.items()))
             hint = "give prose headings, or take whole sections as texts (ROW_FORMAT_TEXT)"
@@ -218,6 +218,7 @@ class Ingest:
         stats = datasets_pb2.DatasetStats(
             rows=totals.rows,
             skipped_rows=parser.counts.skipped,
+            below_score_papers=parser.counts.below_score,
             duplicate_rows=0 if self._request.keep_duplicates else repeated,
             characters=totals.characters,
             output_words=totals.words,
@@ -259,6 +260,8 @@ class Ingest:
         lineage = self._reading.lineage
         lineage.steps.extend(self._reading.parser.pipeline.applied)
         lineage.repairs.extend(sorted(self._reading.parser.repairs.names))
+        if self._request.HasField("min_score"):
+            lineage.min_score = self._request.min_score
         found = {f.format for f in lineage.files}
         done = ingest_pb2.IngestDone(
             stats=stats,

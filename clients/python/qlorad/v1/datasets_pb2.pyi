@@ -46,6 +46,10 @@ class _RowFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RowFormat.V
     """{"prefix", "middle", "suffix"}: code to be filled in; the middle is trained."""
     ROW_FORMAT_CANONICAL: _RowFormat.ValueType  # 8
     """qlorad.v1.Example as JSON, as ExportDataset writes it; loses nothing."""
+    ROW_FORMAT_PAPER: _RowFormat.ValueType  # 12
+    """{"title", "abstract", "sections": [{"heading", "text"}], "quality_score"}: a
+    scientific paper, of which several examples are made. Only read, never written.
+    """
 
 class RowFormat(_RowFormat, metaclass=_RowFormatEnumTypeWrapper):
     """The form of rows in a file."""
@@ -68,6 +72,10 @@ ROW_FORMAT_INFILL: RowFormat.ValueType  # 7
 """{"prefix", "middle", "suffix"}: code to be filled in; the middle is trained."""
 ROW_FORMAT_CANONICAL: RowFormat.ValueType  # 8
 """qlorad.v1.Example as JSON, as ExportDataset writes it; loses nothing."""
+ROW_FORMAT_PAPER: RowFormat.ValueType  # 12
+"""{"title", "abstract", "sections": [{"heading", "text"}], "quality_score"}: a
+scientific paper, of which several examples are made. Only read, never written.
+"""
 Global___RowFormat: _TypeAlias = RowFormat  # noqa: Y015
 
 class _OnRowError:
@@ -686,6 +694,60 @@ class FolderSource(_message.Message):
 Global___FolderSource: _TypeAlias = FolderSource  # noqa: Y015
 
 @_typing.final
+class WebSource(_message.Message):
+    """Pages and files on the web, by URL."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URLS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def urls(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """"https://HOST/PATH", 1 to 100 of them, in order. Hosts are those that the
+        daemon allows; redirects are followed to such hosts only.
+        """
+
+    def __init__(
+        self,
+        *,
+        urls: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["urls", b"urls"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WebSource: _TypeAlias = WebSource  # noqa: Y015
+
+@_typing.final
+class ChromaSource(_message.Message):
+    """A collection of Chroma's persistent client."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    COLLECTION_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """Absolute path of the folder that holds chroma.sqlite3, under one of the
+    daemon's import roots. It is only read.
+    """
+    collection: _builtins.str
+    """The collection's name."""
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        collection: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChromaSource: _TypeAlias = ChromaSource  # noqa: Y015
+
+@_typing.final
 class Example(_message.Message):
     """One canonical example, as sealed."""
 
@@ -1259,6 +1321,7 @@ class DatasetStats(_message.Message):
     DOCUMENT_ITEMS_FIELD_NUMBER: _builtins.int
     LEFT_OUT_BLOCKS_FIELD_NUMBER: _builtins.int
     SKIPPED_DOCUMENTS_FIELD_NUMBER: _builtins.int
+    BELOW_SCORE_PAPERS_FIELD_NUMBER: _builtins.int
     skipped_rows: _builtins.int
     """Rows left out by on_row_error."""
     duplicate_rows: _builtins.int
@@ -1273,6 +1336,8 @@ class DatasetStats(_message.Message):
     """Words of what is learnt, over all rows."""
     skipped_documents: _builtins.int
     """Documents that could not be read and were left out (ON_ROW_ERROR_SKIP)."""
+    below_score_papers: _builtins.int
+    """Papers that were left out because their score is below min_score."""
     @_builtins.property
     def rows(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Rows by split: "train", "validation", "test"."""
@@ -1338,10 +1403,11 @@ class DatasetStats(_message.Message):
         document_items: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         left_out_blocks: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         skipped_documents: _builtins.int = ...,
+        below_score_papers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["quality", b"quality", "row_characters", b"row_characters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed_by_step", b"changed_by_step", "characters", b"characters", "document_items", b"document_items", "dropped_by_step", b"dropped_by_step", "duplicate_rows", b"duplicate_rows", "findings", b"findings", "forms", b"forms", "languages", b"languages", "left_out_blocks", b"left_out_blocks", "near_dropped_rows", b"near_dropped_rows", "near_duplicate_rows", b"near_duplicate_rows", "output_words", b"output_words", "quality", b"quality", "repaired", b"repaired", "row_characters", b"row_characters", "rows", b"rows", "skipped_documents", b"skipped_documents", "skipped_rows", b"skipped_rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["below_score_papers", b"below_score_papers", "changed_by_step", b"changed_by_step", "characters", b"characters", "document_items", b"document_items", "dropped_by_step", b"dropped_by_step", "duplicate_rows", b"duplicate_rows", "findings", b"findings", "forms", b"forms", "languages", b"languages", "left_out_blocks", b"left_out_blocks", "near_dropped_rows", b"near_dropped_rows", "near_duplicate_rows", b"near_duplicate_rows", "output_words", b"output_words", "quality", b"quality", "repaired", b"repaired", "row_characters", b"row_characters", "rows", b"rows", "skipped_documents", b"skipped_documents", "skipped_rows", b"skipped_rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1359,10 +1425,15 @@ class DatasetLineage(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     REPAIRS_FIELD_NUMBER: _builtins.int
     MADE_BY_FIELD_NUMBER: _builtins.int
+    MIN_SCORE_FIELD_NUMBER: _builtins.int
     source: _builtins.str
-    """Where from: the repository with its commit, or the folder. Empty for uploads."""
+    """Where from: the repository with its commit, the folder, the page's URL, or the
+    collection. Empty for uploads.
+    """
     made_by: _builtins.str
     """What made it, as in "qlorad-services 0.1"."""
+    min_score: _builtins.float
+    """The min_score of the request."""
     @_builtins.property
     def parents(self) -> _containers.RepeatedCompositeFieldContainer[Global___DatasetParent]:
         """Datasets it was made of."""
@@ -1388,12 +1459,15 @@ class DatasetLineage(_message.Message):
         steps: _abc.Iterable[Global___AppliedStep] | None = ...,
         repairs: _abc.Iterable[_builtins.str] | None = ...,
         made_by: _builtins.str = ...,
+        min_score: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_min_score", b"_min_score", "min_score", b"min_score"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "made_by", b"made_by", "parents", b"parents", "repairs", b"repairs", "source", b"source", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_score", b"_min_score", "files", b"files", "made_by", b"made_by", "min_score", b"min_score", "parents", b"parents", "repairs", b"repairs", "source", b"source", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__min_score: _TypeAlias = _typing.Literal["min_score"]  # noqa: Y015
+    _WhichOneofArgType__min_score: _TypeAlias = _typing.Literal["_min_score", b"_min_score"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_score) -> _WhichOneofReturnType__min_score | None: ...
 
 Global___DatasetLineage: _TypeAlias = DatasetLineage  # noqa: Y015
 
@@ -1435,6 +1509,7 @@ class SourceFile(_message.Message):
     FORMAT_FIELD_NUMBER: _builtins.int
     CONTAINER_FIELD_NUMBER: _builtins.int
     ITEMS_FIELD_NUMBER: _builtins.int
+    URL_FIELD_NUMBER: _builtins.int
     file: _builtins.str
     """Its name."""
     sha256: _builtins.str
@@ -1449,6 +1524,8 @@ class SourceFile(_message.Message):
     """
     items: _builtins.int
     """Items that were found in it, where it is a document."""
+    url: _builtins.str
+    """The URL that it was fetched from at last; a query that a redirect added is left out."""
     def __init__(
         self,
         *,
@@ -1458,10 +1535,11 @@ class SourceFile(_message.Message):
         format: Global___RowFormat.ValueType = ...,
         container: _builtins.str = ...,
         items: _builtins.int = ...,
+        url: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["container", b"container", "file", b"file", "format", b"format", "items", b"items", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["container", b"container", "file", b"file", "format", b"format", "items", b"items", "sha256", b"sha256", "size_bytes", b"size_bytes", "url", b"url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1601,6 +1679,9 @@ class CreateDatasetRequest(_message.Message):
     NEAR_DUPLICATES_FIELD_NUMBER: _builtins.int
     NEAR_DUPLICATE_SIMILARITY_FIELD_NUMBER: _builtins.int
     REPAIRS_FIELD_NUMBER: _builtins.int
+    WEB_FIELD_NUMBER: _builtins.int
+    CHROMA_FIELD_NUMBER: _builtins.int
+    MIN_SCORE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Same id and body, same answer."""
     dataset_id: _builtins.str
@@ -1619,10 +1700,14 @@ class CreateDatasetRequest(_message.Message):
     """What to do about rows that are almost equal."""
     near_duplicate_similarity: _builtins.float
     """How similar (Jaccard, 0.5 to 1) rows are that count as near duplicates; absent = 0.8."""
+    min_score: _builtins.float
+    """Papers with a lower quality score are left out and counted; absent = none. One
+    without a score is then an error.
+    """
     @_builtins.property
     def uploads(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Complete uploads, "uploads/{id}", in order. Exactly one of uploads, hub,
-        folder and parents says where rows come from.
+        folder, web, chroma and parents says where rows come from.
         """
 
     @_builtins.property
@@ -1655,6 +1740,14 @@ class CreateDatasetRequest(_message.Message):
     def repairs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Repairs to apply, by the names that findings' hints tell; "all" = every one."""
 
+    @_builtins.property
+    def web(self) -> Global___WebSource:
+        """Rows, or documents, of pages by URL."""
+
+    @_builtins.property
+    def chroma(self) -> Global___ChromaSource:
+        """Rows of a Chroma collection."""
+
     def __init__(
         self,
         *,
@@ -1674,13 +1767,21 @@ class CreateDatasetRequest(_message.Message):
         near_duplicates: Global___NearDuplicates.ValueType = ...,
         near_duplicate_similarity: _builtins.float | None = ...,
         repairs: _abc.Iterable[_builtins.str] | None = ...,
+        web: Global___WebSource | None = ...,
+        chroma: Global___ChromaSource | None = ...,
+        min_score: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_near_duplicate_similarity", b"_near_duplicate_similarity", "folder", b"folder", "hub", b"hub", "near_duplicate_similarity", b"near_duplicate_similarity", "split", b"split"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_min_score", b"_min_score", "_near_duplicate_similarity", b"_near_duplicate_similarity", "chroma", b"chroma", "folder", b"folder", "hub", b"hub", "min_score", b"min_score", "near_duplicate_similarity", b"near_duplicate_similarity", "split", b"split", "web", b"web"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_near_duplicate_similarity", b"_near_duplicate_similarity", "columns", b"columns", "dataset_id", b"dataset_id", "folder", b"folder", "format", b"format", "hub", b"hub", "keep_duplicates", b"keep_duplicates", "move_alias", b"move_alias", "near_duplicate_similarity", b"near_duplicate_similarity", "near_duplicates", b"near_duplicates", "on_row_error", b"on_row_error", "parents", b"parents", "repairs", b"repairs", "request_id", b"request_id", "split", b"split", "steps", b"steps", "uploads", b"uploads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_score", b"_min_score", "_near_duplicate_similarity", b"_near_duplicate_similarity", "chroma", b"chroma", "columns", b"columns", "dataset_id", b"dataset_id", "folder", b"folder", "format", b"format", "hub", b"hub", "keep_duplicates", b"keep_duplicates", "min_score", b"min_score", "move_alias", b"move_alias", "near_duplicate_similarity", b"near_duplicate_similarity", "near_duplicates", b"near_duplicates", "on_row_error", b"on_row_error", "parents", b"parents", "repairs", b"repairs", "request_id", b"request_id", "split", b"split", "steps", b"steps", "uploads", b"uploads", "web", b"web"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__min_score: _TypeAlias = _typing.Literal["min_score"]  # noqa: Y015
+    _WhichOneofArgType__min_score: _TypeAlias = _typing.Literal["_min_score", b"_min_score"]  # noqa: Y015
     _WhichOneofReturnType__near_duplicate_similarity: _TypeAlias = _typing.Literal["near_duplicate_similarity"]  # noqa: Y015
     _WhichOneofArgType__near_duplicate_similarity: _TypeAlias = _typing.Literal["_near_duplicate_similarity", b"_near_duplicate_similarity"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_score) -> _WhichOneofReturnType__min_score | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__near_duplicate_similarity) -> _WhichOneofReturnType__near_duplicate_similarity | None: ...
 
 Global___CreateDatasetRequest: _TypeAlias = CreateDatasetRequest  # noqa: Y015
