@@ -73,11 +73,11 @@ $(CHROMA): $(STAMP)
 	@touch $@
 
 test-slow: $(STAMP) $(RANKS) $(if $(filter-out datasets%,$(FILTER)),,$(CHROMA)) ## storms in short form and the DeepSpeed matrix; FILTER=trainer narrows
-	$(BIN)/python -m pytest -m slow --timeout 1800 tests/$(FILTER)
+	$(BIN)/python -m pytest -m slow --hypothesis-profile explore --timeout 1800 tests/$(FILTER)
 	$(if $(filter-out datasets%,$(FILTER)),,.venv/chroma/bin/python -m pytest -m slow --timeout 600 tests/datasets/test_chroma.py)
 
 test-storm: $(STAMP) $(RANKS) ## storms in long form; FILTER=trainer narrows
-	$(BIN)/python -m pytest -m storm --timeout 14400 tests/$(FILTER)
+	$(BIN)/python -m pytest -m storm --hypothesis-profile explore --timeout 14400 tests/$(FILTER)
 
 test-gpu: $(STAMP) ## what needs a CUDA device; torch in .venv must be a CUDA build
 	$(BIN)/python -m pytest -m gpu --timeout 600 tests/gpu
