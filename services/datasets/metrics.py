@@ -48,6 +48,12 @@ class Metrics:
             registry=registry,
             buckets=_SECONDS,
         )
+        self.fetches = Counter(
+            "qlorad_datasets_fetches",
+            "Sources fetched, by kind (hub, folder, web, chroma) and what became of them: done, lost, or a reason.",
+            ["source", "outcome"],
+            registry=registry,
+        )
         for outcome in ("started", "completed", "corrupt"):
             self.uploads.labels(outcome)
 
@@ -74,3 +80,4 @@ class Metrics:
         self.rows.labels(name, "duplicate").inc(stats.duplicate_rows)
         self.rows.labels(name, "near_duplicate").inc(stats.near_dropped_rows)
         self.rows.labels(name, "stepped_out").inc(sum(stats.dropped_by_step.values()))
+        self.rows.labels(name, "below_score").inc(stats.below_score_papers)

@@ -29,7 +29,7 @@ PURE = (
 )
 IMPURE = (
     *("os", "io", "sys", "time", "random", "secrets", "uuid", "socket", "subprocess", "shutil", "tempfile", "sqlite3"),
-    *("asyncio", "threading", "multiprocessing", "signal", "fcntl", "urllib", "http", "glob", "mmap"),
+    *("asyncio", "threading", "multiprocessing", "signal", "fcntl", "urllib.request", "http", "glob", "mmap"),
 )
 CLOCKS = ("now", "utcnow", "today", "read_text", "read_bytes", "write_text", "write_bytes", "mkdir", "unlink")
 PLUGINS = ("importlib.metadata.EntryPoint", "importlib.import_module", "runpy", "pkg_resources", "pkgutil")
