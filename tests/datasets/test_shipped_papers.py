@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from services.datasets.worker.steps.genes import GENES
-from tests.datasets.shipped import LICENCE, SHELF, alike
+from tests.datasets.shipped import LICENCE, SHELF, TOLD, alike, validated
 from tests.datasets.spooled import answered
 
 NAME = "genomics-papers.json"
@@ -57,3 +57,14 @@ def test_every_gene_is_marked_wherever_it_stands_and_is_known_for_one() -> None:
 def test_no_two_papers_are_nearly_equal() -> None:
     assert alike([answered(paper["title"], text_of(paper)) for paper in papers()], 0.5) == []
     assert alike([answered("abstract", paper["abstract"]) for paper in papers()], 0.5) == []
+
+
+def test_the_worker_makes_examples_of_them_and_leaves_out_what_is_below_a_score() -> None:
+    sections = [len(paper["sections"]) for paper in papers()]
+    done, findings = validated(SHELF / NAME)
+    # For each paper its abstract and its sections, and a summary where there are several sections.
+    assert done.stats.rows["train"] == 20 + sum(sections) + sum(count > 1 for count in sections) == 69
+    assert set(findings) <= TOLD, findings
+    done, findings = validated(SHELF / NAME, min_score=ASKED_SCORE)
+    assert done.stats.rows["train"] == 60 and done.stats.below_score_papers == 5
+    assert set(findings) <= TOLD, findings
