@@ -54,6 +54,12 @@ class Metrics:
             ["source", "outcome"],
             registry=registry,
         )
+        self.document_items = Counter(
+            "qlorad_datasets_document_items",
+            "Items found in documents, by rule, in datasets that were sealed.",
+            ["rule"],
+            registry=registry,
+        )
         for outcome in ("started", "completed", "corrupt"):
             self.uploads.labels(outcome)
 
@@ -75,6 +81,8 @@ class Metrics:
     def count_rows(self, form: datasets_pb2.RowFormat.ValueType, stats: datasets_pb2.DatasetStats) -> None:
         """Counts what a sealed dataset was made of."""
         name = NAMES[form]
+        for rule, count in stats.document_items.items():
+            self.document_items.labels(rule).inc(count)
         self.rows.labels(name, "kept").inc(sum(stats.rows.values()))
         self.rows.labels(name, "skipped").inc(stats.skipped_rows)
         self.rows.labels(name, "duplicate").inc(stats.duplicate_rows)

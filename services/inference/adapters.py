@@ -133,10 +133,13 @@ class Table:
         spoken for by whom it leaves for, who waits until they are free.
         """
         return [
-            Item(e.digest, e.name, e.memory_bytes, e.used_tick, e.pinned, e.busy())
+            Item(
+                e.digest, e.name, e.memory_bytes, e.used_tick, e.pinned, e.busy(),
+                requests=e.holds if e.is_in_memory else 0, leaves=e.state == DRAINING,
+            )
             for e in self.entries.values()
             if e.state not in (ABSENT, REJECTED) and (e.state != DRAINING or e.holds)
-        ]
+        ]  # fmt: skip
 
     def listed(self, default_digest: str) -> list[inference_pb2.LoadedAdapter]:
         """What callers see; what is only asked for is not there yet."""

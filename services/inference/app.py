@@ -55,7 +55,7 @@ class Config:
         "", "where models run; empty = the best of this host", lambda v: v == "" or v.split(":")[0] in _DEVICES,
         "cpu, cuda:N or mps",
     )  # fmt: skip
-    max_rows: int = setting(16, "requests answered at the same time", lambda v: 1 <= v <= 256, "1 to 256")
+    max_rows: int = setting(32, "requests answered at the same time", lambda v: 1 <= v <= 256, "1 to 256")
     max_waiting: int = setting(64, "requests that may wait for their turn", lambda v: 0 <= v <= 10_000, "0 to 10000")
     memory_bytes: int = setting(
         0, "bytes that the weights of all bases may take together; 0 = what the device has free",

@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from qlorad.v1 import inference_pb2
-from services.common import facts
+from services.common import artifacts, facts
 from services.common.errors import Fault, rejected, worker_lost
 from services.common.facts import ModelFacts
 from services.common.frames.v1 import engine_pb2
 from services.common.server import Health
-from services.common.shelf import Shelf
+from services.common.shelf import Sealed, Shelf
 from services.inference import budget
 from services.inference.adapters import Moment
 from services.inference.choosing import no_model
@@ -151,16 +152,19 @@ class Bases:
             await before.gone.wait()
         begun = time.monotonic()
         wanted = self._memory.now.base(digest)
-        sealed = await asyncio.to_thread(self._shelf.open, "models", digest, wanted is None, "model")
+        sealed = await asyncio.to_thread(self._shelf.open, "models", digest, field="model")
         told = facts.from_manifest(ModelFacts, sealed.manifest)
         if told.architecture.endswith("ForMaskedLM"):
             raise rejected(name, f"is a {told.architecture}, which fills gaps and generates nothing")
         if wanted is not None:
             name, precision, pin = name or wanted.model, precision or wanted.precision, pin or wanted.pinned
-        async with self._room:
+        async with self._room, _whole(sealed, wanted is None) as whole:
             chosen = fit(name, precision, told, self._lease.device, self._items(), *self._limit())
+            if chosen.leave:
+                await whole  # nobody makes room for one that is damaged
+                chosen = fit(name, precision, told, self._lease.device, self._items(), *self._limit())
             await self._send_away(chosen.leave)
-            awake = await self._starter.start(name, sealed, told, chosen, pin, begun)
+            awake = await self._starter.start(name, sealed, told, chosen, pin, begun, whole)
             self.awake[digest] = awake
         self._metrics.loads.labels("base", "loaded").inc()
         self._metrics.load_seconds.labels("base").observe(awake.model.load_seconds)
@@ -266,3 +270,19 @@ class Bases:
         awake.end(fault)
         if not was_leaving:
             self._recovery.start(digest, awake.model.model)
+
+
+@contextlib.asynccontextmanager
+async def _whole(sealed: Sealed, look: bool) -> AsyncGenerator[asyncio.Future[None], None]:
+    """Holds a base's bytes against their digests meanwhile, if `look`; the future is what came of it."""
+    found: asyncio.Future[None]
+    if look:
+        found = asyncio.ensure_future(asyncio.to_thread(artifacts.verify_payload, sealed.manifest, sealed.payload))
+        found.add_done_callback(lambda done: done.cancelled() or done.exception())  # others may have failed first
+    else:
+        found = asyncio.get_running_loop().create_future()
+        found.set_result(None)
+    try:
+        yield found
+    finally:
+        found.cancel()

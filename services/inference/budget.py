@@ -26,6 +26,10 @@ class Item:
     pinned: bool = False
     busy: str = ""
     """What keeps it now, as in "2 requests"; empty = nothing."""
+    requests: int = 0
+    """How many requests use it, if it is only they that keep it: without new ones it would be free."""
+    leaves: bool = False
+    """It takes no new requests, and leaves with its last."""
 
     @property
     def is_free(self) -> bool:
@@ -72,6 +76,23 @@ def decide(items: Sequence[Item], need: int, limit: int) -> Verdict:
             leave.remove(item)
             over += item.bytes
     return Verdict(True, tuple(i.key for i in leave))
+
+
+def close(items: Sequence[Item], need: int, limit: int) -> tuple[str, ...]:
+    """Which items must take no new requests so that `need` bytes come free, beside what is free or leaves anyway.
+
+    Those with the fewest requests, and of these what was used longest ago; all there are, if that is not enough.
+    """
+    if limit == 0:
+        return ()
+    over = sum(i.bytes for i in items if not (i.is_free or i.leaves)) + need - limit
+    closed: list[str] = []
+    for item in sorted((i for i in items if i.requests and not i.pinned), key=lambda i: (i.requests, i.used_at)):
+        if over <= 0:
+            break
+        closed.append(item.key)
+        over -= item.bytes
+    return tuple(closed)
 
 
 def too_large(name: str, need: int, limit: int, setting: str, verdict: Verdict, retry_seconds: float = 5.0) -> Fault:

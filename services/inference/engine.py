@@ -134,14 +134,13 @@ class EngineProcess:
     @classmethod
     async def start(
         cls,
-        load: engine_pb2.EngineLoad,
         lease: Lease,
         log: pathlib.Path,
         on_lost: Callable[[Fault], None],
         on_gauges: OnGauges,
         module: str = WORKER,
     ) -> EngineProcess:
-        """Starts the worker and waits for its base; a Fault says why there is none.
+        """Starts the worker, which gets ready for `load`.
 
         `on_lost` is called once if the process ends by itself, while it loads or
         later; `on_gauges` after each step, with what the step before told.
@@ -149,16 +148,15 @@ class EngineProcess:
         talk = await process.start_talk(module, log, ["--lease", str(lease.fd)], pass_fds=[lease.fd])
         engine = cls(talk, on_lost, on_gauges)
         engine._reading = asyncio.create_task(engine._read(), name="engine reports")
+        return engine
+
+    async def load(self, load: engine_pb2.EngineLoad) -> None:
+        """Waits for its base; a Fault says why there is none. Does not close it then."""
         try:
             order = engine_pb2.EngineOrder(load=load)
-            engine.loaded = (await asyncio.wait_for(engine._ask(order), _LOAD_SECONDS)).loaded
+            self.loaded = (await asyncio.wait_for(self._ask(order), _LOAD_SECONDS)).loaded
         except TimeoutError:
-            await engine.close()
             raise worker_lost("the engine", f"it did not load in {_LOAD_SECONDS:.0f} s", retry_seconds=2.0) from None
-        except BaseException:
-            await engine.close()
-            raise
-        return engine
 
     @property
     def pid(self) -> int:

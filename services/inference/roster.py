@@ -22,11 +22,13 @@ from services.common.prompt import formats
 from services.common.shelf import Shelf
 from services.inference import budget
 from services.inference.adapters import DRAINING, IN_MEMORY, LOADING, Entry, Moment, Table
+from services.inference.board import Board
 from services.inference.choosing import check_lineage, not_loaded
 from services.inference.life import Awake
 from services.inference.metrics import Metrics
 from services.inference.pins import Pins
 from services.inference.precision import adapter_bytes
+from services.inference.room import Room
 from services.inference.wanted import Memory, WantedAdapter
 
 log = logging.getLogger("qlorad.inference")
@@ -58,25 +60,18 @@ class Roster:
         self._memory = memory
         self._metrics = metrics
         self._awake = awake
-        self._changed = changed
         self._now = now
-        self.table = Table()
+        self._board = Board(changed)
+        self._room = Room(self._board, limit, self._send_away)
         self._flights: dict[str, tuple[Awake, asyncio.Task[None]]] = {}
         self._hasty: set[str] = set()
         """Loads that wait for nobody, since no request asked for them."""
-        self._room = asyncio.Lock()
         self._reading = asyncio.Semaphore(_READERS)
-        self._news = asyncio.Event()
 
-    def _become(self, table: Table) -> None:
-        before, self.table = self.table, table
-        news, self._news = self._news, asyncio.Event()
-        news.set()
-        self._changed(before, table)
-
-    async def _until(self, look: Callable[[], bool]) -> None:
-        while not look():
-            await self._news.wait()
+    @property
+    def table(self) -> Table:
+        """Every adapter as it is now."""
+        return self._board.table
 
     # for requests; the base is held by the caller
 
@@ -84,24 +79,24 @@ class Roster:
         """An adapter in memory, held until it is released; loads it where it is not, with all its checks."""
         async with self._waiting(digest, name, awake):
             await self._come(digest, name, awake)
-            self._become(self.table.granted(digest, self._now()))
+            self._board.become(self.table.granted(digest, self._now()))
 
     async def prove(self, digest: str, name: str, awake: Awake, pin: bool) -> Entry:
         """An adapter in memory, not held; as it is then."""
         async with self._waiting(digest, name, awake):
             await self._come(digest, name, awake)
-            self._become(self.table.touched(digest, self._now()))
+            self._board.become(self.table.touched(digest, self._now()))
             if pin:
                 self.pin(digest)
         return self.table.entries[digest]
 
     @contextlib.asynccontextmanager
     async def _waiting(self, digest: str, name: str, awake: Awake) -> AsyncGenerator[None, None]:
-        self._become(self.table.asked(digest, name, awake.digest))
+        self._board.become(self.table.asked(digest, name, awake.digest))
         try:
             yield
         finally:
-            self._become(self.table.gave_up(digest))
+            self._board.become(self.table.gave_up(digest))
 
     async def _come(self, digest: str, name: str, awake: Awake) -> None:
         while True:
@@ -110,7 +105,7 @@ class Roster:
             if state in IN_MEMORY:
                 return
             if state == DRAINING:
-                await self._until(lambda: self.table.state(digest) != DRAINING)
+                await self._board.until(lambda: self.table.state(digest) != DRAINING)
             else:
                 hasty = digest in self._hasty
                 try:
@@ -124,7 +119,7 @@ class Roster:
     def release(self, digest: str, awake: Awake) -> None:
         """A request has ended; what its engine took along is not counted any more."""
         if awake.lost is None:
-            self._become(self.table.released(digest, self._now()))
+            self._board.become(self.table.released(digest, self._now()))
 
     async def _load(self, digest: str, name: str, awake: Awake, patience: float = _PATIENCE) -> None:
         while (flight := self._flights.get(digest)) is not None and flight[0] is not awake:
@@ -147,16 +142,16 @@ class Roster:
         awake.grant(self._now())
         left = self._memory.now.of_base(awake.digest)
         for wanted in left:  # all at once, so that they keep their order
-            self._become(self.table.asked(wanted.digest, wanted.name, awake.digest))
+            self._board.become(self.table.asked(wanted.digest, wanted.name, awake.digest))
         try:
             while left:
                 await self._restore(left[0], awake)
-                self._become(self.table.gave_up(left.pop(0).digest))
+                self._board.become(self.table.gave_up(left.pop(0).digest))
         except Fault as fault:
             log.warning("adapters of %s do not all come back: %s", awake.model.model, fault)
         finally:
             for wanted in left:
-                self._become(self.table.gave_up(wanted.digest))
+                self._board.become(self.table.gave_up(wanted.digest))
             awake.release(self._now())
 
     async def _restore(self, wanted: WantedAdapter, awake: Awake) -> None:
@@ -175,7 +170,7 @@ class Roster:
 
     def pin(self, digest: str) -> None:
         """Keeps an adapter that is in memory from making room."""
-        self._become(self.table.pinned(digest))
+        self._board.become(self.table.pinned(digest))
         self._note(digest)
 
     def _note(self, digest: str) -> None:
@@ -185,12 +180,12 @@ class Roster:
 
     async def _bring(self, digest: str, name: str, awake: Awake, patience: float) -> None:
         begun = time.monotonic()
-        self._become(self.table.fetching(digest))
+        self._board.become(self.table.fetching(digest))
         awake.grant(self._now())
         try:
             found = await self._prove(digest, name, awake, patience)
             awake.check()
-            self._become(
+            self._board.become(
                 self.table.arrived(
                     digest, self._now(), rank=found.rank, memory_bytes=found.memory_bytes,
                     load_seconds=time.monotonic() - begun, probe_effect=found.probe_effect,
@@ -211,7 +206,7 @@ class Roster:
         self._metrics.loads.labels("adapter", "rejected" if refused else "failed").inc()
         self._pins.let_go([digest])
         if awake.lost is None and self.table.state(digest) in LOADING:
-            self._become(self.table.rejected(digest, str(error)) if refused else self.table.absent(digest))
+            self._board.become(self.table.rejected(digest, str(error)) if refused else self.table.absent(digest))
 
     async def _prove(
         self, digest: str, name: str, awake: Awake, patience: float
@@ -219,66 +214,45 @@ class Roster:
         """Room, bytes, lineage, and what the engine finds."""
         sealed = await asyncio.to_thread(self._shelf.open, "adapters", digest)
         guess = adapter_bytes(facts.from_manifest(facts.AdapterFacts, sealed.manifest), awake.model.precision)
-        await self._make_room(digest, name, guess, patience)
+        await self._room.make(digest, name, guess, patience)
         await self._pins.take(digest)
         async with self._reading:
             sealed = await asyncio.to_thread(self._shelf.open, "adapters", digest, True)
         awake.check()
-        self._become(self.table.verifying(digest))
+        self._board.become(self.table.verifying(digest))
         template = await asyncio.to_thread(_template_digest, sealed.manifest, awake.facts)
         check_lineage(name, sealed.manifest, awake.digest, awake.facts, template)
         order = engine_pb2.EngineLoadAdapter(name=name, payload=str(sealed.payload), manifest=sealed.manifest)
         found = await awake.engine.load_adapter(order)
         awake.check()
         # Nobody is waited for here: those who wait for room may wait for this one.
-        verdict = self._reserve(digest, found.memory_bytes)
+        verdict = self._room.reserve(digest, found.memory_bytes)
         if not verdict.fits:
             await awake.engine.unload_adapter(digest)
             raise budget.too_large(name, found.memory_bytes, self._limit, "adapter_bytes", verdict)
-        await self._evict(verdict.leave)
+        await self._room.emptied()
         return found
-
-    async def _make_room(self, digest: str, name: str, need: int, patience: float) -> None:
-        """Counts so many bytes for an adapter that comes, and sends away whom that takes; TOO_LARGE if it cannot be.
-
-        Those who must wait until others end their use come in turn.
-        """
-        end = time.monotonic() + patience
-        async with self._room:
-            while not (verdict := self._reserve(digest, need)).fits:
-                left = end - time.monotonic()
-                if not verdict.may_fit_later or left <= 0:
-                    raise budget.too_large(name, need, self._limit, "adapter_bytes", verdict)
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._news.wait(), left)
-        await self._evict(verdict.leave)
-
-    def _reserve(self, digest: str, need: int) -> budget.Verdict:
-        """Makes the bytes its own if there is room; who must leave takes no new requests from now on."""
-        verdict = budget.decide([i for i in self.table.items() if i.key != digest], need, self._limit)
-        if verdict.fits:
-            table = self.table.reserved(digest, need)
-            for victim in verdict.leave:
-                table = table.leaving(victim)
-            self._become(table)
-        return verdict
 
     # going
 
-    async def _evict(self, digests: Sequence[str]) -> None:
-        for digest in digests:
-            entry = self.table.get(digest)
-            awake = self._awake(entry.base_digest) if entry is not None else None
-            if entry is None or awake is None or entry.state != DRAINING:
-                continue  # its engine died meanwhile, and whatever it is now is another's doing
-            try:
-                await self._free(digest, awake)
-            except Fault as fault:  # the same, a little later
-                log.warning("%s made room: %s", entry.name, fault)
-                continue
-            self._metrics.evictions.labels("adapter").inc()
-            self._memory.become(self._memory.now.made_room(digest))
-            log.info("%s makes room", entry.name)
+    def _send_away(self, digest: str) -> asyncio.Task[None]:
+        entry = self.table.entries[digest]
+        awake = self._awake(entry.base_digest)
+        assert awake is not None, "what is in memory has an engine"
+        awake.grant(self._now())  # at once: its base must not leave before it
+        task = asyncio.create_task(self._make_way(digest, entry.name, awake), name=f"{entry.name} leaves")
+        task.add_done_callback(lambda _: awake.release(self._now()))
+        return task
+
+    async def _make_way(self, digest: str, name: str, awake: Awake) -> None:
+        try:
+            await self._free(digest, awake)
+        except Fault as fault:  # its engine died meanwhile, and whatever it is now is another's doing
+            log.warning("%s made room: %s", name, fault)
+            return
+        self._metrics.evictions.labels("adapter").inc()
+        self._memory.become(self._memory.now.made_room(digest))
+        log.info("%s makes room", name)
 
     async def unload(self, digest: str, name: str) -> int:
         """Frees an adapter once its last request ended; bytes freed. NOT_FOUND if it is not in memory."""
@@ -288,18 +262,18 @@ class Roster:
         awake = self._awake(entry.base_digest) if entry is not None else None
         if entry is None or awake is None or not entry.is_in_memory:
             raise not_loaded(name, self.names())
-        self._become(self.table.leaving(digest))
+        self._board.become(self.table.leaving(digest))
         return await self._free(digest, awake)
 
     async def _free(self, digest: str, awake: Awake) -> int:
         """The end of one that is leaving: its last request, then its tensors."""
         awake.grant(self._now())
         try:
-            await self._until(lambda: awake.lost is not None or not self.table.entries[digest].holds)
+            await self._board.until(lambda: awake.lost is not None or not self.table.entries[digest].holds)
             awake.check()
             freed = await awake.engine.unload_adapter(digest)
             awake.check()
-            self._become(self.table.absent(digest))
+            self._board.become(self.table.absent(digest))
             self._pins.let_go([digest])
             return freed
         finally:
@@ -308,7 +282,7 @@ class Roster:
     def lost(self, base_digest: str) -> None:
         """A base has gone, and what was beside it."""
         here = [e.digest for e in self.table.of_base(base_digest)]
-        self._become(self.table.lost(base_digest))
+        self._board.become(self.table.lost(base_digest))
         self._pins.let_go(here)
 
     # what is told
@@ -317,7 +291,7 @@ class Roster:
         """What an engine tells of its tiers."""
         table = self.table.on_device(base_digest, digests)
         if table is not self.table:
-            self._become(table)
+            self._board.become(table)
 
     def names(self) -> list[str]:
         """What is in memory, as it was last asked for."""
@@ -325,8 +299,10 @@ class Roster:
 
     def refuse(self, digest: str, name: str, base_digest: str, why: str) -> Fault:
         """Notes an adapter as refused before it came near a base; the refusal."""
-        self._become(self.table.asked(digest, name, base_digest).fetching(digest).rejected(digest, f"{name}: {why}"))
-        self._become(self.table.gave_up(digest))
+        self._board.become(
+            self.table.asked(digest, name, base_digest).fetching(digest).rejected(digest, f"{name}: {why}")
+        )
+        self._board.become(self.table.gave_up(digest))
         self._metrics.loads.labels("adapter", "rejected").inc()
         return rejected(name, why)
 
@@ -336,6 +312,7 @@ class Roster:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._room.end()
 
 
 def _template_digest(manifest: artifacts_pb2.Manifest, base: ModelFacts) -> str:

@@ -59,12 +59,24 @@ class Starter:
         self._pins = pins
         self._hooks = hooks
 
-    async def start(self, name: str, sealed: Sealed, told: ModelFacts, chosen: Fit, pin: bool, begun: float) -> Awake:
-        """A base with its engine; on any failure nothing is left of it."""
+    async def start(
+        self,
+        name: str,
+        sealed: Sealed,
+        told: ModelFacts,
+        chosen: Fit,
+        pin: bool,
+        begun: float,
+        whole: Awaitable[None],
+    ) -> Awake:
+        """A base with its engine; on any failure nothing is left of it.
+
+        The engine's process begins while `whole` finds out whether the base's bytes are what they should be.
+        """
         digest = sealed.digest
         lease = await self._lease.take(digest, name, chosen.need)
         try:
-            engine = await self._engine(name, sealed, chosen, lease)
+            engine = await self._engine(name, sealed, chosen, lease, whole)
         except BaseException:
             self._lease.give(digest)
             self._pins.let_go([digest])
@@ -85,13 +97,14 @@ class Starter:
         tick = time.monotonic()
         return Awake(sealed, told, engine, model, Moment(tick, 0.0), tick)
 
-    async def _engine(self, name: str, sealed: Sealed, chosen: Fit, lease: Lease) -> EngineProcess:
+    async def _engine(
+        self, name: str, sealed: Sealed, chosen: Fit, lease: Lease, whole: Awaitable[None]
+    ) -> EngineProcess:
         order = engine_pb2.EngineLoad()
         order.CopyFrom(self._place.order)
         order.name, order.payload, order.precision = name, str(sealed.payload), chosen.precision
         order.manifest.CopyFrom(sealed.manifest)
         engine = await EngineProcess.start(
-            order,
             lease,
             self._place.log,
             functools.partial(self._hooks.lost, sealed.digest),
@@ -99,6 +112,8 @@ class Starter:
             self._place.module,
         )
         try:
+            await whole
+            await engine.load(order)
             await self._hooks.settle(name, engine.loaded.memory_bytes)
             await self._pins.take(sealed.digest)
             if engine.fault is not None:  # it died meanwhile

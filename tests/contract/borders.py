@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 SERVICES = ("datasets", "registry", "trainer", "inference")
-TORCH = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "deepspeed")
+TORCH = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "deepspeed", "chromadb")
 GRPC_FILES = ("servicer.py", "app.py", "__main__.py")
 GRPC_COMMON = ("services/common/server.py", "services/common/interceptors.py")
 PURE = (

@@ -1,7 +1,7 @@
 """One Markdown text set as a PDF and as a DOCX, as people set documents: for tests that compare what is read of each.
 
-The setter of the PDF puts a running head and a number on every page, justifies,
-and hyphenates; that of the DOCX uses Word's own styles and counts its lists.
+The setter of the PDF puts a running head and a number on every page and
+justifies; that of the DOCX uses Word's own styles and counts its lists.
 """
 
 from __future__ import annotations
@@ -100,9 +100,14 @@ def plain(runs: Runs) -> str:
 
 
 def as_pdf(
-    markdown: str, head: str = "Field methods", size: float = 11.5, columns: int = 1, hyphens: bool = False
+    markdown: str,
+    head: str = "Field methods",
+    size: float = 11.5,
+    columns: int = 1,
+    leading: float = 1.42,
+    margin_cm: float = 2.5,
 ) -> bytes:
-    """The text as a PDF of A4 pages."""
+    """The text as a PDF of A4 pages, with a running head and numbers where there is a head."""
     from reportlab.lib.enums import TA_JUSTIFY
     from reportlab.lib.pagesizes import A4
     from reportlab.lib.styles import ParagraphStyle
@@ -119,10 +124,13 @@ def as_pdf(
     )
 
     body = ParagraphStyle(
-        "body", fontName="Times-Roman", fontSize=size, leading=size * 1.42, alignment=TA_JUSTIFY, spaceAfter=size * 0.7
+        "body",
+        fontName="Times-Roman",
+        fontSize=size,
+        leading=size * leading,
+        alignment=TA_JUSTIFY,
+        spaceAfter=size * 0.7,
     )
-    if hyphens:
-        body.hyphenationLang, body.embeddedHyphenation = "", 1
     heads = {
         n: ParagraphStyle(
             f"h{n}", fontName="Helvetica-Bold", fontSize=big, leading=big * 1.25, spaceBefore=big * 0.9,
@@ -149,7 +157,7 @@ def as_pdf(
             story += [Preformatted(part.text, code)]
         else:
             rows = [[Paragraph(_marked(runs), cell) for runs in row] for row in part.rows]
-            width = (A4[0] - 5 * cm) / len(rows[0])
+            width = (A4[0] - 2 * margin_cm * cm) / len(rows[0])
             table = Table(rows, colWidths=[width] * len(rows[0]), hAlign="LEFT")
             table.setStyle(
                 TableStyle([("VALIGN", (0, 0), (-1, -1), "TOP"), ("LINEBELOW", (0, 0), (-1, 0), 0.6, "#000000")])
@@ -158,14 +166,16 @@ def as_pdf(
     out = io.BytesIO()
 
     def around(canvas: Any, document: Any) -> None:
+        if not head:
+            return
         canvas.setFont("Helvetica", 8.5)
-        canvas.drawString(2.5 * cm, A4[1] - 1.5 * cm, head)
+        canvas.drawString(margin_cm * cm, A4[1] - 1.5 * cm, head)
         canvas.drawCentredString(A4[0] / 2, 1.4 * cm, str(canvas.getPageNumber()))
 
     gap = 0.8 * cm
-    width = (A4[0] - 5 * cm - gap * (columns - 1)) / columns
+    width = (A4[0] - 2 * margin_cm * cm - gap * (columns - 1)) / columns
     frames = [
-        Frame(2.5 * cm + n * (width + gap), 2.4 * cm, width, A4[1] - 5 * cm, leftPadding=0, rightPadding=0)
+        Frame(margin_cm * cm + n * (width + gap), 2.4 * cm, width, A4[1] - 5 * cm, leftPadding=0, rightPadding=0)
         for n in range(columns)
     ]
     document = BaseDocTemplate(out, pagesize=A4, invariant=1)

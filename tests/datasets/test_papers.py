@@ -151,13 +151,17 @@ def test_rows_of_a_paper_are_bound_together(
 ) -> None:
     """Against a slow and plain way to the same groups: by paper, by what rows say, and by what is near to what."""
     folder = tmp_path_factory.mktemp("spool")
-    segment = Segment(folder, 0)
+    segments = [segment := Segment(folder, 0)]
     for number, content, is_paper in rows:
-        form = PAPER if is_paper else COMPLETION
-        segment.add(b"{}", content.to_bytes(8, "little") * 2, number, number, (1, 1), 0, 0, 0, form)
+        segment.add(b"{}", content.to_bytes(8, "little") * 2, number, number, (1, 1), 0, 0, 0, PAPER)
+        if is_paper:
+            segment.bind(number + 1)
+        if number == 3:  # and on in another segment
+            segment.close()
+            segments.append(segment := Segment(folder, len(segments)))
     segment.close()
     near = np.array([kinds.index(kinds[i]) for i in range(len(rows))])
-    labels = grouping.bound(Spool(folder, [0]), near.copy())
+    labels = grouping.bound(Spool(folder, [0] * len(segments)), near.copy())
     assert labels is not None
     if not any(is_paper for *_, is_paper in rows):
         assert (labels == near).all()
@@ -182,6 +186,9 @@ def test_a_dataset_of_papers(door: Door) -> None:
     assert made.lineage.min_score == 0.4 and sum(made.stats.rows.values()) == 24
     sides = {name: {e["metadata"]["title"] for e in door.export(made.name, split=name)} for name in made.stats.rows}
     assert sides["train"] and sides["validation"] and not sides["train"] & sides["validation"]
+    again = door.make("papers-again", parents=[made.name], split=datasets_pb2.Split(test_fraction=0.4, seed=9))
+    anew = {name: {e["metadata"]["title"] for e in door.export(again.name, split=name)} for name in again.stats.rows}
+    assert anew["train"] and anew["test"] and not anew["train"] & anew["test"]
     first = door.export(made.name)[0]
     assert first["origin"]["file"] == "papers.jsonl" and first["metadata"]["year"] == 2021
     row = next(r for r in door.export(made.name, datasets_pb2.ROW_FORMAT_INSTRUCTION) if r["pair"] == "summary")

@@ -15,6 +15,7 @@ import zstandard
 from qlorad.v1 import datasets_pb2
 from tests.contract.reference import scrape
 from tests.datasets.kit import Door, jsonl, numbered, open_door, refusal
+from tests.datasets.setting import as_docx, as_pdf
 from tests.datasets.site import Site, site
 from tests.datasets.test_parquet import parquet
 from tests.house import House, eventually, house
@@ -186,6 +187,25 @@ def test_documents_by_url(far: Door, web: Site) -> None:
     assert all(body in str(r) and r["origin"]["spans"] for r in rows)
     scored = far.request("never", web=datasets_pb2.WebSource(urls=urls[:1]), min_score=1, request_id="scored")
     assert "this is a document" in refusal(lambda: far.updates(scored)).message
+
+
+@pytest.mark.slow
+def test_a_pdf_and_a_docx_by_url(far: Door, web: Site) -> None:
+    body = "The zero of a meter moves while nothing is measured, and that is called its drift."
+    text = f"# Terms\n\n## Zero drift\n\n{body}\n"
+    paper = web.put("/paper", as_pdf(text), "application/pdf")
+    letter = web.put("/download.docx?id=7", as_docx(text), "application/octet-stream")
+    dataset = far.make("bound", web=datasets_pb2.WebSource(urls=[paper, letter]), keep_duplicates=True)
+    assert [(f.file, f.container) for f in dataset.lineage.files] == [
+        ("127.0.0.1/paper.pdf", "pdf"),
+        ("127.0.0.1/download.docx", "docx"),
+    ]
+    rows = far.export(dataset.name)
+    assert {r["origin"]["file"] for r in rows} == {"127.0.0.1/paper.pdf", "127.0.0.1/download.docx"}
+    cut = web.put("/cut", as_pdf(text)[:-600], "application/pdf")
+    request = far.request("never", web=datasets_pb2.WebSource(urls=[cut]), request_id="cut-pdf")
+    answer = refusal(lambda: far.updates(request))
+    assert answer.code == "INVALID_ARGUMENT" and "127.0.0.1/cut.pdf" in answer.message
 
 
 def test_refusals_of_pages(far: Door, door: Door, web: Site) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import pathlib
 import time
@@ -129,6 +130,7 @@ class Core:
 
     def __init__(self, house: House, r: Residency, answering: Answering, health: Told, registry: Any) -> None:
         self.house, self.r, self.answering, self.health, self.registry = house, r, answering, health, registry
+        self.gates = itertools.count()
 
     async def ask(
         self, adapter: str = "base", model: str = "", prompt: str = "x", begun: asyncio.Event | None = None
@@ -151,7 +153,7 @@ class Core:
 
     async def begin(self, adapter: str = "base", model: str = "") -> Long:
         """An answer that has begun, and goes on until it may end."""
-        gate = self.house.root / f"gate-{len(list(self.house.root.glob('gate-*')))}"
+        gate = self.house.root / f"gate-{next(self.gates)}"
         gate.touch()
         begun = asyncio.Event()
         task = asyncio.create_task(self.ask(adapter, model, str(gate), begun))

@@ -21,6 +21,7 @@ from services.inference.worker.lora import Lora
 from services.inference.worker.prefix import Prefixes
 from services.inference.worker.proof import Probe
 from services.inference.worker.rows import Answering, Scoring
+from services.inference.worker.said import ask
 from services.inference.worker.scheduler import Scheduler
 
 CPU = torch.device("cpu")
@@ -135,8 +136,9 @@ def engine(
     for digest, adapter in (adapters or {}).items():
         config = adapter.peft_config["default"]
         lora.add(digest, tensors_of(adapter), config.lora_alpha / config.r, {})
-    probe = Probe(model, VOCABULARY, "models/tiny")
-    lanes, prefixes = Lanes(probe.shapes, probe.dtype, CPU, limit), Prefixes(prefix)
+    said = ask(model, VOCABULARY, "models/tiny")
+    probe = Probe(model, said, VOCABULARY, "models/tiny")
+    lanes, prefixes = Lanes(said.shapes, probe.dtype, CPU, limit), Prefixes(prefix)
     written_out = straight.of(model, lora) if way != "whole" else None
     if written_out is None:
         assert way != "straight"

@@ -43,7 +43,10 @@ class Scripted:
             cache_bytes=10 * len(self.rows), prefix_bytes=7, prefix_hit_tokens=2 * self.steps,
             prefix_miss_tokens=self.steps,
         )  # fmt: skip
-        self.line.send(engine_pb2.EngineReports(reports=reports, gauges=gauges).SerializeToString())
+        try:
+            self.line.send(engine_pb2.EngineReports(reports=reports, gauges=gauges).SerializeToString())
+        except BrokenPipeError:  # the daemon has let it go, as it does with one that begins while its base is unloaded
+            os._exit(0)
 
     def run(self) -> None:
         while True:

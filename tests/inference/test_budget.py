@@ -56,6 +56,35 @@ def test_of_equals_the_oldest_leave(items: list[Item], need: int, limit: int) ->
     assert leave == tuple(i.key for i in oldest[: len(leave)])
 
 
+@given(shelves(), st.data(), st.integers(1, 120), st.integers(1, 200))
+def test_no_more_are_closed_than_it_takes_and_never_what_is_pinned(
+    items: list[Item], data: st.DataObject, need: int, limit: int
+) -> None:
+    items = [
+        dataclasses.replace(
+            i, requests=data.draw(st.integers(0, 3)) if i.busy else 0, leaves=bool(i.busy and not n % 3)
+        )
+        for n, i in enumerate(items)
+    ]
+    items = [dataclasses.replace(i, requests=0) if i.leaves else i for i in items]
+    closed = budget.close(items, need, limit)
+    by_key = {i.key: i for i in items}
+    assert all(by_key[key].requests and not by_key[key].pinned for key in closed)
+
+    def stays(gone: tuple[str, ...]) -> int:
+        return sum(i.bytes for i in items if not (i.is_free or i.leaves or i.key in gone))
+
+    if closed:
+        assert stays(closed[:-1]) + need > limit, "one was closed that need not be"
+        open_ones = [i for i in items if i.requests and not i.pinned and i.key not in closed]
+        most = max((by_key[key].requests, by_key[key].used_at) for key in closed)
+        assert all((i.requests, i.used_at) > most for i in open_ones)
+        assert not open_ones or stays(closed) + need <= limit
+    else:
+        assert stays(()) + need <= limit or not any(i.requests and not i.pinned for i in items)
+    assert budget.close(items, need, 0) == ()
+
+
 def test_the_oldest_leaves_first() -> None:
     items = [Item("new", "new", 10, 3.0), Item("old", "old", 10, 1.0), Item("mid", "mid", 10, 2.0)]
     assert budget.decide(items, 10, 35).leave == ("old",)

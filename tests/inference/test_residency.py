@@ -9,12 +9,13 @@ import random
 import signal
 from contextlib import AsyncExitStack
 
+import psutil
 import pytest
 from prometheus_client import CollectorRegistry
 
 from qlorad.v1 import errors_pb2, inference_pb2
 from services.common import devices
-from services.inference import wanted
+from services.inference import room, wanted
 from services.inference.gauges import gauges
 from tests.inference.core import ANY, BF16, FP32, House, refused, until
 
@@ -90,6 +91,17 @@ async def test_bases_make_room_for_one_another(house: House) -> None:
         small = await core.r.load_model("models/three", ANY, False)
         assert small.digest == house.bases["three"]
         await refused(core.r.load_model("models/three", FP32, False), errors_pb2.REASON_WRONG_STATE)
+
+
+async def test_a_damaged_base_sends_nobody_away_and_leaves_nothing(house: House) -> None:
+    (house.shelf.root / "models" / house.bases["three"][7:] / "payload" / "name.json").write_text("other")
+    async with house.live(memory_bytes=4_000) as core:
+        for awake in (["models/one"], ["models/one", "models/two"]):
+            await core.r.load_model(awake[-1], ANY, False)
+            await refused(core.r.load_model("models/three", ANY, False), errors_pb2.REASON_CORRUPT, "name.json")
+            assert core.awake() == awake and (core.held() or ("", 0))[1] == 2_000 * len(awake)
+            assert len(psutil.Process().children()) == len(awake)
+        assert core.count("evictions", kind="base") == 0
 
 
 async def test_what_was_wanted_comes_back_when_it_is_needed(house: House) -> None:
@@ -198,6 +210,39 @@ async def test_many_users_of_many_adapters_wait_their_turn_where_half_has_room(h
         await asyncio.gather(*(user(n) for n in range(32)))
         assert core.count("evictions", kind="adapter") > 0
         assert sum(i.bytes for i in core.r.roster.table.items()) <= 12 * 200
+
+
+async def test_who_waits_long_is_let_in_though_others_are_never_idle(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "YIELD", 0.05)
+    digests, table = house.digests, lambda: core.r.roster.table
+    async with house.live(adapter_bytes=600) as core:
+        await core.r.load_model("models/one", ANY, False)
+        await core.r.load_adapter("adapters/dee", True)
+        many = [await core.begin("adapters/ada") for _ in range(2)]
+        few = await core.begin("adapters/bob")
+        pinned = await core.begin("adapters/dee")
+        comes = asyncio.create_task(core.ask("adapters/cy"))
+        await until(lambda: table().state(digests["bob"]) == inference_pb2.ADAPTER_STATE_DRAINING)
+        assert table().entries[digests["ada"]].is_in_memory, "who has the fewest requests makes room"
+        assert table().entries[digests["dee"]].is_in_memory, "what is pinned stays"
+        late = asyncio.create_task(core.ask("adapters/bob"))
+        await until(lambda: table().entries[digests["bob"]].waits == 1)
+        await core.ask("adapters/ada")
+        assert not comes.done() and not late.done(), "what has begun goes to its end first"
+        await few.end()
+        assert await comes == (house.bases["one"], digests["cy"])
+        assert await late == (house.bases["one"], digests["bob"])
+        many.append(await core.begin("adapters/ada"))
+        house.adapter("large", "one", parameters=200)
+        large = asyncio.create_task(core.ask("adapters/large"))
+        await until(lambda: table().state(digests["ada"]) == inference_pb2.ADAPTER_STATE_DRAINING)
+        for long in many:
+            await long.end()
+        await large
+        await pinned.end()
+        assert list(await core.states()) == ["adapters/dee", "adapters/large"]
 
 
 async def test_a_slow_load_stalls_nobody_and_a_refused_one_is_listed_and_tried_again(house: House) -> None:

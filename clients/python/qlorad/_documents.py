@@ -32,6 +32,8 @@ class Documents:
     """Each with its path below the folder, in order."""
     others: Mapping[str, int]
     """Files that are no documents, by suffix."""
+    empty: tuple[str, ...] = ()
+    """Documents of no byte, which cannot be sent."""
 
     def kinds(self) -> Mapping[str, int]:
         """Documents by kind."""
@@ -66,7 +68,10 @@ def find(folder: str | os.PathLike[str]) -> Documents:
         raise errors.invalid("DIR", str(folder), accepted)
     if len(found) > MOST:
         raise errors.invalid("DIR", f"{folder} with {len(found)} documents", f"at most {MOST}; take a folder below it")
-    return Documents(tuple(found), others)
+    full = tuple((path, name) for path, name in found if path.stat().st_size)
+    if not full:
+        raise errors.invalid("DIR", str(folder), f"documents with text; {found[0][1]} is empty")
+    return Documents(full, others, tuple(name for path, name in found if not path.stat().st_size))
 
 
 def _walk(root: pathlib.Path) -> tuple[list[tuple[pathlib.Path, str]], Counter[str]]:

@@ -94,6 +94,7 @@ def opened(folder: pathlib.Path) -> Any:
     """Chroma's client over a folder of ours. Told nothing by whoever started the daemon, and telling nobody."""
     for name in [n for n in os.environ if n.upper().startswith(("CHROMA", "ANONYMIZED_TELEMETRY", "OTEL_"))]:
         del os.environ[name]
+    os.environ["TOKIO_WORKER_THREADS"] = "2"  # one for each core takes more address space than a worker has
     try:
         import chromadb
         from chromadb.config import Settings

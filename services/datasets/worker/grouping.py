@@ -12,15 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from qlorad.v1 import datasets_pb2
-from services.datasets.forms import PAPER
 from services.datasets.worker import split
 from services.datasets.worker.found import Problem
 from services.datasets.worker.spool import Spool
 
 Array = npt.NDArray[Any]
-
-_PAPER_BIT = np.uint64(1 << 63)
-"""Tells the key of a paper from the place of a row."""
 
 
 def wanted(request: datasets_pb2.CreateDatasetRequest) -> datasets_pb2.NearDuplicates.ValueType:
@@ -36,20 +32,16 @@ def bound(spool: Spool, groups: Array | None) -> Array | None:
 
     What has near or equal rows in two papers joins these too. Without papers the groups are as they were.
     """
-    contents, papers = np.empty(spool.rows, np.uint64), np.arange(spool.rows, dtype=np.uint64)
-    has_papers = False
-    for block in spool.blocks():
-        here = slice(block.first, block.first + len(block.entries))
-        contents[here] = block.entries["content"][:, 0]
-        is_paper = block.entries["form"] == PAPER
-        if is_paper.any():
-            has_papers = True
-            row = block.entries["row"][is_paper] + np.uint64(block.rows_before)
-            file = block.entries["file"][is_paper].astype(np.uint64)
-            papers[here][is_paper] = _PAPER_BIT | (file << np.uint64(46)) | row
-    if not has_papers:
+    places, keys = spool.bound()
+    if not len(places):
         return groups
-    ties = [np.unique(tie, return_inverse=True)[1] for tie in (contents, papers)]
+    contents = np.empty(spool.rows, np.uint64)
+    for block in spool.blocks():
+        contents[block.first : block.first + len(block.entries)] = block.entries["content"][:, 0]
+    papers = np.arange(spool.rows)
+    _, first, of_key = np.unique(keys, return_index=True, return_inverse=True)
+    papers[places] = places[first][of_key]
+    ties = [np.unique(contents, return_inverse=True)[1], papers]
     if groups is not None:
         ties.append(groups)
     labels = np.arange(spool.rows)

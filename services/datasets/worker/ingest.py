@@ -140,6 +140,10 @@ class Ingest:
     def _judge_whole(self, stats: datasets_pb2.DatasetStats) -> None:
         rows = sum(stats.rows.values())
         said = rules.check_all(rows, stats.skipped_rows, stats.output_words, stats.below_score_papers)
+        if not rows and self._reading.left:
+            left = ", ".join(f"{n} {rule}" for rule, n in sorted(self._reading.left.items()))
+            hint = "give prose headings, or take whole sections as texts (ROW_FORMAT_TEXT)"
+            said = [Problem("no_rows", f"no item was found in the documents; left out: {left}", hint)]
         for name, column in self._request.columns.items():
             if column not in self._reading.parser.counts.columns_met and rows + stats.skipped_rows:
                 told = f"no row has {clip(column)}, which was to be {name}"

@@ -7,6 +7,7 @@ is not taken is told; all problems of a paper are found at once.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from services.datasets.worker.found import ERROR, INFO, Problem, clip
 from services.datasets.worker.plain import Plain, words
 from services.datasets.worker.row import Row
 
+PAIRS = ("abstract", "section", "summary")
 FEW_WORDS = 15
 LONG_CHARACTERS = 12_000
 SHORT_BYTES = 500
@@ -44,6 +46,18 @@ class Made:
     problems: list[Problem]
     is_below: bool = False
     """Its score is below the one that was asked for; there are no examples then."""
+
+
+def key_of(origin: Mapping[str, Any]) -> int:
+    """What examples of one paper have in common."""
+    told = f"{origin.get('file')}\0{origin.get('line')}".encode()
+    return int.from_bytes(hashlib.blake2b(told, digest_size=8).digest(), "little")
+
+
+def is_of_paper(example: Plain) -> bool:
+    """Whether an example of a sealed dataset was made of a paper."""
+    metadata = example.get("metadata", {})
+    return metadata.get("pair") in PAIRS and "title" in metadata and "line" in example.get("origin", {})
 
 
 @dataclass(frozen=True, slots=True)

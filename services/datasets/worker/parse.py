@@ -248,6 +248,8 @@ class Parser:
             return
         stratum = zlib.crc32(self._kind(place, example).encode()) if self._stratify_by else 0
         segment.add(line, content, at, row, (characters, taught), place.file, stratum, place.side, form)
+        if place.form == PAPER or (place.is_ours and papers.is_of_paper(example)):
+            segment.bind(papers.key_of(example["origin"]))
 
     def _kind(self, place: Place, example: Plain) -> str:
         """What the row counts as, for a stratified split."""

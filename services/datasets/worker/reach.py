@@ -27,6 +27,8 @@ from services.datasets.worker.card import unusable
 
 _CONNECT_SECONDS = 10.0
 _IDLE_SECONDS = 30.0
+_TICK_SECONDS = 0.005
+"""A timer may ring a little before its time."""
 _AGENT = "qlorad (import of a dataset)"
 
 Resolve = Callable[..., list]
@@ -79,7 +81,7 @@ class Clock:
 
     @property
     def is_over(self) -> bool:
-        return time.monotonic() >= self._end
+        return time.monotonic() >= self._end - _TICK_SECONDS
 
     def _ring(self) -> None:
         for sock in self._cut:
@@ -189,7 +191,7 @@ def _resolved(page: Page, clock: Clock, resolve: Resolve) -> list:
     def look() -> None:
         try:
             found.put(resolve(page.place.host, page.place.port, type=socket.SOCK_STREAM))
-        except OSError as e:
+        except (OSError, ValueError) as e:
             found.put(e)
 
     threading.Thread(target=look, daemon=True, name="resolve").start()
@@ -200,6 +202,6 @@ def _resolved(page: Page, clock: Clock, resolve: Resolve) -> list:
     if isinstance(told, socket.gaierror) and told.errno in (socket.EAI_NONAME, socket.EAI_NODATA):
         told_so = f"web.urls: {show(page.url_without_query, 200)}: there is no host of this name"
         raise Fault(errors_pb2.REASON_NOT_FOUND, told_so, resource=page.place.host)
-    if isinstance(told, OSError):
+    if isinstance(told, Exception):
         raise told
     return told

@@ -121,7 +121,6 @@ class Reading:
         read = self._reader.read(path, told.filename, form == TEXT)
         self._tell("documents", number + 1, len(self._order.sources))
         notes = self._open(0)
-        Segment(self._scratch, len(self._rows_before) - 1).close()
         place = Place(number, told.filename, self._side(number, told, notes), form, {})
         for line, problem in read.findings:
             notes.add(problem, number, line, 0)
@@ -155,13 +154,15 @@ class Reading:
         )
         if form and stretches.worth_it(source.container, size):
             notes.close()
-            Segment(self._scratch, len(self._rows_before) - 1).close()
             self._in_stretches(place, path, size)
         else:
             self._parse(place, first, source.records, notes, source.position, size)
 
     def _open(self, rows_before: int) -> Notes:
-        notes = Notes(notes_path(self._scratch, len(self._rows_before)))
+        """Notes of a segment, which holds no row as long as nobody spools one."""
+        number = len(self._rows_before)
+        notes = Notes(notes_path(self._scratch, number))
+        Segment(self._scratch, number).close()
         self._rows_before.append(rows_before)
         self.tallies.append(notes.tally)
         return notes

@@ -20,7 +20,7 @@ from services.common.safetensors_header import read_model_headers
 from services.common.worker.bfloat import has_bf16
 from services.common.worker.load import weight_bytes
 from services.inference import precision
-from services.inference.worker import proof, straight, weights
+from services.inference.worker import proof, said, straight, weights
 from services.inference.worker.forward import Forward, Whole
 from services.inference.worker.lanes import Lanes
 from services.inference.worker.lora import Lora
@@ -56,20 +56,23 @@ class Base:
         self.reader = Reader(load.name, payload, told.template_date)
         self._payload, self._headers = payload, read_model_headers(payload)
         kept = Prepared(load.prepared, load.manifest.digest, name)
-        self.model, self._from_prepared = weights.bring(payload, self.precision, load.device, kept)
+        brought = weights.bring(
+            payload, self.precision, load.device, kept, lambda model: said.ask(model, told.vocabulary, load.name)
+        )
+        self.model, self._from_prepared = brought.model, brought.from_kept
         device = next(self.model.parameters()).device
         self.reader.context_tokens = self.context_tokens = _context(self.model.config, told.context_tokens)
         self.reader.vocabulary = self.model.get_input_embeddings().weight.shape[0]
         self.lora = Lora(
             self.model, torch.float32 if self.precision == _FULL else torch.bfloat16, load.device_adapter_bytes
         )
-        self._probe = proof.Probe(self.model, told.vocabulary, load.name)
+        self._probe = proof.Probe(self.model, brought.said, told.vocabulary, load.name)
         limit = load.cache_bytes or _free_bytes(load.device) // 2
-        lanes = Lanes(self._probe.shapes, self._probe.dtype, device, limit)
+        lanes = Lanes(brought.said.shapes, self._probe.dtype, device, limit)
         forward = self._probe.proven(self._forwards())
         self.scheduler = Scheduler(
             forward, self.lora, lanes, Prefixes(load.prefix_bytes), load.max_rows, self.context_tokens,
-            frozenset(told.eos_token_ids), device,
+            frozenset(told.eos_token_ids), device, _reach(told.parameters, self.model.config, brought.said.shapes),
         )  # fmt: skip
 
     def _forwards(self) -> Iterator[Forward]:
@@ -161,6 +164,14 @@ def _free_bytes(device: str) -> int:
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+def _reach(parameters: int, config, shapes: Sequence[tuple[int, int]]) -> float:
+    """The context with which a token's attention takes as long as its products with the weights.
+
+    Two operations a weight, four a number of each head and token looked back upon; these run half as quick.
+    """
+    return parameters / (4 * config.num_attention_heads * sum(width for _, width in shapes))
 
 
 def _context(config, told: int) -> int:

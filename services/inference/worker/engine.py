@@ -10,12 +10,14 @@ daemon's socket closes, so memory and device come back for certain.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import queue
 import sys
 import threading
 import time
+from typing import NoReturn
 
 from qlorad.v1 import errors_pb2
 from services.common import frames, process
@@ -65,7 +67,7 @@ class Out:
         self.send([Report(call=call, refusal=wire.pack(error))])
 
 
-def leave() -> None:
+def leave() -> NoReturn:
     """Ends the process now, whatever its threads do."""
     os._exit(0)
 
@@ -89,7 +91,7 @@ class Engine:
         self._load(load)
 
     def _load(self, order: Order) -> None:
-        """Brings the base into memory; imports torch only here, while the daemon already listens."""
+        """Brings the base into memory."""
         begun = time.monotonic()
         try:
             from services.inference.worker import base
@@ -228,6 +230,12 @@ def spin_a_little() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 
+def bring_libraries() -> None:
+    """Imports what a base needs. Whatever goes wrong goes wrong again for whom needs it, and is told there."""
+    with contextlib.suppress(Exception):
+        from services.inference.worker import base  # noqa: F401
+
+
 def main() -> None:
     process.apply_limits()
     spin_a_little()
@@ -236,9 +244,11 @@ def main() -> None:
     parser.add_argument("--lease", type=int, required=True, help="held open for as long as this process lives")
     line = frames.Line(parser.parse_args().fd)
     logging.basicConfig(level="INFO", stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    # The libraries take seconds, and the daemon may still be reading the base's bytes.
+    threading.Thread(target=bring_libraries, name="libraries", daemon=True).start()
     first = line.receive()
     if first is None:
-        return
+        leave()
     Engine(line, Order.FromString(first)).run()
 
 

@@ -19,6 +19,8 @@ _SHORTEST = 128
 """Length of the shortest lane; each other is twice as long as the one before."""
 _LARGE = 2**20
 """Bytes from which memory is taken from the system itself."""
+_AT_FIRST = 8
+"""Slots that a lane begins with, if they take no more bytes than may be kept for the next."""
 _IDLE = 256 * 2**20
 """Bytes that no row has and that are kept for the next, where there is no limit; else a quarter of that."""
 
@@ -108,8 +110,12 @@ class Lanes:
             held[place.slot].zero_()
 
     def _wider(self, lane: Lane) -> int:
-        """Slots for one more row: twice as many, or as many as there are bytes for."""
-        slots = max(1, 2 * lane.slots)
+        """Slots for one more row: some, then twice as many, or as many as there are bytes for.
+
+        More of them means that what is in the others moves, and all rows wait for that.
+        """
+        some = min(_AT_FIRST, max(1, _IDLE // (self.token_bytes * lane.capacity)))
+        slots = 2 * lane.slots or some
         if self._limit:
             free = (self._limit - self.bytes_held) // (self.token_bytes * lane.capacity)
             slots = max(lane.slots + 1, min(slots, lane.slots + free))
@@ -147,14 +153,15 @@ class Lanes:
 
 def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros. On a processor memory that is not there before it is written to: setting all of it to zero at once
-    takes longer than many steps, and others would wait."""
+    takes longer than many steps, and others would wait. So do large pages, of which the first token takes one for
+    each layer; reading is no quicker with them."""
     size = count * dtype.itemsize
     if device.type != "cpu" or size < _LARGE:
         return torch.zeros(count, dtype=dtype, device=device)
     held = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
         with contextlib.suppress(OSError):  # a system without large pages
-            held.madvise(mmap.MADV_HUGEPAGE)
+            held.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(held, dtype=dtype)
 
 

@@ -41,7 +41,7 @@ class Pace:
     _read_read: float = 0.0
     _read_took: float = 0.0
 
-    def note(self, seconds: float, read: int, rows: int) -> None:
+    def note(self, seconds: float, read: float, rows: int) -> None:
         """Takes a step into account: how long it took, tokens of prompts it read, rows that got a token."""
         if not read:
             self.row_seconds += (_NEW if self.row_seconds else 1.0) * (seconds - self.row_seconds)

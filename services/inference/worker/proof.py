@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
-from transformers import Cache
 
 from qlorad.v1 import artifacts_pb2
 from services.common import facts
@@ -24,8 +23,8 @@ from services.inference.worker import flat
 from services.inference.worker.forward import Forward
 from services.inference.worker.lanes import Lanes, Place
 from services.inference.worker.lora import Lora
+from services.inference.worker.said import TOKENS, Said, ids
 
-_PROBE_TOKENS = 24
 # How far a forward of ours may be from the model's own, as a part of the largest logit.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15}
 
@@ -76,21 +75,16 @@ def _named(check: str, name: str, work):
 
 
 class Probe:
-    """A fixed input, what the model's own code says to it, and how its keys and values are shaped."""
+    """A fixed input and what the model's own code says to it: what every forward of ours is held against."""
 
-    def __init__(self, model, vocabulary: int, name: str) -> None:
-        self._model, self._name = model, name
+    def __init__(self, model, said: Said, vocabulary: int, name: str) -> None:
+        self._name = name
         self._device = model.get_input_embeddings().weight.device
-        self._ids = [(7919 * n + 13) % vocabulary for n in range(_PROBE_TOKENS)]
-        ids = torch.tensor([self._ids], dtype=torch.long, device=self._device)
-        seen = _Shapes()
-        self._own = model(input_ids=ids, past_key_values=seen, use_cache=True).logits[0].float()
-        if not torch.isfinite(self._own).all():
-            raise rejected(name, "check 'values': its logits are not finite")
-        self.shapes, self.dtype = seen.told(name), model.dtype
+        self._ids = ids(vocabulary)
+        self._own, self.dtype = said.logits, model.dtype
         self._forward: Forward
         # Places of its own, so that a probe never waits for room that requests have.
-        self._lanes = Lanes(self.shapes, self.dtype, self._device, 0)
+        self._lanes = Lanes(said.shapes, self.dtype, self._device, 0)
         self._base: torch.Tensor
 
     def proven(self, forwards: Iterable[Forward]) -> Forward:
@@ -119,7 +113,7 @@ class Probe:
     def _logits(self, digest: str, lora: Lora | None) -> torch.Tensor:
         place = self._place()
         try:
-            laid = flat.lay([flat.Piece(place, self._ids, digest, _PROBE_TOKENS)], self._device)
+            laid = flat.lay([flat.Piece(place, self._ids, digest, TOKENS)], self._device)
             if lora is not None:
                 lora.choose(laid)
             return self._forward(laid)
@@ -138,7 +132,7 @@ class Probe:
             self._lanes.give(other)
 
     def _place(self) -> Place:
-        place = self._lanes.take(_PROBE_TOKENS)
+        place = self._lanes.take(TOKENS)
         if place is None:
             raise MemoryError("no room for a probe's keys and values")
         return place
@@ -146,7 +140,7 @@ class Probe:
     def _beside(self, mine: Place, other: Place) -> tuple[float, float]:
         seen = []
         # Pieces of many tokens, then one by one, and another row that is shorter: every way the scheduler uses it.
-        for begin, end in ((0, 10), (10, 20), *((n, n + 1) for n in range(20, _PROBE_TOKENS))):
+        for begin, end in ((0, 10), (10, 20), *((n, n + 1) for n in range(20, TOKENS))):
             pieces = [
                 flat.Piece(other, self._ids[begin : begin + 1], ""),
                 flat.Piece(mine, self._ids[begin:end], "", end - begin),
@@ -156,32 +150,3 @@ class Probe:
             flat.settle(pieces)
             seen.append(logits[[at for at, number in enumerate(laid.order) if number == 1]])
         return float((torch.cat(seen) - self._own).abs().max()), max(1.0, float(self._own.abs().max()))
-
-
-class _Shapes(Cache):
-    """A cache that keeps nothing and learns what would be kept."""
-
-    def __init__(self) -> None:
-        super().__init__(layers=[])
-        self._seen: dict[int, tuple[int, int]] = {}
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        if key_states.shape != value_states.shape:
-            raise ValueError("keys and values of different shapes are not served here")
-        self._seen[layer_idx] = (key_states.shape[1], key_states.shape[3])
-        return key_states, value_states
-
-    def told(self, name: str) -> list[tuple[int, int]]:
-        """Heads and width of every layer."""
-        if sorted(self._seen) != list(range(len(self._seen))) or not self._seen:
-            raise rejected(name, "check 'forward': not every layer keeps keys and values")
-        return [self._seen[layer] for layer in range(len(self._seen))]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length, layer_idx: int = 0) -> tuple[int, int]:
-        return query_length, 0
-
-    def __len__(self) -> int:
-        return len(self._seen)

@@ -41,6 +41,8 @@ class Row:
     who: str
     arrived: float = field(default_factory=time.monotonic)
     given: Place | None = None
+    is_short: bool = False
+    """Whether little of its prompt was left to read when it was admitted."""
 
     @property
     def share(self) -> Share:

@@ -1,13 +1,14 @@
 """Continuous batching: rows come and go at every step.
 
 Law of this room: one step = one forward: a token for every row that has its prompt behind it, and as much of
-the waiting prompts as `pace` allows, the shortest first, but every few steps the oldest. So a long prompt never
-stalls the others, and a cancelled request is gone before the next token. A row begins only where there is room
-for all that it can ever need.
+the waiting prompts as `pace` allows: the shortest first unless others waited long, and every few steps the oldest.
+So a long prompt never stalls the others, and a cancelled request is gone before the next token. A row begins only
+where there is room for all that it can ever need.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -19,7 +20,7 @@ from services.common.frames.v1 import engine_pb2
 from services.inference import wire
 from services.inference.worker import flat, sampling
 from services.inference.worker.forward import Forward
-from services.inference.worker.lanes import Lanes
+from services.inference.worker.lanes import Lanes, Place
 from services.inference.worker.lora import Lora
 from services.inference.worker.pace import Pace
 from services.inference.worker.prefix import Prefixes
@@ -30,6 +31,8 @@ Report = engine_pb2.EngineReport
 Row = Answering | Scoring
 _SHORT = 256
 """Tokens of a prompt that does not hold up others for long: reading it makes a row that gets tokens."""
+_WAITED = 256
+"""Tokens that a short prompt may have more than another for each second that it waited longer."""
 _PATIENCE = 3
 """Steps that read others' prompts in a row before the oldest has its turn."""
 _WORTH = 16
@@ -49,11 +52,13 @@ class Scheduler:
         context_tokens: int,
         end_ids: frozenset[int],
         device: torch.device,
+        reach: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`reach` is the context with which a token costs twice what it costs with none."""
         self._forward, self._lora, self._lanes, self._prefixes = forward, lora, lanes, prefixes
         self._max_rows, self._context, self._end_ids = max_rows, context_tokens, end_ids
-        self._device, self._clock = device, clock
+        self._device, self._reach, self._clock = device, reach, clock
         self._turns: Turns[Row] = Turns()
         self._rows: list[Row] = []
         """Oldest first."""
@@ -117,9 +122,9 @@ class Scheduler:
         return reports
 
     def _note(self, seconds: float, planned: list[tuple[Row, flat.Piece]]) -> None:
-        read = sum(len(piece.ids) for _, piece in planned if len(piece.ids) > 1)
-        rows = sum(len(piece.ids) == 1 for _, piece in planned)
-        self._pace.note(seconds, read, rows)
+        pieces = [piece for _, piece in planned if len(piece.ids) > 1]
+        read, rows = sum(len(piece.ids) for piece in pieces), len(planned) - len(pieces)
+        self._pace.note(seconds, sum(len(piece.ids) * self._cost(piece.place) for piece in pieces), rows)
         self._gauges.step_seconds, self._gauges.step_tokens = seconds, read + rows
         for row, piece in planned:
             self._turns.charge(row.share, len(piece.ids))
@@ -138,6 +143,7 @@ class Scheduler:
             row.given = place
             self._rows.append(row)
             cached = 0 if isinstance(row, Scoring) else self._prefixes.find(row.adapter, row.prompt, place)
+            row.is_short = row.unread <= _SHORT
             begun = engine_pb2.EngineBegun(waited_seconds=self._clock() - row.arrived, cached_tokens=cached)
             reports.append(Report(call=row.call, begun=begun))
         return reports
@@ -160,17 +166,22 @@ class Scheduler:
         given: dict[int, int] = {}
         if reading:
             budget = self._budget(len(going), 0)
-            of_short = max(budget, self._budget(len(going), sum(row.unread <= _SHORT for row in reading)))
+            of_short = max(budget, self._budget(len(going), sum(row.is_short for row in reading)))
             oldest = reading[0]
-            if self._passed_over >= _PATIENCE:
-                given[id(oldest)] = min(oldest.unread, budget)
-            for row in sorted(reading, key=lambda r: r.unread):
-                left = (of_short if row.unread <= _SHORT else budget) - sum(given.values())
-                more = min(left, row.unread - given.get(id(row), 0))
+            spent = 0.0
+            for row in [*([oldest] if self._passed_over >= _PATIENCE else []), *sorted(reading, key=_burden)]:
+                cost = self._cost(row.place)
+                left = (of_short if row.is_short else budget) - spent
+                more = min(max(int(left / cost), 0 if given else 1), row.unread - given.get(id(row), 0))
                 if more >= min(_WORTH, row.unread) or (more > 0 and not given):
                     given[id(row)] = given.get(id(row), 0) + more
+                    spent += more * cost
             self._passed_over = 0 if id(oldest) in given else self._passed_over + 1
         return planned + [(row, row.piece(given[id(row)])) for row in reading if id(row) in given]
+
+    def _cost(self, place: Place) -> float:
+        """What a token costs that looks back upon so many, by what one costs that looks back upon none."""
+        return 1.0 + place.length / self._reach
 
     def _budget(self, going: int, short: int) -> int:
         """Tokens of prompts for this step, so that the whole is a usual number."""
@@ -232,6 +243,11 @@ class Scheduler:
         self._retire(row)
         fault = rejected(row.adapter or "the base", "gave logits that are not finite")
         return Report(call=row.call, refusal=wire.pack(fault))
+
+
+def _burden(row: Row) -> tuple[bool, float]:
+    """Whose prompt is read first: the shortest; but among short ones waiting counts too."""
+    return not row.is_short, row.unread + (_WAITED * row.arrived if row.is_short else 0.0)
 
 
 def _ended(row: Row, reason: inference_pb2.FinishReason.ValueType) -> Report:

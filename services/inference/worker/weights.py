@@ -6,6 +6,8 @@ Law of this room: both ways give the same numbers.
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,38 +19,58 @@ from services.common.worker.bfloat import has_bf16
 from services.common.worker.load import load_base, load_kept
 from services.inference.worker import packed, reordered
 from services.inference.worker.prepared import Prepared
+from services.inference.worker.said import Said
 
 _FILE = "weights.safetensors"
 _BITS = {inference_pb2.PRECISION_INT8: 8, inference_pb2.PRECISION_INT4: 4}
 _PLAIN = {inference_pb2.PRECISION_BF16: "bf16", inference_pb2.PRECISION_FP32: "fp32"}
 
 
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """A model in eval mode, what its own code says to the probe, and whether both were kept from before."""
+
+    model: Any
+    said: Said
+    from_kept: bool
+
+
 def bring(
-    payload: pathlib.Path, precision: inference_pb2.Precision.ValueType, device: str, kept: Prepared
-) -> tuple[Any, bool]:
-    """The model, in eval mode, and whether its quantised weights were kept from before."""
+    payload: pathlib.Path,
+    precision: inference_pb2.Precision.ValueType,
+    device: str,
+    kept: Prepared,
+    ask: Callable[[Any], Said],
+) -> Brought:
+    """The model; `ask` has it answer the probe where no answer was kept with the weights."""
     if precision in _PLAIN:
         model = load_base(payload, "none", True, _PLAIN[precision], device)
         if reordered.pays(model) and has_bf16(device):
             reordered.reorder(model)
-        return model, False
+        return Brought(model, ask(model), False)
     there = kept.find()
     if there is not None:
         try:
+            said = Said.load(there, device)
             if precision in _BITS:
-                return _unpacked(payload, there, _BITS[precision]), True
-            return _both(load_kept(there, device), device), True
+                return Brought(_unpacked(payload, there, _BITS[precision]), said, True)
+            return Brought(_both(load_kept(there, device), device), said, True)
         except Exception as error:  # whatever reading them raises: they only save time
             kept.drop(error)
+    model = load_base(payload, "none" if precision in _BITS else "nf4", True, "bf16", device)
     if precision in _BITS:
-        model = load_base(payload, "none", True, "bf16", device)
         packed.pack(model, _BITS[precision])
-        kept.keep(lambda folder: save_file(_tensors(model), folder / _FILE))
-    else:
-        model = load_base(payload, "nf4", True, "bf16", device)
-        kept.keep(lambda folder: model.save_pretrained(folder))
-        model = _both(model, device)
-    return model, False
+    said = ask(model)
+
+    def write(folder: pathlib.Path) -> None:
+        if precision in _BITS:
+            save_file(_tensors(model), folder / _FILE)
+        else:
+            model.save_pretrained(folder)
+        said.save(folder)
+
+    kept.keep(write)
+    return Brought(model if precision in _BITS else _both(model, device), said, False)
 
 
 def _both(model: Any, device: str) -> Any:

@@ -123,11 +123,14 @@ class _Told:
 
     def found(self, folder: str, found: Documents) -> None:
         files = [name for _, name in found.files]
-        if not self._tell("found", {"files": files, "kinds": dict(found.kinds()), "others": dict(found.others)}):
+        told = {"files": files, "kinds": dict(found.kinds()), "others": dict(found.others), "empty": list(found.empty)}
+        if not self._tell("found", told):
             return
         print(f"found    {_several(len(files), 'document')} in {folder}: {_counts(found.kinds())}")
         if found.others:
             print(f"         {_several(sum(found.others.values()), 'other file')} passed over: {_counts(found.others)}")
+        if found.empty:
+            print(f"         {_several(len(found.empty), 'empty document')} passed over: {', '.join(found.empty)}")
 
     def dataset(self, made: datasets_pb2.Dataset) -> None:
         if not self._tell("dataset", out.as_dict(made)):

@@ -108,12 +108,9 @@ def came_from(example: dict[str, Any]) -> str:
     origin = example.get("origin", {})
     if not origin.get("file"):
         return ""
-    spans = [
-        f"{_UNITS[s['unit']]}{s['first']}" + f"–{s['last']}" * (s["last"] != s["first"])
-        for s in origin.get("spans", [])
-    ]
+    spans = [f"{s['first']}-{s['last']}" if s["first"] != s["last"] else s["first"] for s in origin.get("spans", [])]
     if spans:
-        return f" ({origin['file']}: {', '.join(spans)})"
+        return f" ({origin['file']}: {_UNITS[origin['spans'][0]['unit']]} {', '.join(spans)})"
     return f" ({origin['file']}:{origin['line']})" if origin.get("line") else f" ({origin['file']})"
 
 

@@ -144,17 +144,12 @@ def _text(section: Section, draft: Draft) -> str:
 
 def _share_out(section: Section, rest: Sequence[int], drafts: list[Draft], left: dict[int, str]) -> None:
     """Gives the few words that are left of a section to the steps, table or code beside them; else they only lead."""
-    for n in sorted(rest, reverse=True):
-        for at, draft in enumerate(drafts):
-            if draft.rule in items.TAKE_MORE and (n + 1 in draft.answer or n - 1 in draft.answer):
-                drafts[at] = replace(draft, answer=tuple(sorted((*draft.answer, n))))
-                section.free.discard(n)
-                break
-    for n in rest:  # what stands behind such a word
-        for at, draft in enumerate(drafts):
-            if n in section.free and draft.rule in items.TAKE_MORE and n - 1 in draft.answer:
-                drafts[at] = replace(draft, answer=tuple(sorted((*draft.answer, n))))
-                section.free.discard(n)
+    for n in (*reversed(rest), *rest):  # one may stand beside another that was given away
+        beside = (i for i, d in enumerate(drafts) if d.rule in items.TAKE_MORE and {n - 1, n + 1} & set(d.answer))
+        at = next(beside, None)
+        if at is not None and n in section.free:
+            section.free.discard(n)
+            drafts[at] = replace(drafts[at], answer=tuple(sorted((*drafts[at].answer, n))))
     _leave(section, [n for n in rest if n in section.free], "lead_in", left)
 
 

@@ -6,7 +6,7 @@ added to it but what Markdown writes around code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -89,11 +89,3 @@ def squared(rows: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
     """Rows of one length, the short ones filled up."""
     width = max(map(len, rows), default=0)
     return tuple(tuple(row) + ("",) * (width - len(row)) for row in rows)
-
-
-def counts(blocks: Sequence[Block]) -> Mapping[str, int]:
-    """Blocks by kind, for people."""
-    found: dict[str, int] = {}
-    for block in blocks:
-        found[block.kind] = found.get(block.kind, 0) + 1
-    return found

@@ -88,11 +88,12 @@ class _Run:
     pieces: list[tuple[str, bool, bool]] = field(default_factory=list)
     """Each with whether it is emphasised, and whether it links."""
     begin: int = -1
-    end: int = 0
     pictures: int = 0
 
 
 class _Walk(HTMLParser):
+    """Tags and texts, one after the other, as blocks."""
+
     def __init__(self, text: str, lines: Lines) -> None:
         super().__init__(convert_charrefs=True)
         self._text = text
@@ -102,9 +103,9 @@ class _Walk(HTMLParser):
         self._strong = self._marked = self._links = 0
         self._lists: list[int | None] = []
         self._opened: list[int | None] = []
-        """Of items that are open: the number, once their first text came None is not told again."""
+        """Numbers of the items that are open; None = they have a mark."""
         self._fresh = False
-        """The next text is the first of an item."""
+        """The next text is the first of the innermost."""
         self._run = _Run()
         self._rows: list[list[str]] | None = None
         self._table_at = self._table_depth = 0
@@ -266,7 +267,8 @@ class _Walk(HTMLParser):
                 self._rows[-1][-1] = f"{self._rows[-1][-1]}\n{text}".strip()
                 return
         left = "navigation" if self._is_around() else _only(run)
-        if inside[:1] == "h" and inside[1:].isdigit():
+        if inside[:1] == "h" and inside[1:].isdigit():  # many link to themselves
+            left = "" if left == "links_only" else left
             self._made.append(Block(HEADING, " ".join(text.split()), span, level=int(inside[1]), left=left))
         elif self._is_pre():
             self._made.append(Block(CODE, text, span, level=len(self._opened), language=self._language, left=left))

@@ -92,7 +92,8 @@ def principles(section: Section) -> Iterator[Draft]:
         yield Draft("principle", heading[numbered.end() :].strip(), body)
         return
     if not patterns.PRINCIPLES.search(section.topic):
-        if body and patterns.PRINCIPLES.search(section.above) and not section.has_parts:
+        around = section.path[-2:-1]
+        if body and any(map(patterns.PRINCIPLES.search, around)) and not section.has_parts:
             yield Draft("principle", section.topic, body)
         return
     for run in section.runs(ITEM):
@@ -102,7 +103,7 @@ def principles(section: Section) -> Iterator[Draft]:
             for n, name in named:
                 end = _end_of_item(section, n)
                 yield Draft("principle", name, tuple(range(n, end)), above="")
-        elif len(run) > 1:
+        elif len(run) > 1 and blocks[run[0]].number is None:
             whole = tuple(range(run[0], _end_of_item(section, run[-1])))
             yield Draft("principle", section.topic, whole, wording="principles")
 

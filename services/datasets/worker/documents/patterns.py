@@ -13,8 +13,8 @@ GLOSSARY = re.compile(
     re.I,
 )
 PRINCIPLES = re.compile(
-    r"\b(?:principles?|rules?|guidelines?|tenets?|maxims?|laws?|best practices?|dos? and don'?ts?|grundsätze?|"
-    r"prinzipien|prinzip|regeln?|leitlinien?)\b",
+    r"\b(?:principles|rules|guidelines|tenets|maxims|laws|best practices|dos? and don'?ts?|grundsätze|prinzipien|"
+    r"regeln|leitlinien)\b",
     re.I,
 )
 PRINCIPLE_HEADING = re.compile(
@@ -52,7 +52,7 @@ _NO_TERMS = frozenset(
     "each every any some all both such so if then and or but not no nothing everything something anyone everyone "
     "nobody another other others dies diese dieser dieses das es sie er wir ich man was wer wenn und oder aber "
     "note example warning caution tip important hinweis beispiel achtung for in as at by to on of with from after "
-    "before while although because since also often usually sometimes only".split()
+    "before while whoever whatever although because since also often usually sometimes only".split()
 )
 
 
@@ -76,10 +76,8 @@ def term_of(text: str, lead: str, is_glossary: bool) -> str:
 
 def _term(text: str) -> str:
     found = " ".join(text.split())
-    first = re.match(r"[\w'’-]+", found)
-    if first is None or first[0].lower() in _NO_TERMS or len(found) < 2:
-        return ""
-    return found
+    words = re.findall(r"[\w'’-]+", found.lower())
+    return found if words and len(found) > 1 and not {words[0], words[-1]} & _NO_TERMS else ""
 
 
 def name_of(text: str, lead: str) -> str:

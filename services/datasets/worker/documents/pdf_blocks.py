@@ -88,22 +88,32 @@ class _Build:
     def _table_from(self, at: int) -> list[Line]:
         if len(self._all[at][0].pieces) < 2:
             return []
+        found = self._rest_of_page(at)
+        rows = pdf_tables.rows_of(found)
+        if rows or len(found) > 1:
+            return rows
+        # Its first row may stand alone at the foot of the page before.
+        after = next((n for n in range(at + 1, len(self._all)) if not self._all[n][1]), None)
+        more = pdf_tables.rows_of(self._rest_of_page(after)) if after is not None else []
+        return found if more and len(pdf_tables.columns(more)) == len(found[0].pieces) else []
+
+    def _rest_of_page(self, at: int) -> list[Line]:
         found: list[Line] = []
         for line, is_around in self._all[at:]:
             if is_around or line.page != self._all[at][0].page:
                 break
             found.append(line)
-        return pdf_tables.rows_of(found)
+        return found
 
     # One line
 
     def _take(self, line: Line, after: Line | None) -> None:
         text, before = line.text, self._open[-1] if self._open else None
-        if line.look.is_mono and not self._is_within(before, line):
-            if self._kind != CODE or before is None or not self._is_same_code(before, line):
-                self._begin(CODE, line)
-            else:
-                self._open.append(line)
+        goes_on = self._kind == CODE and before is not None and self._is_same_code(before, line)
+        if goes_on and _is_mostly_code(line):  # a sign that its font does not have is of another one
+            self._open.append(line)
+        elif line.look.is_mono and not self._is_within(before, line):
+            self._begin(CODE, line)
         elif DOTTED.fullmatch(text):
             self._begin(PROSE, line)
             self._end("table_of_contents")
@@ -220,7 +230,7 @@ class _Build:
         left = self._item[2] if self._kind == ITEM else min(other.left for other in self._open[-3:])
         if before.page != line.page or line.base >= before.base or before.column != line.column:
             return self._is_done(before, line)
-        if not self._is_next(before, line, 1.35):
+        if before.base - line.base > max(1.15 * self._leading, self._leading + 0.35 * line.look.size):
             return True
         if self._kind == ITEM:
             return line.left < left - 3 or line.left > left + 2.5 * line.look.size
@@ -318,6 +328,11 @@ def _words_of(line: Line) -> str:
         told = f"`{spaced(run)}`" if run[0].look.is_mono else spaced(run)
         text += told if not text or run[0].is_glued else f" {told}"
     return text
+
+
+def _is_mostly_code(line: Line) -> bool:
+    letters = sum(len(w.text) for w in line.words)
+    return sum(len(w.text) for w in line.words if w.look.is_mono) > 0.8 * letters
 
 
 def _behind_mark(text: str) -> str:

@@ -32,10 +32,10 @@ def rows_of(lines: Sequence[Line]) -> list[Line]:
         if len(line.pieces) < 2 and (before is None or not _fits(run, line)):
             break
         candidate = [*run, line]
-        if len(_columns(candidate)) < 2:
+        if len(columns(candidate)) < 2:
             break
         run = candidate
-    while run and len(run[-1].pieces) < 2 and len(_columns(run)) > 1 and _of_column(run, run[-1]) == 0:
+    while run and len(run[-1].pieces) < 2 and len(columns(run)) > 1 and _of_column(run, run[-1]) == 0:
         run.pop()
     several = [line for line in run if len(line.pieces) > 1]
     return run if len(several) >= 2 and _is_aligned(run) else []
@@ -43,11 +43,11 @@ def rows_of(lines: Sequence[Line]) -> list[Line]:
 
 def _is_aligned(lines: Sequence[Line]) -> bool:
     """Whether what stands in each column but the first begins, ends or is centred in one place; blanks are not."""
-    columns = _columns(lines)
-    for begin, end in columns[1:]:
+    places = columns(lines)
+    for begin, end in places[1:]:
         pieces = [p for line in lines for p in line.pieces if begin - 1 <= p.left and p.right <= end + 1]
-        places = ([p.left for p in pieces], [p.right for p in pieces], [p.left + p.right for p in pieces])
-        if not any(max(found) - min(found) <= _OFF for found in places if found):
+        edges = ([p.left for p in pieces], [p.right for p in pieces], [p.left + p.right for p in pieces])
+        if not any(max(found) - min(found) <= _OFF for found in edges if found):
             return False
     return True
 
@@ -55,10 +55,10 @@ def _is_aligned(lines: Sequence[Line]) -> bool:
 def _fits(run: Sequence[Line], line: Line) -> bool:
     """Whether a line of one piece goes on in a cell: it stands in one column, close below."""
     gap = run[-1].base - line.base
-    return gap < 1.45 * line.look.size and len(_columns([*run, line])) == len(_columns(run))
+    return gap < 1.45 * line.look.size and len(columns([*run, line])) == len(columns(run))
 
 
-def _columns(lines: Sequence[Line]) -> list[tuple[float, float]]:
+def columns(lines: Sequence[Line]) -> list[tuple[float, float]]:
     """Stretches in which pieces stand, from left to right."""
     found: list[tuple[float, float]] = []
     for left, right in sorted((p.left, p.right) for line in lines for p in line.pieces):
@@ -70,18 +70,18 @@ def _columns(lines: Sequence[Line]) -> list[tuple[float, float]]:
 
 
 def _of_column(lines: Sequence[Line], line: Line) -> int:
-    columns = _columns(lines)
-    return next((n for n, (begin, end) in enumerate(columns) if begin - 1 <= line.left <= end + 1), 0)
+    places = columns(lines)
+    return next((n for n, (begin, end) in enumerate(places) if begin - 1 <= line.left <= end + 1), 0)
 
 
 def block(lines: Sequence[Line]) -> Block:
     """The table that some lines are."""
-    columns = _columns(lines)
+    places = columns(lines)
     rows: list[list[str]] = []
     for line in lines:
-        cells = [""] * len(columns)
+        cells = [""] * len(places)
         for piece in line.pieces:
-            at = next((n for n, (begin, end) in enumerate(columns) if begin - 1 <= piece.left <= end + 1), 0)
+            at = next((n for n, (begin, end) in enumerate(places) if begin - 1 <= piece.left <= end + 1), 0)
             cells[at] = f"{cells[at]} {piece.text}".strip()
         if rows and (not cells[0] or len(line.pieces) == 1):
             rows[-1] = [f"{a} {b}".strip() for a, b in zip(rows[-1], cells, strict=True)]

@@ -15,17 +15,17 @@ from typing import Any
 
 import pypdfium2.raw as pdfium
 
-_LIGATURES = {
-    "\ufb00": "ff", "\ufb01": "fi", "\ufb02": "fl", "\ufb03": "ffi", "\ufb04": "ffl", "\ufb05": "st", "\ufb06": "st",
-    "\u0132": "IJ", "\u0133": "ij",
-}  # fmt: skip
-_MONO = re.compile(r"courier|consolas|mono|menlo|inconsolata|cmtt|lmtt|typewriter|sourcecode|firacode|fixed", re.I)
+_MONO = re.compile(
+    r"courier|consolas|mono|nimbusmon|menlo|inconsolata|cmtt|lmtt|typewriter|sourcecode|firacode|fixed", re.I
+)
 _BOLD = re.compile(r"bold|black|heavy|semibold|demi|-bd|cmbx|lmbx|\bbx\d", re.I)
 _ITALIC = re.compile(r"italic|oblique|slanted|cmti|lmti|-it\b", re.I)
 _FIXED_PITCH = 1
 _BLANKS = frozenset((0, 9, 10, 13, 32, 0xA0, 0x2002, 0x2003, 0x2009, 0x200A, 0x200B, 0x202F, 0xFEFF))
 _GAP = 0.16
 """Of the size: what is wider parts words."""
+_BACK = -1.1
+"""So far back the next one may begin: PDFium gives every letter of a ligature the place of the whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ class _Reader:
             x, to, height = self._box(n)
             style = self._style(n)
             size = max(look.size, 1)
-            is_near = is_behind and abs(height - base) < 0.5 * size and -0.6 * size < x - right < _GAP * size
+            is_near = is_behind and abs(height - base) < 0.5 * size and _BACK * size < x - right < _GAP * size
             # A sign of another look in the same word, as a bold letter or a raised number, goes with it.
             if letters and not (is_near and style.is_mono == look.is_mono):
                 yield Word("".join(letters), left, right, base, look, begin, last + 1, is_glued)
@@ -141,8 +141,7 @@ class _Reader:
             return "\ufffd"
         if code < 32 or 0xD800 <= code < 0xE000:
             return ""
-        letter = chr(code)
-        return _LIGATURES.get(letter, letter)
+        return chr(code)  # PDFium takes ligatures apart itself
 
     def _box(self, n: int) -> tuple[float, float, float]:
         """Left, right and base line, of the page as it is shown."""

@@ -34,6 +34,8 @@ class Section:
     """Of its body: what nobody took yet."""
     has_parts: bool = False
     """There are sections inside of it."""
+    title: str = ""
+    """Of the document."""
 
     @property
     def topic(self) -> str:
@@ -42,8 +44,8 @@ class Section:
 
     @property
     def above(self) -> str:
-        """What the section around it is about."""
-        return self.path[-2] if len(self.path) > 1 else ""
+        """What the section around it is about; the document, where there is none."""
+        return self.path[-2] if len(self.path) > 1 else self.title
 
     def left(self) -> list[int]:
         """What is still free, in order."""
@@ -70,6 +72,7 @@ def cut(blocks: Sequence[Block], title: str) -> list[Section]:
     """The sections of blocks that nobody left out; a lone heading above all others is a title and in no path below."""
     heads = [n for n, b in enumerate(blocks) if b.kind == HEADING]
     top = _title_of(blocks, heads)
+    name = bare(blocks[top].text) if top is not None else title
     sections = [Section(blocks, None, (title,) if title else ())]
     open_: list[tuple[int, Section]] = []
     for n, block in enumerate(blocks):
@@ -79,7 +82,7 @@ def cut(blocks: Sequence[Block], title: str) -> list[Section]:
             for _, around in open_:
                 around.has_parts = True
             above = [s.topic for _, s in open_ if s.heading != top]
-            made = Section(blocks, n, (*above, bare(block.text)))
+            made = Section(blocks, n, (*above, bare(block.text)), title="" if n == top else name)
             open_.append((block.level, made))
             sections.append(made)
         else:

@@ -89,7 +89,10 @@ def is_question(text: str) -> bool:
 
 def part(words: Words, question: str, number: int, count: int) -> str:
     """The question for one part of an answer."""
-    return question + words.part.format(number=number, count=count) if count > 1 else question
+    if count == 1:
+        return question
+    told = words.part.format(number=number, count=count)
+    return f"{question[:-1]}{told}." if question.endswith(".") else question + told
 
 
 def _quoted(text: str) -> str:
