@@ -74,7 +74,7 @@ SETS = (
     ),
 )
 LEARNING_RATE = {"test": "1e-2", "demo": "6e-3"}
-LEAST = {"test": 0.10, "demo": LEAST_DROP}
+LEAST = {"test": 0.05, "demo": LEAST_DROP}
 INTRO = """\
 # What the shipped datasets teach
 
