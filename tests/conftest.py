@@ -34,7 +34,7 @@ from tests.samples import sample_rows, upload
 
 MARK = "QLORAD_TEST_SESSION"
 
-# The same examples every time, so that a run says something about what changed; `--hypothesis-profile explore` looks on.
+# The same examples every time, so that a run tells what changed; `--hypothesis-profile explore` looks further.
 settings.register_profile("steady", derandomize=True, deadline=None)
 settings.register_profile("explore", deadline=None)
 settings.load_profile("steady")
