@@ -184,6 +184,7 @@ def test_a_dataset_of_papers(door: Door) -> None:
     made = door.make("papers", jsonl(rows), filename="papers.jsonl", min_score=0.4, split=split)
     assert made.format == PAPER and made.stats.forms == {"paper": 24} and made.stats.below_score_papers == 4
     assert made.lineage.min_score == 0.4 and sum(made.stats.rows.values()) == 24
+    assert {p.name: p.told for p in made.stats.quality.parts}["valid_rows"] == "0 of 24 rows have errors"
     sides = {name: {e["metadata"]["title"] for e in door.export(made.name, split=name)} for name in made.stats.rows}
     assert sides["train"] and sides["validation"] and not sides["train"] & sides["validation"]
     again = door.make("papers-again", parents=[made.name], split=datasets_pb2.Split(test_fraction=0.4, seed=9))

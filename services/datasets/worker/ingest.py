@@ -239,7 +239,7 @@ class Ingest:
             met[counted.rule] += counted.count
         is_looked_for = grouping.wanted(self._request) != datasets_pb2.NEAR_DUPLICATES_IGNORE
         figures = Figures(
-            read=parser.counts.records,
+            read=parser.counts.records - parser.counts.below_score,
             skipped=parser.counts.skipped,
             repeated=repeated,
             near=nearly if is_looked_for else None,
