@@ -9,6 +9,7 @@ PINS   := constraints.txt pyproject.toml clients/python/pyproject.toml
 STAMP  := .venv/.ready-$(shell cat $(PINS) 2>/dev/null | cksum | cut -d' ' -f1)
 RANKS  := .venv/.ranks
 EACH   := .venv/.each
+CHROMA := .venv/chroma/.ready
 BUF    := protos/node_modules/.bin/buf
 CODE   := services clients protos/generate.py tests benchmarks examples
 QUICK  := not slow and not storm and not gpu
@@ -68,11 +69,21 @@ types: $(STAMP) ## mypy --strict, plain inside worker/
 test: $(STAMP) $(RANKS) $(EACH) ## all tests that take seconds (under 8 minutes in all)
 	$(BIN)/python -m pytest -m "$(QUICK)" -n 2 --dist loadfile
 
-test-slow: $(STAMP) $(RANKS) $(EACH) ## storms in short form and the DeepSpeed matrix; FILTER=trainer narrows
-	$(BIN)/python -m pytest -m slow --timeout 1800 tests/$(FILTER)
+# chromadb brings 240 MB and forty packages that nothing else here needs: an environment of its own, on top of .venv.
+$(CHROMA): $(STAMP)
+	@rm -rf .venv/chroma
+	$(BIN)/python -m venv .venv/chroma
+	@$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+	  > "$$(.venv/chroma/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth"
+	.venv/chroma/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt chromadb
+	@touch $@
+
+test-slow: $(STAMP) $(RANKS) $(EACH) $(if $(filter-out datasets%,$(FILTER)),,$(CHROMA)) ## storms in short form and the DeepSpeed matrix; FILTER=trainer narrows
+	$(BIN)/python -m pytest -m slow --hypothesis-profile explore --timeout 1800 tests/$(FILTER)
+	$(if $(filter-out datasets%,$(FILTER)),,.venv/chroma/bin/python -m pytest -m slow --timeout 600 tests/datasets/test_chroma.py)
 
 test-storm: $(STAMP) $(RANKS) $(EACH) ## storms in long form; FILTER=trainer narrows
-	$(BIN)/python -m pytest -m storm --timeout 14400 tests/$(FILTER)
+	$(BIN)/python -m pytest -m storm --hypothesis-profile explore --timeout 14400 tests/$(FILTER)
 
 test-gpu: $(STAMP) ## what needs a CUDA device; torch in .venv must be a CUDA build
 	$(BIN)/python -m pytest -m gpu --timeout 600 tests/gpu

@@ -27,8 +27,8 @@ import qlorad
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples" / "datasets" / "python-functions.jsonl"
-LEARNING_RATE = {"test": "1e-2", "demo": "4e-3"}
-STEPS = {"test": "200", "demo": "150"}
+LEARNING_RATE = {"test": "1e-2", "demo": "6e-3"}
+STEPS = {"test": "400", "demo": "200"}
 LEAST_DROP = 0.30
 
 
@@ -107,17 +107,17 @@ class Demo:
 
     def check_leaks(self) -> str:
         """Compares every hold-out row with all training rows; returns a hold-out question."""
-        train = {self.key(row) for row in self.rows("train")}
-        held_out = self.rows("validation")
+        train = {self.key(row) for row in self.rows_of("demo", "train")}
+        held_out = self.rows_of("demo", "validation")
         leaks = [row for row in held_out if self.key(row) in train]
         print(f"\nleak check: {len(leaks)} of {len(held_out)} hold-out rows are among the {len(train)} training rows")
         if leaks or not held_out or not train:
             raise Failed("the hold-out is not apart from the training rows")
         return min((self.question(row) for row in held_out), key=len)
 
-    def rows(self, split: str) -> list[Any]:
+    def rows_of(self, dataset: str, split: str) -> list[Any]:
         """The sealed examples of a split."""
-        words = ("dataset", "export", "demo", "--split", split)
+        words = ("dataset", "export", dataset, "--split", split)
         done = subprocess.run(
             [sys.executable, "-m", "qlorad.cli.main", *words], env=self.environ, capture_output=True, check=True
         )

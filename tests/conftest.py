@@ -25,6 +25,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 import psutil
 import pytest
+from hypothesis import settings
 
 from qlorad.v1 import datasets_pb2, datasets_pb2_grpc, registry_pb2, registry_pb2_grpc, trainer_pb2, trainer_pb2_grpc
 from tests import house as houses
@@ -32,6 +33,11 @@ from tests.house import House, clone_store, eventually
 from tests.samples import sample_rows, upload
 
 MARK = "QLORAD_TEST_SESSION"
+
+# The same examples every time, so that a run tells what changed; `--hypothesis-profile explore` looks further.
+settings.register_profile("steady", derandomize=True, deadline=None)
+settings.register_profile("explore", deadline=None)
+settings.load_profile("steady")
 
 
 @pytest.fixture(scope="session", autouse=True)

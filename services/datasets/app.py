@@ -20,7 +20,7 @@ from services.common.config import ConfigError, setting
 from services.common.server import App, Health, ServerSettings, is_loopback
 from services.common.shelf import Shelf
 from services.common.store import Store
-from services.datasets import catalog, ingest, uploads
+from services.datasets import catalog, ingest, uploads, web_rules
 from services.datasets.catalog import Catalog
 from services.datasets.fetches import Fetches, Origins
 from services.datasets.ingest import Ingests
@@ -61,6 +61,16 @@ class Config:
         "", "a file with a token of the hub, reread at every use",
         lambda v: not v or os.access(v, os.R_OK), "a readable file",
     )  # fmt: skip
+    web_hosts: tuple[str, ...] = setting(
+        (), "hosts whose pages may be fetched by URL, separated by commas; none = no page is",
+        lambda v: all(web_rules.is_host(word) for word in v), web_rules.HOST_RULE,
+    )  # fmt: skip
+    max_page_bytes: int = setting(
+        64 << 20, "what one page by URL may be, unpacked", lambda v: 1 <= v <= 1 << 40, "1 to 1099511627776"
+    )
+    page_seconds: float = setting(
+        120.0, "how long one page may take, redirects and all", lambda v: 0.1 <= v <= 86400, "0.1 to 86400"
+    )
     import_roots: tuple[pathlib.Path, ...] = setting(
         (pathlib.Path("/"),), "folders that datasets may be read from, separated by commas"
     )
@@ -82,7 +92,15 @@ def build(config: Config) -> App:
     workers = Workers(settings.logs, config.worker_memory_bytes, config.worker_cpu_seconds, metrics)
     files = Uploads(store, settings.state / "uploads", config.max_upload_bytes, metrics)
     sealed = Catalog(shelf, store)
-    origins = Origins(config.hub_endpoint, config.hub_token_file, config.import_roots, config.max_fetch_bytes)
+    origins = Origins(
+        config.hub_endpoint,
+        config.hub_token_file,
+        config.import_roots,
+        config.max_fetch_bytes,
+        config.web_hosts,
+        config.max_page_bytes,
+        config.page_seconds,
+    )
     fetches = Fetches(workers, settings.state / "hub", origins)
     inputs = Inputs(files, sealed, shelf, fetches)
     validations = settings.state / "validations"
@@ -92,7 +110,7 @@ def build(config: Config) -> App:
 
     async def start(health: Health) -> None:
         await files.sweep()
-        await fetches.sweep()
+        await fetches.start()
         await ingests.sweep()
 
     def drain() -> None:

@@ -11,9 +11,10 @@ import re
 from qlorad.v1 import datasets_pb2, messages_pb2
 from services.common.errors import Violation, invalid, show
 from services.common.names import check_id, check_name, check_request_id
-from services.datasets.forms import FORMS, NAMES
+from services.datasets import documents
+from services.datasets.forms import FIELDS, FORMS, NAMES, PAPER
 from services.datasets.repairs import REPAIRS
-from services.datasets.source_checks import check_folder, check_hub
+from services.datasets.source_checks import check_chroma, check_folder, check_hub, check_web
 
 PIECE_BYTES = 1 << 20
 MAX_LENGTH_TOKENS = 1 << 20
@@ -32,17 +33,23 @@ def start_upload(request: datasets_pb2.StartUploadRequest) -> None:
     """INVALID_ARGUMENT with every violation."""
     wrong = check_request_id(request.request_id)
     name = request.filename
-    if not 1 <= len(name) <= 255 or "/" in name or "\\" in name or any(ord(c) < 32 for c in name):
-        wrong.append(Violation("filename", show(name), "1 to 255 characters, without '/', '\\' or control characters"))
-    elif not name.lower().removesuffix(".gz").removesuffix(".zst").endswith(SUFFIXES):
-        accepted = f"a name that ends in {', '.join(SUFFIXES)}, or in one of them and .gz or .zst"
+    if not 1 <= len(name) <= 255 or "\\" in name or any(ord(c) < 32 for c in name) or not _is_below(name):
+        accepted = "1 to 255 characters without '\\' or control characters: a name, or a path of names without '..'"
         wrong.append(Violation("filename", show(name), accepted))
+    elif not name.lower().removesuffix(".gz").removesuffix(".zst").endswith(SUFFIXES) and not documents.kind_of(name):
+        accepted = f"a name that ends in {', '.join(SUFFIXES)}, or in one of them and .gz or .zst; or in "
+        wrong.append(Violation("filename", show(name), accepted + ", ".join(documents.SUFFIXES)))
     if request.size_bytes < 1:
         wrong.append(Violation("size_bytes", show(request.size_bytes), "the file's exact size, at least 1"))
     if not _SHA256.fullmatch(request.sha256):
         wrong.append(Violation("sha256", show(request.sha256), "64 lower-case hex digits"))
     if wrong:
         raise invalid(wrong)
+
+
+def _is_below(path: str) -> bool:
+    """Whether a path, if it were one, would stay where it begins."""
+    return all(part.strip() not in ("", ".", "..") for part in path.split("/"))
 
 
 def upload_id(field: str, name: str) -> str:
@@ -80,6 +87,8 @@ def plan(path: str, request: datasets_pb2.CreateDatasetRequest) -> list[Violatio
         wrong.append(Violation("near_duplicates", show(request.near_duplicates), "a value of NearDuplicates"))
     if request.HasField("near_duplicate_similarity") and not 0.5 <= request.near_duplicate_similarity <= 1:
         wrong.append(Violation("near_duplicate_similarity", show(request.near_duplicate_similarity), "0.5 to 1"))
+    if request.HasField("min_score"):
+        wrong += _min_score(request)
     if len(request.steps) > MAX_STEPS:
         wrong.append(Violation("steps", f"{len(request.steps)} steps", f"at most {MAX_STEPS}"))
     wrong += _split(request.split) + _columns(request) + _repairs(request)
@@ -88,9 +97,9 @@ def plan(path: str, request: datasets_pb2.CreateDatasetRequest) -> list[Violatio
 
 def _sources(request: datasets_pb2.CreateDatasetRequest) -> list[Violation]:
     named = [name for name in ("uploads", "parents") if getattr(request, name)]
-    named += [name for name in ("hub", "folder") if request.HasField(name)]
+    named += [name for name in ("hub", "folder", "web", "chroma") if request.HasField(name)]
     if len(named) != 1:
-        accepted = "exactly one of uploads, hub, folder and parents"
+        accepted = "exactly one of uploads, hub, folder, web, chroma and parents"
         return [Violation("uploads", " and ".join(named) or "no source", accepted)]
     wrong = []
     if len(request.uploads) > MAX_UPLOADS:
@@ -103,12 +112,26 @@ def _sources(request: datasets_pb2.CreateDatasetRequest) -> list[Violation]:
         wrong += check_hub(request.hub)
     if request.HasField("folder"):
         wrong += check_folder(request.folder, ())
+    if request.HasField("web"):
+        wrong += check_web(request.web)
+    if request.HasField("chroma"):
+        wrong += check_chroma(request.chroma)
     for i, name in enumerate(request.uploads):
         if not _UPLOAD.fullmatch(name):
             wrong.append(Violation(f"uploads[{i}]", show(name), _UPLOAD_RULE))
         elif name in request.uploads[:i]:
             wrong.append(Violation(f"uploads[{i}]", show(name), "each upload once"))
     return wrong
+
+
+def _min_score(request: datasets_pb2.CreateDatasetRequest) -> list[Violation]:
+    if not math.isfinite(request.min_score):
+        return [Violation("min_score", show(request.min_score), "a number")]
+    if request.format not in (datasets_pb2.ROW_FORMAT_UNSPECIFIED, PAPER):
+        return [Violation("min_score", show(request.min_score), f"papers alone, not the {NAMES[request.format]} form")]
+    if request.parents:
+        return [Violation("min_score", show(request.min_score), "papers alone; a dataset's rows are papers no more")]
+    return []
 
 
 def _repairs(request: datasets_pb2.CreateDatasetRequest) -> list[Violation]:
@@ -140,7 +163,7 @@ def _split(split: datasets_pb2.Split) -> list[Violation]:
 
 def _columns(request: datasets_pb2.CreateDatasetRequest) -> list[Violation]:
     wrong = []
-    known = FORMS.get(request.format) or tuple(dict.fromkeys(f for fields in FORMS.values() for f in fields))
+    known = FIELDS.get(request.format) or tuple(dict.fromkeys(f for fields in FIELDS.values() for f in fields))
     for name, column in request.columns.items():
         if name not in known:
             wrong.append(Violation(f"columns[{show(name)}]", show(name), f"one of {', '.join(known)}"))
@@ -164,8 +187,9 @@ def export_dataset(request: datasets_pb2.ExportDatasetRequest) -> None:
     wrong = check_name("name", request.name, "datasets")
     if request.split and request.split not in SPLITS:
         wrong.append(Violation("split", show(request.split), "train, validation, test, or empty for all"))
-    if request.format not in NAMES:
-        wrong.append(Violation("format", show(request.format), "a value of RowFormat"))
+    if request.format and request.format not in FORMS:
+        accepted = f"a form that is written: {', '.join(NAMES[form] for form in FORMS)}"
+        wrong.append(Violation("format", show(NAMES.get(request.format, request.format)), accepted))
     if request.max_rows < 0:
         wrong.append(Violation("max_rows", show(request.max_rows), "0 (= all) or more"))
     if request.on_loss not in datasets_pb2.OnLoss.values():

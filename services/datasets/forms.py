@@ -23,8 +23,9 @@ SHAREGPT = datasets_pb2.ROW_FORMAT_SHAREGPT
 PREFERENCE = datasets_pb2.ROW_FORMAT_PREFERENCE
 INFILL = datasets_pb2.ROW_FORMAT_INFILL
 CANONICAL = datasets_pb2.ROW_FORMAT_CANONICAL
+PAPER = datasets_pb2.ROW_FORMAT_PAPER
 
-# Every field that a form knows. Also the order in which forms are sniffed.
+# Forms that are read and written. Every field that a form knows. Also the order in which forms are sniffed.
 FORMS: Mapping[Form, tuple[str, ...]] = {
     CANONICAL: (),
     PREFERENCE: ("prompt", "chosen", "rejected", "system", "tools"),
@@ -35,7 +36,12 @@ FORMS: Mapping[Form, tuple[str, ...]] = {
     COMPLETION: ("prompt", "completion"),
     TEXT: ("text",),
 }
-# Those without which a row is not of the form.
+# Those that are only read: several examples are made of one row, and no row of an example.
+ONLY_READ: Mapping[Form, tuple[str, ...]] = {
+    PAPER: ("title", "abstract", "sections", "authors", "quality_score", "year", "doi"),
+}
+FIELDS: Mapping[Form, tuple[str, ...]] = {**FORMS, **ONLY_READ}
+# Those without which a row is not of the form, or is not taken for it where no form is told.
 REQUIRED: Mapping[Form, tuple[str, ...]] = {
     CANONICAL: (),
     PREFERENCE: ("chosen", "rejected"),
@@ -44,6 +50,7 @@ REQUIRED: Mapping[Form, tuple[str, ...]] = {
     INSTRUCTION: ("instruction", "output"),
     INFILL: ("prefix", "middle", "suffix"),
     COMPLETION: ("prompt", "completion"),
+    PAPER: ("title", "abstract", "sections"),
     TEXT: ("text",),
 }
 # A form by the fields that common files use for it: canonical field -> the file's own.
@@ -77,6 +84,7 @@ NAMES: Mapping[Form, str] = {
     PREFERENCE: "preference",
     INFILL: "infill",
     CANONICAL: "canonical",
+    PAPER: "paper",
 }
 
 # Where rows keep fields of a message, part, call or tool that the contract does

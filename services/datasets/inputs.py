@@ -1,4 +1,4 @@
-"""Where a dataset's rows come from: uploads, a hub, a folder, or other datasets.
+"""Where a dataset's rows come from: uploads, a hub, a folder, the web, a collection, or other datasets.
 
 Law of this room: what a run reads is there, whole and held until the run ends.
 """
@@ -18,7 +18,7 @@ from services.common.shards import splits_in
 from services.common.shelf import Shelf
 from services.datasets.catalog import Catalog
 from services.datasets.checks import upload_id
-from services.datasets.fetches import Fetches
+from services.datasets.fetches import Fetches, source_of
 from services.datasets.runs import Tell
 from services.datasets.uploads import Uploads
 
@@ -53,11 +53,12 @@ class Inputs:
     async def gathered(self, request: datasets_pb2.CreateDatasetRequest, tell: Tell) -> AsyncIterator[Given]:
         """Everything that the request names, fetched and held; NOT_FOUND, WRONG_STATE and what fetching may meet."""
         given, pins = Given(), []
+        held = contextlib.AsyncExitStack()
         try:
             for i, name in enumerate(request.uploads):
                 given.sources.append(await self._upload(f"uploads[{i}]", name))
-            if request.HasField("hub") or request.HasField("folder"):
-                fetched = await self._fetches.fetch(request, tell)
+            if source_of(request):
+                fetched = await held.enter_async_context(self._fetches.fetched(request, tell))
                 given.sources.extend(fetched.sources)
                 given.source = fetched.source
                 given.left_out.extend(fetched.left_out)
@@ -74,6 +75,7 @@ class Inputs:
         finally:
             for pin in pins:
                 pin.release()
+            await held.aclose()
 
     async def _upload(self, field: str, name: str) -> ingest_pb2.IngestSource:
         upload = await self._uploads.get(upload_id(field, name))

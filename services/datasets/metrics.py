@@ -48,6 +48,18 @@ class Metrics:
             registry=registry,
             buckets=_SECONDS,
         )
+        self.fetches = Counter(
+            "qlorad_datasets_fetches",
+            "Sources fetched, by kind (hub, folder, web, chroma) and what became of them: done, lost, or a reason.",
+            ["source", "outcome"],
+            registry=registry,
+        )
+        self.document_items = Counter(
+            "qlorad_datasets_document_items",
+            "Items found in documents, by rule, in datasets that were sealed.",
+            ["rule"],
+            registry=registry,
+        )
         for outcome in ("started", "completed", "corrupt"):
             self.uploads.labels(outcome)
 
@@ -69,8 +81,11 @@ class Metrics:
     def count_rows(self, form: datasets_pb2.RowFormat.ValueType, stats: datasets_pb2.DatasetStats) -> None:
         """Counts what a sealed dataset was made of."""
         name = NAMES[form]
+        for rule, count in stats.document_items.items():
+            self.document_items.labels(rule).inc(count)
         self.rows.labels(name, "kept").inc(sum(stats.rows.values()))
         self.rows.labels(name, "skipped").inc(stats.skipped_rows)
         self.rows.labels(name, "duplicate").inc(stats.duplicate_rows)
         self.rows.labels(name, "near_duplicate").inc(stats.near_dropped_rows)
         self.rows.labels(name, "stepped_out").inc(sum(stats.dropped_by_step.values()))
+        self.rows.labels(name, "below_score").inc(stats.below_score_papers)

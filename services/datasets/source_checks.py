@@ -1,4 +1,4 @@
-"""Whether a hub or folder source is well formed: every violation at once.
+"""Whether a source is well formed: every violation at once.
 
 Law of this room: pure. Whether the named things exist is asked elsewhere, and a
 link that leads out of the roots is found by who follows it.
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from qlorad.v1 import datasets_pb2
 from services.common.errors import Violation, show
+from services.datasets import web_rules
 
 MAX_PATTERNS = 100
 MAX_SPLITS = 100
@@ -38,12 +39,39 @@ def check_hub(source: datasets_pb2.HubSource) -> list[Violation]:
 
 def check_folder(source: datasets_pb2.FolderSource, roots: Sequence[pathlib.Path] = ()) -> list[Violation]:
     """Violations of a folder source; who gives no absolute path is told the roots. Who leaves them is refused later."""
+    wrong = _path("folder.path", source.path, roots)
+    return wrong + _choice("folder", source.config, source.splits, source.files)
+
+
+def check_web(source: datasets_pb2.WebSource) -> list[Violation]:
+    """Violations of pages by URL; whether their hosts are allowed is asked later."""
+    urls = source.urls
+    if not 1 <= len(urls) <= web_rules.MAX_URLS:
+        return [Violation("web.urls", f"{len(urls)} URLs", f"1 to {web_rules.MAX_URLS}")]
     wrong = []
-    path = source.path
+    for i, url in enumerate(urls):
+        if web_rules.is_wrong_url(url):
+            wrong.append(Violation(f"web.urls[{i}]", show(url), web_rules.URL_RULE))
+        elif url in urls[:i]:
+            wrong.append(Violation(f"web.urls[{i}]", show(url), "each URL once"))
+    return wrong
+
+
+def check_chroma(source: datasets_pb2.ChromaSource) -> list[Violation]:
+    """Violations of a Chroma collection."""
+    wrong = _path("chroma.path", source.path)
+    name = source.collection
+    if not 1 <= len(name) <= 512 or _CONTROL.search(name):
+        accepted = "a name of 1 to 512 characters, none of them control characters"
+        wrong.append(Violation("chroma.collection", show(name), accepted))
+    return wrong
+
+
+def _path(field: str, path: str, roots: Sequence[pathlib.Path] = ()) -> list[Violation]:
     if not path.startswith("/") or ".." in path.split("/") or _CONTROL.search(path) or len(path) > 4096:
         below = f", below {', '.join(map(str, roots))}" if roots else ""
-        wrong.append(Violation("folder.path", show(path), f"an absolute path without '..'{below}"))
-    return wrong + _choice("folder", source.config, source.splits, source.files)
+        return [Violation(field, show(path), f"an absolute path without '..'{below}")]
+    return []
 
 
 def _choice(place: str, config: str, splits: Sequence[str], files: Sequence[str]) -> list[Violation]:

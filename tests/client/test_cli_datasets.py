@@ -12,6 +12,7 @@ import qlorad
 from qlorad import errors
 from qlorad.v1 import datasets_pb2
 from tests.client.cli import Cli
+from tests.datasets.site import site
 from tests.house import House
 from tests.hub.kit import serving
 
@@ -310,6 +311,47 @@ def test_hubs_and_folders_are_imported(
     mixed = cli.json("dataset", "validate", str(folder), "my-rows", code=2)["error"]
     assert "alone" in mixed["message"]
     assert cli.json("dataset", "import", str(tmp_path / "none"), code=3)["error"]["code"] == "NOT_FOUND"
+
+
+def test_pages_collections_and_papers_are_imported(
+    tmp_path: pathlib.Path, house_factory: Callable[[pathlib.Path], House]
+) -> None:
+    house = house_factory(tmp_path / "home")
+    with site() as web:
+        house.start("datasets", "--web-hosts", web.host())
+        cli = Cli(house.home)
+        rows = [{"title": f"T{i}", "abstract": f"Of {i}.", "sections": [], "quality_score": i / 4} for i in range(4)]
+        moved = web.move("/latest", "/v2/Some%20Papers.jsonl?key=secret")
+        web.put("/v2/Some%20Papers.jsonl?key=secret", "".join(json.dumps(r) + "\n" for r in rows).encode())
+        made = cli.json("dataset", "import", "--url", moved, "--min-score", "0.5", "--validation", "0")
+        assert made["name"] == "datasets/latest" and made["stats"]["rows"] == {"train": 2}
+        told = cli.inside("dataset", "show", "latest", "--lineage").splitlines()
+        assert "|- papers of score 0.5 and more" in told or "├─ papers of score 0.5 and more" in told
+        assert told[-1].endswith(f"from {web.url('/v2/Some%20Papers.jsonl')}") and "secret" not in "".join(told)
+        assert "papers    2 below the score" in cli.inside("dataset", "show", "latest").splitlines()
+        shown = cli.inside("dataset", "validate", moved, "--min-score", "0.75").splitlines()
+        assert "papers      3 below the score" in shown
+        closed = cli.json("dataset", "import", "https://example.org/x", code=4)["error"]
+        assert closed["code"] == "PERMISSION_DENIED" and "--web-hosts" in closed["message"]
+    gone = ("dataset", "import", "--chroma", str(tmp_path / "none"), "--collection", "notes")
+    assert cli.json(*gone, code=3)["error"]["code"] == "NOT_FOUND"
+    assert cli.json("dataset", "validate", *gone[2:], code=3)["error"]["code"] == "NOT_FOUND"
+    for words, option in (
+        ((), "SOURCE"),
+        (("--chroma", "/x"), "--chroma"),
+        (("--collection", "x"), "--collection"),
+        (("hub:lab/x", "--url", "https://a.org/"), "SOURCE"),
+        (("https://a.org/x", "--split", "train"), "--split"),
+        (("--url", "https://a.org/x", "--file", "*.csv"), "--file"),
+        (("--url", "https://a.org/x", "--chroma", "/x"), "--url"),
+    ):
+        error = cli.json("dataset", "import", *words, code=2)["error"]
+        assert option in error["message"], error
+    with qlorad.connect(home=cli.home) as client:
+        with pytest.raises(errors.NotFound):
+            client.datasets.create("never", chroma=(str(tmp_path / "none"), "notes"))
+        with pytest.raises(errors.PermissionDenied):
+            client.datasets.create("never", urls=["https://example.org/x"])
 
 
 def test_the_library_plans_validates_and_lists(cli: Cli, papers: pathlib.Path, made: dict[str, object]) -> None:

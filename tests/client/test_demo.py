@@ -67,7 +67,7 @@ def test_the_demo_at_test_size(tmp_path: pathlib.Path, starter_home: pathlib.Pat
     process = demo(home)
     out, _ = process.communicate(timeout=170)
     assert process.returncode == 0, out
-    assert "leak check: 0 of " in out and "step 200/200" in out and "└──" in out
+    assert "leak check: 0 of " in out and "step 400/400" in out and "└──" in out
     drop = re.search(r"hold-out loss [\d.]+ before, [\d.]+ after: (\d+)% less", out)
     assert drop is not None and int(drop[1]) >= 30
     assert re.search(r"adapter sha256:[0-9a-f]{64}", out)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 SERVICES = ("datasets", "registry", "trainer", "inference")
-TORCH = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "deepspeed")
+TORCH = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "deepspeed", "chromadb")
 GRPC_FILES = ("servicer.py", "app.py", "__main__.py")
 GRPC_COMMON = ("services/common/server.py", "services/common/interceptors.py")
 PURE = (
@@ -29,7 +29,7 @@ PURE = (
 )
 IMPURE = (
     *("os", "io", "sys", "time", "random", "secrets", "uuid", "socket", "subprocess", "shutil", "tempfile", "sqlite3"),
-    *("asyncio", "threading", "multiprocessing", "signal", "fcntl", "urllib", "http", "glob", "mmap"),
+    *("asyncio", "threading", "multiprocessing", "signal", "fcntl", "urllib.request", "http", "glob", "mmap"),
 )
 CLOCKS = ("now", "utcnow", "today", "read_text", "read_bytes", "write_text", "write_bytes", "mkdir", "unlink")
 PLUGINS = ("importlib.metadata.EntryPoint", "importlib.import_module", "runpy", "pkg_resources", "pkgutil")

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass, field
 
 from services.datasets import repairs
+from services.datasets.worker.documents.left import REASONS
 from services.datasets.worker.private import PERSONAL, SECRET
 from tests.house import ROOT
 
@@ -23,6 +24,8 @@ INDIRECT = {
     "row.py": {},  # Row.wrong itself
     "findings.py": {},  # a finding that is read again
     "chat.py": {},  # what is wrong with JSON inside of a text
+    "left.py": {reason: "info" for reason in REASONS},
+    "apart.py": {},  # what another process found
 }
 """Files that make problems of a rule that they were given, and which."""
 _SEVERITIES = ("ERROR", "WARNING", "INFO")

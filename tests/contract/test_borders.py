@@ -112,6 +112,13 @@ def test_a_daemon_loads_no_heavy_library(service: str) -> None:
     assert not [m for m in there if m.startswith("services.") and m.split(".")[1] in others]
 
 
+def test_a_source_is_loaded_by_whom_it_was_asked_of() -> None:
+    there = loaded("import services.datasets.worker.fetch, services.datasets.worker.ingest")
+    assert "services.datasets.worker.folder" in there
+    rooms = {f"services.datasets.worker.{name}" for name in ("hub", "web", "reach", "chroma")}
+    assert not (rooms | {"chromadb", "huggingface_hub"}) & there
+
+
 def test_the_command_line_loads_no_heavy_library() -> None:
     there = loaded("import qlorad.cli.main")
     assert not {"torch", "transformers", "numpy", "services"} & there

@@ -91,7 +91,7 @@ class Door:
         digest = hashlib.sha256(data).hexdigest()
         told = {"size_bytes": len(data), "sha256": digest, **fields}
         request = datasets_pb2.StartUploadRequest(
-            request_id=request_id or f"{filename}-{digest[:16]}", filename=filename, **told
+            request_id=request_id or f"{filename.replace('/', '-')}-{digest[:16]}", filename=filename, **told
         )
         return self.stub.StartUpload(request, timeout=20).upload
 

@@ -81,13 +81,13 @@ def test_nothing_to_read() -> None:
 
 
 def test_splits_and_patterns_asked_for() -> None:
-    paths = ["train.jsonl", "dev.jsonl", "test.jsonl", "odd/rows.csv", "notes.txt"]
+    paths = ["train.jsonl", "dev.jsonl", "test.jsonl", "odd/rows.csv", "notes.odt"]
     assert chosen(paths, splits=["dev", "train"]) == [("train", "train.jsonl"), ("validation", "dev.jsonl")]
     by_pattern = chosen(paths, files=["odd/*", "t*.jsonl"])
     assert by_pattern == [("train", "odd/rows.csv"), ("train", "train.jsonl"), ("test", "test.jsonl")]
     missing = fault(paths, files=["*.parquet"])
     assert missing.reason == errors_pb2.REASON_NOT_FOUND and "'dev.jsonl'" in missing.message
-    assert fault(paths, files=["*.txt"]).reason == errors_pb2.REASON_INVALID_REQUEST
+    assert fault(paths, files=["*.odt"]).reason == errors_pb2.REASON_INVALID_REQUEST
     missing = fault(paths, splits=["holdout"])
     assert missing.reason == errors_pb2.REASON_NOT_FOUND and "'train', 'validation', 'test'" in missing.message
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import pathlib
 from collections.abc import Callable, Iterator
 
@@ -12,7 +13,10 @@ import pytest
 import zstandard
 
 from qlorad.v1 import datasets_pb2
+from tests.contract.reference import scrape
 from tests.datasets.kit import Door, jsonl, numbered, open_door, refusal
+from tests.datasets.setting import as_docx, as_pdf
+from tests.datasets.site import Site, site
 from tests.datasets.test_parquet import parquet
 from tests.house import House, eventually, house
 from tests.hub.kit import Server, serving
@@ -38,12 +42,19 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def far(tmp_path_factory: pytest.TempPathFactory, hub: Server) -> Iterator[Door]:
-    """A daemon that knows the hub, and folders below one root."""
+def web() -> Iterator[Site]:
+    with site() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def far(tmp_path_factory: pytest.TempPathFactory, hub: Server, web: Site) -> Iterator[Door]:
+    """A daemon that knows the hub, folders below one root, and one site."""
     root = tmp_path_factory.mktemp("far")
     (root / "open").mkdir()
+    flags = ("--hub-endpoint", hub.url, "--import-roots", str(root / "open"), "--web-hosts", web.host())
     with house(root / "home") as h:
-        yield open_door(h, "--hub-endpoint", hub.url, "--import-roots", str(root / "open"))
+        yield open_door(h, *flags)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +145,115 @@ def test_a_folder(far: Door) -> None:
     assert dataset.stats.rows == {"train": 30, "validation": 1}
     assert dataset.lineage.source == f"folder:{root / 'open' / 'a'}"
     assert (root / "open" / "a" / "dev.csv").exists()
+
+
+def test_pages_by_url(far: Door, web: Site) -> None:
+    rows, table = jsonl(ROWS), b"instruction,output\nSay caf\xe9,It\n"
+    moved = web.move("/latest", "/v2/rows.jsonl?signature=secret")
+    web.put("/v2/rows.jsonl?signature=secret", gzip.compress(rows), "application/x-ndjson", Content_Encoding="gzip")
+    latin = web.put("/table", table, "text/csv; charset=iso-8859-1")
+    dataset = far.make("pages", web=datasets_pb2.WebSource(urls=[moved, latin]))
+    assert dataset.stats.rows == {"train": 31}
+    assert dataset.lineage.source == f"web:{web.url('/v2/rows.jsonl')} and 1 more"
+    assert [(f.file, f.url, f.container) for f in dataset.lineage.files] == [
+        ("127.0.0.1/v2/rows.jsonl", web.url("/v2/rows.jsonl"), "jsonl"),
+        ("127.0.0.1/table.csv", latin, "csv"),
+    ]
+    assert dataset.source_sha256[0] == hashlib.sha256(rows).hexdigest()
+    last = far.export(dataset.name)[-1]
+    assert last["origin"]["file"] == "127.0.0.1/table.csv" and "Say café" in str(last)
+    assert list((far.home / "state" / "fetched").iterdir()) == []
+
+
+def test_documents_by_url(far: Door, web: Site) -> None:
+    body = "The zero of a meter moves while nothing is measured, by some µV each day, and that is called its drift."
+    page = f"<html><head><meta charset='iso-8859-1'></head><body><h1>Zero drift</h1><p>{body}</p></body></html>"
+    guide = f"# Terms\n\n## Zero drift of meters\n\n{body}\n"
+    urls = [
+        web.put("/guide/", page.encode(), "text/html; charset=utf-8"),  # who sends it knows better than the page
+        web.put("/old", page.encode("latin-1"), "text/html"),
+        web.put("/terms", guide.encode(), "text/markdown"),
+    ]
+    dataset = far.make("documents", web=datasets_pb2.WebSource(urls=urls), keep_duplicates=True)
+    told = [(f.file, f.container, f.url, f.size_bytes) for f in dataset.lineage.files]
+    assert told == [
+        ("127.0.0.1/guide/index.html", "html", urls[0], len(page.encode())),
+        ("127.0.0.1/old.html", "html", urls[1], len(page.encode("latin-1"))),
+        ("127.0.0.1/terms.md", "markdown", urls[2], len(guide.encode())),
+    ]
+    assert dataset.source_sha256[1] == hashlib.sha256(page.encode("latin-1")).hexdigest()
+    rows = far.export(dataset.name)
+    assert {r["origin"]["file"] for r in rows} == {name for name, *_ in told}
+    assert all(body in str(r) and r["origin"]["spans"] for r in rows)
+    scored = far.request("never", web=datasets_pb2.WebSource(urls=urls[:1]), min_score=1, request_id="scored")
+    assert "this is a document" in refusal(lambda: far.updates(scored)).message
+
+
+@pytest.mark.slow
+def test_a_pdf_and_a_docx_by_url(far: Door, web: Site) -> None:
+    body = "The zero of a meter moves while nothing is measured, and that is called its drift."
+    text = f"# Terms\n\n## Zero drift\n\n{body}\n"
+    paper = web.put("/paper", as_pdf(text), "application/pdf")
+    letter = web.put("/download.docx?id=7", as_docx(text), "application/octet-stream")
+    dataset = far.make("bound", web=datasets_pb2.WebSource(urls=[paper, letter]), keep_duplicates=True)
+    assert [(f.file, f.container) for f in dataset.lineage.files] == [
+        ("127.0.0.1/paper.pdf", "pdf"),
+        ("127.0.0.1/download.docx", "docx"),
+    ]
+    rows = far.export(dataset.name)
+    assert {r["origin"]["file"] for r in rows} == {"127.0.0.1/paper.pdf", "127.0.0.1/download.docx"}
+    cut = web.put("/cut", as_pdf(text)[:-600], "application/pdf")
+    request = far.request("never", web=datasets_pb2.WebSource(urls=[cut]), request_id="cut-pdf")
+    answer = refusal(lambda: far.updates(request))
+    assert answer.code == "INVALID_ARGUMENT" and "127.0.0.1/cut.pdf" in answer.message
+
+
+def test_refusals_of_pages(far: Door, door: Door, web: Site) -> None:
+    web.move("/within", web.url("/").replace("127.0.0.1", "localhost"))
+    web.put("/rows.jsonl", b'{"text": ""}\n')
+    for i, (urls, code, word) in enumerate(
+        (
+            (["https://example.org/x"], "PERMISSION_DENIED", web.host()),
+            ([web.url("/none")], "NOT_FOUND", "/none"),
+            ([web.url("/within")], "PERMISSION_DENIED", "a redirect of"),
+            ([web.url("/rows.jsonl")], "INVALID_ARGUMENT", "127.0.0.1/rows.jsonl:1"),
+            (["file:///etc/passwd"], "INVALID_ARGUMENT", "web.urls[0]"),
+        )
+    ):
+        request = far.request("never", web=datasets_pb2.WebSource(urls=urls), request_id=f"web-{i}")
+        answer = refusal(lambda request=request: far.updates(request))
+        assert answer.code == code and word in answer.message, answer
+    # Nobody goes anywhere by default.
+    closed = door.request("never", web=datasets_pb2.WebSource(urls=[web.url("/rows.jsonl")]), request_id="web-closed")
+    answer = refusal(lambda: door.updates(closed))
+    assert answer.code == "PERMISSION_DENIED" and "--web-hosts, which is empty" in answer.message
+    counted = scrape(far.house, "datasets")
+    assert 'qlorad_datasets_fetches_total{outcome="not_found",source="web"}' in counted
+    assert list((far.home / "state" / "fetched").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_killed_daemon_leaves_no_page_behind_and_its_bounds_are_settings(
+    tmp_path: pathlib.Path, web: Site, house_factory: Callable[[pathlib.Path], House]
+) -> None:
+    bounds = ("--page-seconds", "3", "--max-page-bytes", "500000")
+    far = open_door(house_factory(tmp_path / "home"), "--web-hosts", web.host(), *bounds)
+    web.odd("/long", web.drip(b"HTTP/1.1 200 x\r\nContent-Type: text/plain\r\n\r\n", b"x" * 1000))
+    stream = far.stub.CreateDataset(
+        far.request("long", web=datasets_pb2.WebSource(urls=[web.url("/long")])), timeout=60
+    )
+    fetched = far.home / "state" / "fetched"
+    eventually(lambda: any(p.stat().st_size for p in fetched.rglob("page-*")))
+    far.kill()
+    with pytest.raises(grpc.RpcError):
+        list(stream)
+    far.again()
+    assert not fetched.exists() or list(fetched.iterdir()) == []
+    web.odd("/wide", web.drip(b"HTTP/1.1 200 x\r\nContent-Type: text/plain\r\n\r\n", b"x" * 100_000))
+    for path, reason, word in (("/long", "UPSTREAM", "within 3 seconds"), ("/wide", "TOO_LARGE", "at most 500000")):
+        request = far.request("never", web=datasets_pb2.WebSource(urls=[web.url(path)]), request_id=f"bound{path[1:]}")
+        answer = refusal(lambda request=request: far.updates(request))
+        assert answer.reason == reason and word in answer.message
 
 
 def test_a_killed_daemon_goes_on_where_it_was(

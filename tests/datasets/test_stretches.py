@@ -133,9 +133,9 @@ def test_every_line_comes_once_by_row_and_by_batch(lines: list[bytes], step: int
     while (batch := reader.batch())[1]:
         taken += enumerate(batch[1], batch[0])
         if data.draw(st.booleans()) and (record := next(reader, None)) is not None:
-            while taken[-1][0] < record.line - 1:  # blank ones
-                taken.append((taken[-1][0] + 1, b""))
-            taken.append((record.line, lines[record.line - 4]))
+            passed = lines[taken[-1][0] - 3 : record.line - 4]
+            assert not any(line.split() for line in passed), "only blank ones are passed over"
+            taken += enumerate([*passed, lines[record.line - 4]], taken[-1][0] + 1)
     told = [line for _, line in taken]
     assert [n for n, _ in taken] == list(range(4, 4 + len(taken)))
     assert told == lines[: len(told)] and not any(b"".join(lines[len(told) :]).split())

@@ -26,6 +26,10 @@ class Plan(TypedDict, total=False):
     """Rows of a hub's dataset: "owner/name", "owner/name@revision", or a message with all that it can say."""
     folder: str | pb.FolderSource
     """Rows of a folder of the daemon's host."""
+    urls: Sequence[str]
+    """Pages and files on the web, of hosts that the daemon allows, in order."""
+    chroma: tuple[str, str] | pb.ChromaSource
+    """Rows of a Chroma collection: the folder of its persistent client on the daemon's host, and its name."""
     parents: Sequence[str]
     """Rows of other datasets, in order."""
     format: str | int
@@ -48,6 +52,8 @@ class Plan(TypedDict, total=False):
     repairs: Sequence[str]
     """Names of repairs, or "all"."""
     steps: Sequence[Step]
+    min_score: float
+    """Papers with a lower quality score are left out and counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +78,7 @@ def request_of(**plan: Unpack[Plan]) -> pb.CreateDatasetRequest:
         near_duplicate_similarity=plan.get("similarity"),
         repairs=plan.get("repairs", ()),
         steps=[step_of(s) for s in plan.get("steps", ())],
+        min_score=plan.get("min_score"),
     )
     split = pb.Split(
         validation_fraction=plan.get("validation", 0.0),
@@ -87,6 +94,13 @@ def request_of(**plan: Unpack[Plan]) -> pb.CreateDatasetRequest:
     if "folder" in plan:
         given = plan["folder"]
         request.folder.CopyFrom(given if isinstance(given, pb.FolderSource) else pb.FolderSource(path=str(given)))
+    if "urls" in plan:
+        request.web.urls.extend(plan["urls"])
+    if "chroma" in plan:
+        place = plan["chroma"]
+        if not isinstance(place, pb.ChromaSource):
+            place = pb.ChromaSource(path=str(place[0]), collection=place[1])
+        request.chroma.CopyFrom(place)
     return request
 
 

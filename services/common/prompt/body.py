@@ -70,7 +70,7 @@ _KNOWN: Mapping[str, frozenset[str]] = {
     "part": frozenset({"text"}),
     "call": frozenset({"id", "name", "arguments_json"}),
     "tool": frozenset({"name", "description", "parameters_json"}),
-    "origin": frozenset({"file", "line"}),
+    "origin": frozenset({"file", "line", "spans"}),
 }
 
 

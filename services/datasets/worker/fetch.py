@@ -1,8 +1,9 @@
-"""The fetch worker: a hub's or a folder's files, found, brought and checked.
+"""The fetch worker: files of a hub, a folder, the web or a collection, found, brought and checked.
 
-Law of this room: it talks to a hub that others fill, so it is bounded, writes
+Law of this room: it talks to servers that others fill, so it is bounded, writes
 only in the folder of its order, and ends when the daemon does. Its settings of
-the hub's library come from the order alone, never from who started the daemon.
+a library come from the order alone, never from who started the daemon, and a
+library is loaded only for the source that needs it.
 """
 
 from __future__ import annotations
@@ -47,8 +48,17 @@ def main() -> None:
             bench.send(ingest_pb2.FetchReport(progress=progress))
 
     with bench.refusing(lambda refusal: bench.send(ingest_pb2.FetchReport(refusal=refusal))):
-        if order.WhichOneof("source") == "folder":
+        source = order.WhichOneof("source")
+        if source == "folder":
             done = folder.fetch(order, tell)
+        elif source == "web":
+            from services.datasets.worker import web
+
+            done = web.fetch(order, tell)
+        elif source == "chroma":
+            from services.datasets.worker import chroma
+
+            done = chroma.fetch(order, tell)
         else:
             settle(order)
             from services.datasets.worker import hub

@@ -50,10 +50,15 @@ def example_of(given: Mapping[str, Any], form: Form, columns: Mapping[str, str])
     example = _READ[form](row)
     problems = row.problems
     if row.rest:
-        example["metadata"] = {key: _plain(value, key, problems) for key, value in row.rest.items()}
+        example["metadata"] = plain_metadata(row.rest, problems)
     if problems:
         _seems(row)
     return example, problems
+
+
+def plain_metadata(given: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any]:
+    """Fields of a row as metadata can hold them."""
+    return {key: _plain(value, key, problems) for key, value in given.items()}
 
 
 def _instruction(row: Row) -> Plain:

@@ -51,6 +51,8 @@ class Record(NamedTuple):
     problem: Problem | None = None
     spoiled: Any = None
     """The value, where it could be parsed and a problem stands against it all the same."""
+    spans: tuple[dict[str, Any], ...] = ()
+    """Of an item of a document: where it stands, as plain qlorad.v1.DocumentSpan."""
 
 
 @dataclass(eq=False)

@@ -27,6 +27,34 @@ def wanted(request: datasets_pb2.CreateDatasetRequest) -> datasets_pb2.NearDupli
     return datasets_pb2.NEAR_DUPLICATES_TOGETHER if splits else datasets_pb2.NEAR_DUPLICATES_IGNORE
 
 
+def bound(spool: Spool, groups: Array | None) -> Array | None:
+    """The groups, joined where rows were made of one paper: what was learnt of it would be asked of it.
+
+    What has near or equal rows in two papers joins these too. Without papers the groups are as they were.
+    """
+    places, keys = spool.bound()
+    if not len(places):
+        return groups
+    contents = np.empty(spool.rows, np.uint64)
+    for block in spool.blocks():
+        contents[block.first : block.first + len(block.entries)] = block.entries["content"][:, 0]
+    papers = np.arange(spool.rows)
+    _, first, of_key = np.unique(keys, return_index=True, return_inverse=True)
+    papers[places] = places[first][of_key]
+    ties = [np.unique(contents, return_inverse=True)[1], papers]
+    if groups is not None:
+        ties.append(groups)
+    labels = np.arange(spool.rows)
+    while True:
+        before = labels
+        for tie in ties:
+            lowest = np.full(spool.rows, spool.rows)
+            np.minimum.at(lowest, tie, labels)
+            labels = lowest[tie]
+        if np.array_equal(before, labels):
+            return labels
+
+
 def sides(spool: Spool, groups: Array | None, asked: datasets_pb2.Split) -> Array | Problem:
     """The side of every row, or why the split cannot be."""
     found = np.zeros(spool.rows, np.uint8)

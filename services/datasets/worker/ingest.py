@@ -24,6 +24,7 @@ from services.common.frames.v1 import ingest_pb2
 from services.datasets.forms import NAMES
 from services.datasets.worker import duplicates, findings, grouping, language, near, rules, short
 from services.datasets.worker.bound import Bench, Refused
+from services.datasets.worker.documents.apart import UnreadableDocument
 from services.datasets.worker.findings import Noted, Notes, Tally
 from services.datasets.worker.found import ERROR, INFO, WARNING, Problem, Unreadable, clip
 from services.datasets.worker.mate import finding_counts
@@ -64,20 +65,27 @@ class Ingest:
         self._reading = Reading(order, self._refuse, self._progress)
         self._whole = [_left_out(name) for name in order.left_out]
         """Found about the dataset as a whole."""
+        self._unread_documents = 0
         self._later: dict[pathlib.Path, Tally] = {}
         """Notes of what was found after reading."""
 
     def run(self) -> ingest_pb2.IngestDone:
         """All of it; Refused where the request's rules say so."""
         self._enter("parse")
-        for number, source in enumerate(self._order.sources):
-            try:
-                self._reading.read(number, source)
-            except Unreadable as e:
-                if not self._is_noted(e):
+        try:
+            for number, source in enumerate(self._order.sources):
+                try:
+                    self._reading.read(number, source)
+                except UnreadableDocument as e:  # the others are told too
                     self._reading.refuse(number, e)
-                if not self._validate:
-                    raise self._refusal() from None
+                    self._unread_documents += 1
+                except Unreadable as e:
+                    if not self._is_noted(e):
+                        self._reading.refuse(number, e)
+                    if not self._validate:
+                        raise self._refusal() from None
+        finally:
+            self._reading.close()
         self._judge([])
         self._enter("duplicates")
         spool = self._reading.spool()
@@ -87,7 +95,7 @@ class Ingest:
             keep[repeated] = False
         groups, nearly, dropped = self._near(spool, keep)
         self._enter("split")
-        sides = grouping.sides(spool, groups, self._request.split)
+        sides = grouping.sides(spool, grouping.bound(spool, groups), self._request.split)
         if isinstance(sides, Problem):
             self._judge([sides])
             sides = np.zeros(spool.rows, np.uint8)
@@ -131,7 +139,11 @@ class Ingest:
 
     def _judge_whole(self, stats: datasets_pb2.DatasetStats) -> None:
         rows = sum(stats.rows.values())
-        said = rules.check_all(rows, stats.skipped_rows, stats.output_words)
+        said = rules.check_all(rows, stats.skipped_rows, stats.output_words, stats.below_score_papers)
+        if not rows and self._reading.left:
+            left = ", ".join(f"{n} {rule}" for rule, n in sorted(self._reading.left.items()))
+            hint = "give prose headings, or take whole sections as texts (ROW_FORMAT_TEXT)"
+            said = [Problem("no_rows", f"no item was found in the documents; left out: {left}", hint)]
         for name, column in self._request.columns.items():
             if column not in self._reading.parser.counts.columns_met and rows + stats.skipped_rows:
                 told = f"no row has {clip(column)}, which was to be {name}"
@@ -206,6 +218,7 @@ class Ingest:
         stats = datasets_pb2.DatasetStats(
             rows=totals.rows,
             skipped_rows=parser.counts.skipped,
+            below_score_papers=parser.counts.below_score,
             duplicate_rows=0 if self._request.keep_duplicates else repeated,
             characters=totals.characters,
             output_words=totals.words,
@@ -217,13 +230,16 @@ class Ingest:
             changed_by_step=parser.pipeline.changed,
             row_characters=totals.histogram,
             languages=languages,
+            document_items=self._reading.items,
+            left_out_blocks=self._reading.left,
+            skipped_documents=self._unread_documents,
         )
         met: Counter[str] = Counter()
         for counted in finding_counts(self._tallies()):
             met[counted.rule] += counted.count
         is_looked_for = grouping.wanted(self._request) != datasets_pb2.NEAR_DUPLICATES_IGNORE
         figures = Figures(
-            read=parser.counts.records,
+            read=parser.counts.records - parser.counts.below_score,
             skipped=parser.counts.skipped,
             repeated=repeated,
             near=nearly if is_looked_for else None,
@@ -244,6 +260,8 @@ class Ingest:
         lineage = self._reading.lineage
         lineage.steps.extend(self._reading.parser.pipeline.applied)
         lineage.repairs.extend(sorted(self._reading.parser.repairs.names))
+        if self._request.HasField("min_score"):
+            lineage.min_score = self._request.min_score
         found = {f.format for f in lineage.files}
         done = ingest_pb2.IngestDone(
             stats=stats,

@@ -16,6 +16,7 @@ from typing import Any
 
 from qlorad.v1 import errors_pb2
 from services.common.errors import Fault, show
+from services.datasets import documents
 from services.datasets.worker import card, globs
 from services.datasets.worker.card import unusable
 
@@ -145,15 +146,17 @@ def _named(paths: Sequence[str], ask: Ask) -> Iterable[File]:
     found: dict[str, None] = {}
     for pattern in ask.files:
         matched = list(globs.matching(pattern, paths))
-        read = [p for p in matched if kind_of(p)]
+        read = [p for p in matched if kind_of(p) or documents.kind_of(p)]
         if not matched:
             raise _missing(f"{ask.place}.files", pattern, ask, sorted(filter(kind_of, paths), key=natural))
         if not read:
-            raise unusable(
-                f"{ask.place}.files", f"{pattern}, which is {matched[0]}", f"files that end in {', '.join(_SUFFIXES)}"
-            )
+            raise unusable(f"{ask.place}.files", f"{pattern}, which is {matched[0]}", f"files that end in {_endings()}")
         found.update(dict.fromkeys(read))
-    return [File(p, _split_by_name(p) or "train") for p in found]
+    return [File(p, "train" if documents.kind_of(p) else _split_by_name(p) or "train") for p in found]
+
+
+def _endings() -> str:
+    return ", ".join((*_SUFFIXES, *documents.SUFFIXES))
 
 
 # A dataset saved to disk
@@ -262,6 +265,9 @@ def _is_seen(path: str) -> bool:
 
 def _by_convention(paths: Sequence[str], base: str, ask: Ask) -> Choice:
     rows = [p for p in paths if kind_of(p) and _is_seen(p) and p.rpartition("/")[2] not in _NO_ROWS]
+    written = _documents(paths) if ask.place == "folder" else []
+    if not rows and written:
+        return Choice(tuple(File(p, "train") for p in written))
     if not rows:
         raise _no_rows(paths, ask)
     counts = Counter(kind_of(p) for p in rows)
@@ -278,7 +284,13 @@ def _by_convention(paths: Sequence[str], base: str, ask: Ask) -> Choice:
             f"{ask.name}, where {counts[kind]} files are {kind} but {show(lost)} of {splits[lost]} is {kind_of(lost)}"
         )
         raise unusable(ask.place, given, "patterns of the files to read in `files`")
+    left += [p for p in written if p != "README.md"]
     return Choice(tuple(files), tuple(sorted(left, key=natural)))
+
+
+def _documents(paths: Sequence[str]) -> list[str]:
+    """What people wrote; a repository's own words about its rows are none of a hub's."""
+    return [p for p in paths if documents.kind_of(p) and _is_seen(p)]
 
 
 def _split_by_name(path: str) -> str:
@@ -297,6 +309,8 @@ def _split_by_name(path: str) -> str:
 def _no_rows(paths: Sequence[str], ask: Ask) -> Fault:
     script = next((p for p in paths if p.endswith(".py")), None)
     accepted = f"files that end in {', '.join(_SUFFIXES)}, also packed ({', '.join(_PACKED)})"
+    if ask.place == "folder":
+        accepted += f"; or documents, which end in {', '.join(documents.SUFFIXES)}"
     if script is not None:
         given = f"{ask.name}, which has no data files, only the script {show(script)}; scripts are never run"
         return unusable(ask.place, given, accepted)

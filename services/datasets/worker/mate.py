@@ -30,6 +30,7 @@ def parse(order: ingest_pb2.StretchOrder) -> ingest_pb2.StretchReport:
         Pipeline.load(request.steps),
         language.of,
         order.stop_at_errors,
+        request.min_score if request.HasField("min_score") else None,
     )
     place = Place(order.file, order.filename, order.side, order.format, dict(request.columns))
     lines = Opened(path, order.begin, order.end)
@@ -45,6 +46,7 @@ def parse(order: ingest_pb2.StretchOrder) -> ingest_pb2.StretchReport:
         records=parser.counts.records,
         skipped=parser.counts.skipped,
         stepped_out=parser.counts.stepped_out,
+        below_score=parser.counts.below_score,
         columns_met=parser.counts.columns_met,
         repaired=parser.repairs.applied,
         dropped_by_step=parser.pipeline.dropped,

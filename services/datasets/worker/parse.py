@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from services.common.prompt import example as canonical
-from services.datasets.forms import Form
-from services.datasets.worker import fast, forms, glance, rules
+from services.datasets.forms import PAPER, Form
+from services.datasets.worker import fast, forms, glance, papers, rules
 from services.datasets.worker.findings import Notes
 from services.datasets.worker.found import ERROR, Problem, Record
 from services.datasets.worker.jsonl import JsonLines
@@ -40,6 +40,8 @@ class Counts:
     """Left out because of an error."""
     stepped_out: int = 0
     """Left out by a step."""
+    below_score: int = 0
+    """Papers left out because of their score."""
     columns_met: set[str] = field(default_factory=set)
 
 
@@ -71,8 +73,10 @@ class Parser:
         pipeline: Pipeline,
         languages: Callable[[Plain], str],
         stop_at_errors: bool,
+        min_score: float | None = None,
     ) -> None:
         self.counts = Counts()
+        self._min_score = min_score
         self.repairs = repairs
         self.pipeline = pipeline
         self._stratify_by = stratify_by
@@ -152,12 +156,47 @@ class Parser:
         if place.columns:
             self.counts.columns_met.update(c for c in place.columns.values() if c in data)
         problems: list[Problem] = []
+        if place.form == PAPER:
+            self._paper(place, data, record, row, segment, notes)
+            return
         if place.is_ours:
             example = data
         else:
             if self.repairs.names:
                 data = self.repairs.mend_row(data, place.form, place.columns)
             example, problems = forms.example_of(data, place.form, place.columns)
+        self._example(place, example, problems, record, row, segment, notes)
+
+    def _paper(
+        self, place: Place, data: Mapping[str, Any], record: Record, row: int, segment: Segment, notes: Notes
+    ) -> None:
+        """Several examples of one row, which is left out as a whole or not at all where it is read."""
+        at = record.line
+        made = papers.read(data, place.columns, self._min_score)
+        if any(p.severity == ERROR for p in made.problems):
+            self._leave_out(made.problems, place, at, row, notes)
+            return
+        if made.is_below:
+            self.counts.below_score += 1
+            return
+        for problem in made.problems:
+            notes.add(problem, place.file, at, row)
+        self.counts.records += len(made.examples) - 1
+        for example in made.examples:
+            self._example(place, example, [], record, row, segment, notes)
+
+    def _example(
+        self,
+        place: Place,
+        example: Plain,
+        problems: list[Problem],
+        record: Record,
+        row: int,
+        segment: Segment,
+        notes: Notes,
+    ) -> None:
+        """Mends, steps through, judges and spools an example."""
+        at = record.line
         if self.repairs.names:
             example, problems = self.repairs.mend(example, problems)
         if any(p.severity == ERROR for p in problems):
@@ -188,6 +227,8 @@ class Parser:
                 return
             for problem in problems:
                 notes.add(problem, place.file, at, row)
+        if record.spans:
+            example["origin"] = {"file": place.name, "line": str(at), "spans": list(record.spans)}
         self._spool(place, example, form, at, row, segment, notes)
 
     def _leave_out(self, problems: Iterable[Problem], place: Place, at: int, row: int, notes: Notes) -> None:
@@ -207,6 +248,8 @@ class Parser:
             return
         stratum = zlib.crc32(self._kind(place, example).encode()) if self._stratify_by else 0
         segment.add(line, content, at, row, (characters, taught), place.file, stratum, place.side, form)
+        if place.form == PAPER or (place.is_ours and papers.is_of_paper(example)):
+            segment.bind(papers.key_of(example["origin"]))
 
     def _kind(self, place: Place, example: Plain) -> str:
         """What the row counts as, for a stratified split."""

@@ -7,13 +7,16 @@ are numbered in that order, whoever writes them.
 from __future__ import annotations
 
 import pathlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from qlorad.v1 import datasets_pb2
 from services.common.artifacts import sha256_file
 from services.common.frames.v1 import ingest_pb2
-from services.datasets.forms import NAMES, Form
+from services.datasets.documents import kind_of
+from services.datasets.forms import CHAT, NAMES, PAPER, TEXT, Form
 from services.datasets.worker import findings, forms, language, mate, stretches
+from services.datasets.worker.documents.apart import Reader, UnreadableDocument
 from services.datasets.worker.findings import Noted, Notes, Tally
 from services.datasets.worker.found import INFO, Problem, Record, Unreadable, clip
 from services.datasets.worker.parents import Parent
@@ -47,18 +50,27 @@ class Reading:
         self.tallies: list[Tally] = []
         self.sides = {SIDES[0]}
         """That sources name."""
+        self.items: Counter[str] = Counter()
+        """Of documents, by rule."""
+        self.left: Counter[str] = Counter()
+        """Blocks of documents that are in no item, by rule."""
+        self._reader = Reader()
         self.parser = Parser(
             request.split.stratify_by,
             Repairs(request.repairs),
             Pipeline.load(request.steps, "plan." if order.validate_only else ""),
             language.of,
             stop_at_errors,
+            request.min_score if request.HasField("min_score") else None,
         )
 
     def read(self, number: int, told: ingest_pb2.IngestSource) -> None:
         """Spools a source. Unreadable is noted, and raised where errors end the run."""
         if told.sealed:
             self._parent(number, told)
+            return
+        if kind_of(told.filename):
+            self._document(number, told)
             return
         with open_source(pathlib.Path(told.path), told.filename, self._order.max_unpacked_bytes) as source:
             self._file(number, told, source)
@@ -68,6 +80,10 @@ class Reading:
         notes = self._open(0)
         notes.add(error.problem, number, error.line, 0)
         notes.close()
+
+    def close(self) -> None:
+        """Ends what reads documents."""
+        self._reader.close()
 
     def spool(self) -> Spool:
         """All rows that were spooled."""
@@ -93,28 +109,60 @@ class Reading:
         rows = Parent(pathlib.Path(told.path), told.split)
         self._parse(place, [], rows, notes, None, len(rows))
 
+    def _document(self, number: int, told: ingest_pb2.IngestSource) -> None:
+        """Spools the items of a document; what is said of it lies in a segment before them."""
+        path, form = pathlib.Path(told.path), self._request.format or CHAT
+        if form not in (CHAT, TEXT):
+            accepted = "chat or text; --format of an export writes any other form"
+            raise UnreadableDocument(Problem("document_form", f"documents do not become {NAMES[form]} rows", accepted))
+        if self._request.HasField("min_score"):
+            told_so = "min_score is for papers, but this is a document"
+            raise UnreadableDocument(Problem("not_papers", told_so, "papers alone, or no min_score"))
+        read = self._reader.read(path, told.filename, form == TEXT)
+        self._tell("documents", number + 1, len(self._order.sources))
+        notes = self._open(0)
+        place = Place(number, told.filename, self._side(number, told, notes), form, {})
+        for line, problem in read.findings:
+            notes.add(problem, number, line, 0)
+        notes.close()
+        self.items.update(read.items)
+        self.left.update(read.left)
+        self.lineage.files.add(
+            file=told.filename,
+            sha256=told.sha256 or sha256_file(path),
+            size_bytes=told.size_bytes or path.stat().st_size,
+            format=form,
+            container=read.kind,
+            items=len(read.records),
+            url=told.url,
+        )
+        self._parse(place, [], read.records, self._open(0), None, len(read.records))
+
     def _file(self, number: int, told: ingest_pb2.IngestSource, source: Source) -> None:
         path = pathlib.Path(told.path)
         size = path.stat().st_size
         notes = self._open(0)
-        form, columns, first = self._settle(number, source, notes)
+        form, columns, first = self._settle(number, source, notes, told.text_column)
         place = Place(number, told.filename, self._side(number, told, notes), form, columns)
         self.lineage.files.add(
             file=told.filename,
             sha256=told.sha256 or sha256_file(path),
-            size_bytes=size,
+            size_bytes=told.size_bytes or size,
             format=form,
             container=source.container,
+            url=told.url,
         )
         if form and stretches.worth_it(source.container, size):
             notes.close()
-            Segment(self._scratch, len(self._rows_before) - 1).close()
             self._in_stretches(place, path, size)
         else:
             self._parse(place, first, source.records, notes, source.position, size)
 
     def _open(self, rows_before: int) -> Notes:
-        notes = Notes(notes_path(self._scratch, len(self._rows_before)))
+        """Notes of a segment, which holds no row as long as nobody spools one."""
+        number = len(self._rows_before)
+        notes = Notes(notes_path(self._scratch, number))
+        Segment(self._scratch, number).close()
         self._rows_before.append(rows_before)
         self.tallies.append(notes.tally)
         return notes
@@ -183,12 +231,15 @@ class Reading:
             counts.records += report.records
             counts.skipped += report.skipped
             counts.stepped_out += report.stepped_out
+            counts.below_score += report.below_score
             counts.columns_met.update(report.columns_met)
             self.parser.repairs.applied.update(report.repaired)
             self.parser.pipeline.dropped.update(report.dropped_by_step)
             self.parser.pipeline.changed.update(report.changed_by_step)
 
-    def _settle(self, number: int, source: Source, notes: Notes) -> tuple[Form, dict[str, str], list[Record]]:
+    def _settle(
+        self, number: int, source: Source, notes: Notes, text_column: str
+    ) -> tuple[Form, dict[str, str], list[Record]]:
         """Finds form and field names of rows by the first ones, says it with its evidence, and gives them back."""
         first = _peeked(source.records)
         readable = [r.row for r in first if r.row is not None]
@@ -202,6 +253,12 @@ class Reading:
                 raise Unreadable(Problem("unknown_column", told, hint, missing[0]))
         said = list(source.said)
         sniffed = forms.sniff(readable, columns, self._request.format)
+        if text_column and not sniffed.evidence and self._request.format in (0, TEXT) and "text" not in columns:
+            sniffed = forms.sniff(readable, {**columns, "text": text_column}, self._request.format)
+        if self._request.HasField("min_score") and sniffed.form != PAPER and readable:
+            named = f"are {NAMES[sniffed.form]}" if sniffed.form else "fit no form"
+            told = f"min_score is for papers, but the rows {named}"
+            raise Unreadable(Problem("not_papers", told, "papers alone, or no min_score"))
         evidence = f": {sniffed.evidence}" if sniffed.evidence else ""
         if self._request.format:
             told = f"read as {source.container} with {NAMES[sniffed.form]} rows, as asked{evidence}"

@@ -29,6 +29,10 @@ class Row:
         """Notes an error."""
         self.problems.append(Problem(rule, told, hint, place))
 
+    def problems_of(self, place: str) -> list[Problem]:
+        """What is wrong with a field so far."""
+        return [p for p in self.problems if p.field == place]
+
     def named(self, field: str) -> str:
         """What the file calls a field."""
         return self.columns.get(field, field)

@@ -163,10 +163,11 @@ def _turns(messages: Sequence[Plain], places: Sequence[str] = ()) -> Iterator[Pr
             yield Problem("role_order", "tool_calls in another's turn", hint, f"{_at(i, places)}.tool_calls")
 
 
-def check_all(rows: int, skipped: int, output_words: int) -> list[Problem]:
+def check_all(rows: int, skipped: int, output_words: int, below: int = 0) -> list[Problem]:
     """What is to be said of the dataset as a whole."""
     if rows == 0:
-        told = f"no row is left ({skipped} with errors)" if skipped else "there is no row"
+        left = [f"{skipped} with errors"] * bool(skipped) + [f"{below} papers below min_score"] * bool(below)
+        told = f"no row is left ({', '.join(left)})" if left else "there is no row"
         return [Problem("no_rows", told, "send rows that pass")]
     said = []
     if rows < FEW_ROWS:

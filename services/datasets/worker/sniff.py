@@ -19,7 +19,8 @@ from services.datasets.forms import (
     ALIASES,
     CANONICAL,
     CHAT,
-    FORMS,
+    FIELDS,
+    PAPER,
     PREFERENCE,
     REQUIRED,
     SHAREGPT,
@@ -55,7 +56,7 @@ def sniff(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], form: F
     if number >= 0:
         names |= {k: v for k, v in ALIASES[number][1].items() if k != v}
     told = [_told(f, names) for f in REQUIRED[made]] or ["of a qlorad.v1.Example"]
-    told += [_told(f, names) for f in FORMS[made] if f not in REQUIRED[made] and f in names]
+    told += [_told(f, names) for f in FIELDS[made] if f not in REQUIRED[made] and f in names]
     if made == PREFERENCE and "prompt" not in names:
         told += [f"{f} (as prompt)" for f in ("question", "conversations") if f in rows[0] and "prompt" not in rows[0]]
     evidence = f"{count} of the first {len(rows)} have the fields {', '.join(told)}"
@@ -92,6 +93,9 @@ def _fits(form: Form, row: Mapping[str, Any], names: Mapping[str, str], is_told:
     """Whether what lies in the fields can be of the form."""
     if form == CANONICAL:
         return row.keys() <= _EXAMPLE and any(isinstance(row.get(body), dict) for body in BODIES)
+    if form == PAPER:
+        given = row[names["sections"]]
+        return is_told or isinstance(given, list) or (isinstance(given, str) and given.lstrip().startswith("["))
     if form == TEXT and names["text"] != "text":
         return is_told or "role" not in row  # a message by itself is no text
     if form not in _TURN:

@@ -33,6 +33,7 @@ ENTRY = np.dtype(
 )
 """What is known of a row; `size` counts its newline."""
 MAX_FILES = 1 << 16
+_BOUND = struct.Struct("<QQ")
 _FLUSH_BYTES = 1 << 19
 _BLOCK_ROWS = 1 << 16
 _BLOCK_BYTES = 4 << 20
@@ -45,8 +46,10 @@ class Segment:
 
     def __init__(self, folder: pathlib.Path, number: int) -> None:
         self.rows = 0
+        self._folder, self._number = folder, number
         self._lines: list[bytes] = []
         self._entries: list[bytes] = []
+        self._bound: list[bytes] = []
         self._bytes = 0
         self._lines_file = rows_path(folder, number).open("wb", buffering=0)
         self._entries_file = entries_path(folder, number).open("wb", buffering=0)
@@ -71,6 +74,10 @@ class Segment:
         if self._bytes > _FLUSH_BYTES:
             self._flush()
 
+    def bind(self, key: int) -> None:
+        """Says of the row that was added last that it belongs to all others of this key."""
+        self._bound.append(_BOUND.pack(self.rows - 1, key))
+
     def add_all(self, rows: Sequence[Any], at: int, row: int, file: int, side: int, form: int) -> None:
         """Appends rows of lines that follow one another: (line, content, characters, words) of each."""
         lines, contents, characters, words = zip(*rows, strict=True)
@@ -94,6 +101,10 @@ class Segment:
             _write_all(self._lines_file.fileno(), b"\n".join(self._lines))
             _write_all(self._entries_file.fileno(), b"".join(self._entries))
             self._lines, self._entries, self._bytes = [], [], 0
+        if self._bound:
+            with _bound_path(self._folder, self._number).open("ab") as f:
+                f.write(b"".join(self._bound))
+            self._bound = []
 
     def close(self) -> None:
         """Ends the segment."""
@@ -108,6 +119,11 @@ def _write_all(fd: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
+
+
+def _bound_path(folder: pathlib.Path, number: int) -> pathlib.Path:
+    """Where it lies which rows of a segment belong to others; there only where some do."""
+    return folder / f"{number:06d}.bound"
 
 
 def rows_path(folder: pathlib.Path, number: int) -> pathlib.Path:
@@ -180,6 +196,19 @@ class Spool:
                         yield Block(first, before, entries, rows_path(self._folder, number), offset)
                         first += len(entries)
                         offset += int(entries["size"].sum())
+
+    def bound(self) -> tuple[Array, Array]:
+        """Places of rows that belong to others, and the key that they share with these."""
+        first, found = 0, [np.zeros((0, 2), np.uint64)]
+        for number in range(len(self._rows_before)):
+            path = _bound_path(self._folder, number)
+            if path.exists():
+                pairs = np.fromfile(path, np.uint64).reshape(-1, 2)
+                pairs[:, 0] += np.uint64(first)
+                found.append(pairs)
+            first += self._size(number)
+        pairs = np.concatenate(found)
+        return pairs[:, 0], pairs[:, 1]
 
     def spent(self) -> Iterator[Block]:
         """As blocks; lines of a segment are deleted when the next one begins, so that disk and memory serve twice."""

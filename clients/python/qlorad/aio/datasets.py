@@ -49,6 +49,7 @@ class Datasets:
         self,
         path: str | os.PathLike[str],
         *,
+        filename: str = "",
         progress: Progress = silent,
         request_id: str = "",
         patience_seconds: float = DEFAULT_PATIENCE_SECONDS,
@@ -56,13 +57,15 @@ class Datasets:
         """Sends a file and returns the complete upload.
 
         Goes on from where it was cut, in this call and in a later one: unless a
-        request_id is given it is made of the file's name and content.
+        request_id is given it is made of the file's name and content. `filename`
+        is what findings call it, where that is not its own name: a path below a folder.
         """
         file = pathlib.Path(path)
         sha256, size = await in_thread(lambda: _measure(file))
+        told = filename or filename_of(file)
         request = pb.StartUploadRequest(
-            request_id=request_id or "upload-" + hashlib.sha256(f"{file.name}\n{sha256}".encode()).hexdigest()[:40],
-            filename=filename_of(file),
+            request_id=request_id or "upload-" + hashlib.sha256(f"{told}\n{sha256}".encode()).hexdigest()[:40],
+            filename=told,
             size_bytes=size,
             sha256=sha256,
         )

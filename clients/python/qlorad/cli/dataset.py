@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlorad.cli import dataset_check, dataset_export, dataset_make, dataset_stats
+from qlorad.cli import dataset_check, dataset_export, dataset_from, dataset_make, dataset_stats
 from qlorad.cli import dataset_show as past
 from qlorad.cli import output as out
 from qlorad.cli.dataset_options import Name
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qlorad.v1 import datasets_pb2
 
 app = typer.Typer(help="Upload files, make datasets of them, look inside.", no_args_is_help=True)
-for _verbs in (dataset_make, dataset_check, dataset_stats, dataset_export):
+for _verbs in (dataset_make, dataset_from, dataset_check, dataset_stats, dataset_export):
     _verbs.add_to(app)
 
 

@@ -14,7 +14,7 @@ import typer
 from qlorad.cli import dataset_options as given
 from qlorad.cli import output as out
 from qlorad.cli import parameters
-from qlorad.cli.dataset_show import FINDINGS, by_step, counted, show_dataset
+from qlorad.cli.dataset_show import FINDINGS, below_score, by_step, counted, show_dataset
 from qlorad.cli.output import Format, Output
 from qlorad.cli.session import connected
 
@@ -34,11 +34,14 @@ def add_to(app: typer.Typer) -> None:
 
 def validate(
     sources: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
-            help="Files; or datasets by alias or sha256:…; or one hub:OWNER/NAME or folder.", metavar="SOURCE…"
+            help="Files; or datasets by alias or sha256:…; or one hub:OWNER/NAME, https://… or folder.",
+            metavar="SOURCE…",
         ),
-    ],
+    ] = None,
+    chroma: given.Chroma = "",
+    collection: given.Collection = "",
     severity: Annotated[str, typer.Option(help="Only info, warning or error, and worse.")] = "",
     most: Annotated[int, typer.Option(min=0, help="So many findings in the table; JSON has all.")] = 50,
     fix: Annotated[bool, typer.Option("--fix", help="Make a dataset with every repair, under --name.")] = False,
@@ -54,6 +57,7 @@ def validate(
     repair: given.Repair = None,
     near_duplicates: given.Near = "together",
     similarity: given.Similarity = None,
+    min_score: given.MinScore = None,
     output: Output = Format.table,
 ) -> int:
     """Checks files or datasets as upload would, and seals nothing. Exit code 2 where they do not pass."""
@@ -64,11 +68,16 @@ def validate(
         raise errors.invalid("--name", name, "an alias for the repaired dataset")
     if name and not fix:
         raise errors.invalid("--name", name, "no name without --fix: validate makes nothing")
-    files, others = given.told_apart(sources)
+    files, others = given.told_apart(sources or [])
+    if not (sources or chroma or collection):
+        raise errors.invalid("SOURCE", "", "files, datasets, hub:OWNER/NAME, https://… or a folder; or --chroma")
     asked = given.plan(
         format, column, validation, test, seed, "", False, on_row_error, False, near_duplicates, similarity,
-        ["all"] if fix else repair, steps,
+        ["all"] if fix else repair, steps, min_score,
     )  # fmt: skip
+    if chroma or collection:
+        given.alone(" ".join(sources or []), "", [], [])
+        asked = given.elsewhere(asked, [], chroma, collection)
     if others and given.is_place(others[0]):
         asked = given.sourced(asked, others[0], "", [], [])
     with connected() as client:
@@ -150,6 +159,7 @@ def _show_report(report: datasets_pb2.ValidationReport) -> None:
         ("duplicates", f"{stats.duplicate_rows} exact, {stats.near_duplicate_rows} near"),
         ("findings", severities or "none"),
         ("repaired", counted(stats.repaired)),
+        ("papers", below_score(stats)),
         ("dropped", by_step(stats.dropped_by_step)),
         ("changed", by_step(stats.changed_by_step)),
         ("score", f"{stats.quality.score:.1f} of 100"),

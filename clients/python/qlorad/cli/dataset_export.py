@@ -57,7 +57,7 @@ def export(
 def convert(
     source: Annotated[str, typer.Argument(help="A dataset (its alias or sha256:…), or a file with rows.")],
     to: Annotated[str, typer.Option(help=f"The form to write: {FORMS}.")],
-    from_: Annotated[str, typer.Option("--from", help=f"The form of a file: {FORMS}; else it is sniffed.")] = "",
+    from_: Annotated[str, typer.Option("--from", help=f"The form of a file: paper, {FORMS}; else it is sniffed.")] = "",
     column: given.Column = None,
     repair: given.Repair = None,
     out_: Annotated[pathlib.Path | None, typer.Option("--out", help="The file to write; else stdout.")] = None,

@@ -32,7 +32,10 @@ def add_to(app: typer.Typer) -> None:
 def upload(
     files: Annotated[
         list[pathlib.Path],
-        typer.Argument(help="JSONL, JSON, CSV, TSV, Parquet or Arrow files, packed as .gz or .zst too, in order."),
+        typer.Argument(
+            help="JSONL, JSON, CSV, TSV, Parquet or Arrow files, packed as .gz or .zst too; Markdown, text, HTML, PDF "
+            "or DOCX; in order."
+        ),
     ],
     name: Annotated[str, typer.Option(help="The alias to give; else the first file's name.")] = "",
     format: given.FormatOf = "",
@@ -46,6 +49,7 @@ def upload(
     repair: given.Repair = None,
     near_duplicates: given.Near = "",
     similarity: given.Similarity = None,
+    min_score: given.MinScore = None,
     move: given.Move = False,
     keep_duplicates: given.KeepDuplicates = False,
     output: Output = Format.table,
@@ -53,13 +57,18 @@ def upload(
     """Uploads files and makes a dataset of them. Goes on where an earlier upload was cut."""
     asked = given.plan(
         format, column, validation, test, seed, stratify_by, False, on_row_error, keep_duplicates, near_duplicates,
-        similarity, repair, steps,
+        similarity, repair, steps, min_score,
     )  # fmt: skip
     _make(output, name or alias_of(files[0].name.partition(".")[0]), files, move, asked)
 
 
 def import_(
-    source: Annotated[str, typer.Argument(help="hub:OWNER/NAME[@REVISION], or a folder of the daemon's host.")],
+    source: Annotated[
+        str, typer.Argument(help="hub:OWNER/NAME[@REVISION], https://…, or a folder of the daemon's host.")
+    ] = "",
+    url: given.Urls = None,
+    chroma: given.Chroma = "",
+    collection: given.Collection = "",
     name: Annotated[str, typer.Option(help="The alias to give; else the source's name.")] = "",
     config: given.Config = "",
     split: given.Splits = None,
@@ -76,17 +85,28 @@ def import_(
     repair: given.Repair = None,
     near_duplicates: given.Near = "",
     similarity: given.Similarity = None,
+    min_score: given.MinScore = None,
     move: given.Move = False,
     keep_duplicates: given.KeepDuplicates = False,
     output: Output = Format.table,
 ) -> None:
-    """Makes a dataset of a hub's repository, or of a folder laid out like one. What was fetched is kept for a week."""
+    """Makes a dataset of a hub's repository, of a folder laid out like one, of pages by URL, or of a Chroma collection.
+
+    What a hub gave is kept for a week.
+    """
     asked = given.plan(
         format, column, validation, test, seed, stratify_by, keep_splits, on_row_error, keep_duplicates,
-        near_duplicates, similarity, repair, steps,
+        near_duplicates, similarity, repair, steps, min_score,
     )  # fmt: skip
-    asked = given.sourced(asked, source, config, split or [], file or [])
-    last = source.partition("@")[0] if source.startswith("hub:") else str(pathlib.Path(source).resolve())
+    if url or chroma or collection:
+        given.alone(source, config, split or [], file or [])
+        asked = given.elsewhere(asked, url or [], chroma, collection)
+        last = collection or _of_url(url or [])
+    else:
+        asked = given.sourced(asked, source, config, split or [], file or [])
+        last = _of_url([source]) if "urls" in asked else source.partition("@")[0]
+        if "folder" in asked:
+            last = str(pathlib.Path(source).resolve())
     _make(output, name or alias_of(re.split(r"[/:]", last)[-1]), [], move, asked)
 
 
@@ -114,13 +134,21 @@ def split(
     _make(output, name, [], move, {**asked, "parents": [dataset]})
 
 
+def _of_url(urls: list[str]) -> str:
+    """What a dataset of pages is called: the last part of the first one's path, or its host."""
+    from urllib.parse import unquote, urlsplit
+
+    parts = urlsplit(urls[0])
+    return unquote(parts.path).rstrip("/").rpartition("/")[2].partition(".")[0] or (parts.hostname or "")
+
+
 def _make(output: Format, alias: str, files: list[pathlib.Path], move: bool, asked: Plan) -> None:
     from qlorad.cli import progress
 
     sent: list[Any] = list(files)
     with connected() as client:
         if not move:
-            _not_taken(client, alias)
+            not_taken(client, alias)
         with progress.shown(f"datasets/{alias}") as tell:
             made = client.datasets.create(alias, sent, move_alias=move, progress=tell, **asked)
     show_dataset(output, made)
@@ -128,7 +156,7 @@ def _make(output: Format, alias: str, files: list[pathlib.Path], move: bool, ask
         out.say(f"`qlorad dataset findings {alias}` tells each finding")
 
 
-def _not_taken(client: Client, alias: str) -> None:
+def not_taken(client: Client, alias: str) -> None:
     """Asks before anything is sent or fetched: the name may be wrong, or taken."""
     from qlorad import errors
 

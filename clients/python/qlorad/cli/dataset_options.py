@@ -25,7 +25,8 @@ FormatOf = Annotated[
     str,
     typer.Option(
         "--format",
-        help="instruction, chat, completion, text, sharegpt, preference, infill or canonical; else it is sniffed.",
+        help="instruction, chat, completion, text, sharegpt, preference, infill, canonical or paper; else it is "
+        "sniffed.",
     ),
 ]
 Column = Annotated[
@@ -67,6 +68,17 @@ Splits = Annotated[list[str] | None, typer.Option("--split", help="A split of th
 Patterns = Annotated[
     list[str] | None, typer.Option("--file", help="A pattern of files to take, as in data/*.jsonl; may be repeated.")
 ]
+MinScore = Annotated[
+    float | None, typer.Option("--min-score", help="Leave out papers whose quality score is lower, and count them.")
+]
+Urls = Annotated[
+    list[str] | None,
+    typer.Option("--url", help="A page or file on the web, of a host that the daemon allows; may be repeated."),
+]
+Chroma = Annotated[
+    str, typer.Option("--chroma", help="The folder of Chroma's persistent client, on the daemon's host.")
+]
+Collection = Annotated[str, typer.Option("--collection", help="The collection in the folder of --chroma.")]
 
 
 def plan(
@@ -83,6 +95,7 @@ def plan(
     similarity: float | None = None,
     repair: Sequence[str] | None = None,
     steps: Sequence[str] | None = None,
+    min_score: float | None = None,
 ) -> Plan:
     """The words of the shared options as a plan; what is wrong with them is told at once, before a byte is sent."""
     if validation is None:
@@ -104,6 +117,8 @@ def plan(
     }
     if similarity is not None:
         asked["similarity"] = similarity
+    if min_score is not None:
+        asked["min_score"] = min_score
     return asked
 
 
@@ -151,8 +166,8 @@ def _check(format: str, on_row_error: str, near: str, validation: float, test: f
 
 
 def is_place(source: str) -> bool:
-    """Whether a word means a hub's dataset or a folder, as `import` takes them."""
-    return source.startswith("hub:") or pathlib.Path(source).is_dir()
+    """Whether a word means a hub's dataset, a page or a folder, as `import` takes them."""
+    return source.startswith(("hub:", "https://", "http://")) or pathlib.Path(source).is_dir()
 
 
 def told_apart(sources: Sequence[str]) -> tuple[list[pathlib.Path], list[str]]:
@@ -164,15 +179,15 @@ def told_apart(sources: Sequence[str]) -> tuple[list[pathlib.Path], list[str]]:
     places = [s for s in others if is_place(s)]
     if files and others:
         raise errors.invalid(
-            "SOURCE", others[0], "files that exist; or datasets alone; or one hub:OWNER/NAME or folder"
+            "SOURCE", others[0], "files that exist; or datasets alone; or one hub:OWNER/NAME, URL or folder"
         )
     if places and len(sources) > 1:
-        raise errors.invalid("SOURCE", places[0], "one hub:OWNER/NAME or folder alone")
+        raise errors.invalid("SOURCE", places[0], "one hub:OWNER/NAME, URL or folder alone")
     return files, others
 
 
 def sourced(asked: Plan, source: str, config: str, splits: Sequence[str], files: Sequence[str]) -> Plan:
-    """The plan with rows of "hub:OWNER/NAME[@REV]" or of a folder."""
+    """The plan with rows of "hub:OWNER/NAME[@REV]", of a page by its URL, or of a folder."""
     from qlorad import errors, plans
     from qlorad.v1 import datasets_pb2 as pb
 
@@ -182,10 +197,41 @@ def sourced(asked: Plan, source: str, config: str, splits: Sequence[str], files:
         hub.splits.extend(splits)
         hub.files.extend(files)
         return {**asked, "hub": hub}
+    if source.startswith(("https://", "http://")):
+        for option, words in (("--config", config), ("--split", splits), ("--file", files)):
+            if words:
+                raise errors.invalid(option, words, "nothing beside a page by its URL")
+        return {**asked, "urls": [source]}
+    if not source:
+        raise errors.invalid("SOURCE", source, "hub:OWNER/NAME, https://… or a folder; or --url; or --chroma")
     path = str(pathlib.Path(source).expanduser().resolve())
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@.+)?", source) and not pathlib.Path(path).exists():
         raise errors.invalid("SOURCE", source, f"hub:{source} for a dataset of the hub, or the path of a folder")
     return {**asked, "folder": pb.FolderSource(path=path, config=config, splits=splits, files=files)}
+
+
+def alone(source: str, config: str, splits: Sequence[str], files: Sequence[str]) -> None:
+    """Refuses what means nothing beside --url and --chroma."""
+    from qlorad import errors
+
+    for option, words in (("SOURCE", source), ("--config", config), ("--split", splits), ("--file", files)):
+        if words:
+            raise errors.invalid(option, words, "nothing beside --url or --chroma")
+
+
+def elsewhere(asked: Plan, urls: Sequence[str], chroma: str, collection: str) -> Plan:
+    """The plan with rows of pages by URL, or of a Chroma collection."""
+    from qlorad import errors
+
+    if urls and (chroma or collection):
+        raise errors.invalid("--url", urls[0], "pages, or --chroma with --collection, not both")
+    if urls:
+        return {**asked, "urls": list(urls)}
+    if not chroma:
+        raise errors.invalid("--collection", collection, "--chroma DIR beside it")
+    if not collection:
+        raise errors.invalid("--chroma", chroma, "--collection NAME beside it")
+    return {**asked, "chroma": (str(pathlib.Path(chroma).expanduser().resolve()), collection)}
 
 
 def steps_of(words: Sequence[str]) -> list[Step]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qlorad.client import Client
     from qlorad.v1 import datasets_pb2
 
+_UNITS = {"DOCUMENT_UNIT_LINE": "line", "DOCUMENT_UNIT_PAGE": "page", "DOCUMENT_UNIT_PARAGRAPH": "paragraph"}
 _SPLITS = ("train", "validation", "test")
 
 
@@ -46,7 +47,11 @@ def show_dataset(wanted: Format, dataset: datasets_pb2.Dataset) -> None:
         ("format", format_of(dataset)),
         ("rows", rows_of(dataset)),
         ("skipped rows", str(stats.skipped_rows or "")),
+        ("items", counted(stats.document_items)),
+        ("left out", counted(stats.left_out_blocks)),
+        ("unread", f"{stats.skipped_documents} documents" if stats.skipped_documents else ""),
         ("duplicates", ", ".join(x for x in (exact, near) if x)),
+        ("papers", below_score(stats)),
         ("repaired", counted(stats.repaired)),
         ("dropped", by_step(stats.dropped_by_step)),
         ("changed", by_step(stats.changed_by_step)),
@@ -62,6 +67,11 @@ def show_dataset(wanted: Format, dataset: datasets_pb2.Dataset) -> None:
 def counted(counts: Mapping[str, int]) -> str:
     """Counts by name, as in "2 role_names"."""
     return ", ".join(f"{counts[k]} {k}" for k in sorted(counts))
+
+
+def below_score(stats: datasets_pb2.DatasetStats) -> str:
+    """Papers that were left out because of their score."""
+    return f"{stats.below_score_papers} below the score" if stats.below_score_papers else ""
 
 
 def by_step(counts: Mapping[str, int]) -> str:
@@ -98,6 +108,9 @@ def came_from(example: dict[str, Any]) -> str:
     origin = example.get("origin", {})
     if not origin.get("file"):
         return ""
+    spans = [f"{s['first']}-{s['last']}" if s["first"] != s["last"] else s["first"] for s in origin.get("spans", [])]
+    if spans:
+        return f" ({origin['file']}: {_UNITS[origin['spans'][0]['unit']]} {', '.join(spans)})"
     return f" ({origin['file']}:{origin['line']})" if origin.get("line") else f" ({origin['file']})"
 
 
@@ -176,10 +189,9 @@ def tree(told: dict[str, Any], fancy: bool) -> list[str]:
     branches = [[f"repaired: {', '.join(told['repairs'])}"]] if told.get("repairs") else []
     branches += [[_step(s)] for s in told.get("steps", [])]
     branches += [[f"from {told['source']}"]] if told.get("source") else []
-    branches += [
-        [f"{f['file']}  sha256:{f['sha256'][:12]}  {out.size(f['size_bytes'])}, {f['container']}, {_form(f['format'])}"]
-        for f in told.get("files", [])
-    ]
+    if told.get("min_score") is not None:
+        branches += [[f"papers of score {told['min_score']:g} and more"]]
+    branches += [_file(f) for f in told.get("files", [])]
     branches += [tree(parent, fancy) for parent in told.get("parents", [])]
     bar, tee, end = ("│  ", "├─ ", "└─ ") if fancy else ("|  ", "|- ", "`- ")
     for i, branch in enumerate(branches):
@@ -187,6 +199,13 @@ def tree(told: dict[str, Any], fancy: bool) -> list[str]:
         lines.append((end if last else tee) + branch[0])
         lines += [("   " if last else bar) + line for line in branch[1:]]
     return lines
+
+
+def _file(told: dict[str, Any]) -> list[str]:
+    """A file, and below it where it was fetched from."""
+    size = out.size(told["size_bytes"])
+    line = f"{told['file']}  sha256:{told['sha256'][:12]}  {size}, {told['container']}, {_form(told['format'])}"
+    return [line, f"from {told['url']}"] if told.get("url") else [line]
 
 
 def _step(applied: dict[str, Any]) -> str:

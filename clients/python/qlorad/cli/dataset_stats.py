@@ -88,6 +88,11 @@ def _show_measure(measure: datasets_pb2.DatasetMeasure) -> None:
     print()
     out.table(["OF ROWS", "AT MOST"], [[f"{q.share:.0%}", f"{q.tokens} tokens"] for q in measure.quantiles])
     print()
+    show_forecasts(measure)
+
+
+def show_forecasts(measure: datasets_pb2.DatasetMeasure) -> None:
+    """What each maximal length would do."""
     rows = [
         [
             str(f.max_length_tokens), str(f.longer_rows), str(f.cut_tokens), str(f.cut_trained_tokens),

@@ -46,6 +46,10 @@ class _RowFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RowFormat.V
     """{"prefix", "middle", "suffix"}: code to be filled in; the middle is trained."""
     ROW_FORMAT_CANONICAL: _RowFormat.ValueType  # 8
     """qlorad.v1.Example as JSON, as ExportDataset writes it; loses nothing."""
+    ROW_FORMAT_PAPER: _RowFormat.ValueType  # 12
+    """{"title", "abstract", "sections": [{"heading", "text"}], "quality_score"}: a
+    scientific paper, of which several examples are made. Only read, never written.
+    """
 
 class RowFormat(_RowFormat, metaclass=_RowFormatEnumTypeWrapper):
     """The form of rows in a file."""
@@ -68,6 +72,10 @@ ROW_FORMAT_INFILL: RowFormat.ValueType  # 7
 """{"prefix", "middle", "suffix"}: code to be filled in; the middle is trained."""
 ROW_FORMAT_CANONICAL: RowFormat.ValueType  # 8
 """qlorad.v1.Example as JSON, as ExportDataset writes it; loses nothing."""
+ROW_FORMAT_PAPER: RowFormat.ValueType  # 12
+"""{"title", "abstract", "sections": [{"heading", "text"}], "quality_score"}: a
+scientific paper, of which several examples are made. Only read, never written.
+"""
 Global___RowFormat: _TypeAlias = RowFormat  # noqa: Y015
 
 class _OnRowError:
@@ -81,7 +89,9 @@ class _OnRowErrorEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OnRowError
     ON_ROW_ERROR_REFUSE: _OnRowError.ValueType  # 1
     """Refuse the whole dataset, listing the first findings."""
     ON_ROW_ERROR_SKIP: _OnRowError.ValueType  # 2
-    """Leave the row out, keep the finding, count it."""
+    """Leave the row out, keep the finding, count it. So with a document that cannot
+    be read; a file of rows that cannot be read on refuses the dataset all the same.
+    """
 
 class OnRowError(_OnRowError, metaclass=_OnRowErrorEnumTypeWrapper):
     """What to do with a row that has a finding of severity ERROR."""
@@ -91,7 +101,9 @@ ON_ROW_ERROR_UNSPECIFIED: OnRowError.ValueType  # 0
 ON_ROW_ERROR_REFUSE: OnRowError.ValueType  # 1
 """Refuse the whole dataset, listing the first findings."""
 ON_ROW_ERROR_SKIP: OnRowError.ValueType  # 2
-"""Leave the row out, keep the finding, count it."""
+"""Leave the row out, keep the finding, count it. So with a document that cannot
+be read; a file of rows that cannot be read on refuses the dataset all the same.
+"""
 Global___OnRowError: _TypeAlias = OnRowError  # noqa: Y015
 
 class _NearDuplicates:
@@ -121,6 +133,42 @@ NEAR_DUPLICATES_TOGETHER: NearDuplicates.ValueType  # 2
 NEAR_DUPLICATES_DROP: NearDuplicates.ValueType  # 3
 """Find them, keep the first of each group, count the others."""
 Global___NearDuplicates: _TypeAlias = NearDuplicates  # noqa: Y015
+
+class _DocumentUnit:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DocumentUnitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DocumentUnit.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DOCUMENT_UNIT_UNSPECIFIED: _DocumentUnit.ValueType  # 0
+    """Never sent."""
+    DOCUMENT_UNIT_LINE: _DocumentUnit.ValueType  # 1
+    """Lines of a text file (Markdown, plain text, HTML). Characters are those of the
+    whole decoded file, line ends as they are, without a byte order mark.
+    """
+    DOCUMENT_UNIT_PAGE: _DocumentUnit.ValueType  # 2
+    """Pages of a PDF. Characters are those of one page, as PDFium numbers them."""
+    DOCUMENT_UNIT_PARAGRAPH: _DocumentUnit.ValueType  # 3
+    """Paragraphs of a DOCX: the w:p elements of its main part, those in cells of
+    tables too. Always whole ones, so no characters are told.
+    """
+
+class DocumentUnit(_DocumentUnit, metaclass=_DocumentUnitEnumTypeWrapper):
+    """How places in a document are counted."""
+
+DOCUMENT_UNIT_UNSPECIFIED: DocumentUnit.ValueType  # 0
+"""Never sent."""
+DOCUMENT_UNIT_LINE: DocumentUnit.ValueType  # 1
+"""Lines of a text file (Markdown, plain text, HTML). Characters are those of the
+whole decoded file, line ends as they are, without a byte order mark.
+"""
+DOCUMENT_UNIT_PAGE: DocumentUnit.ValueType  # 2
+"""Pages of a PDF. Characters are those of one page, as PDFium numbers them."""
+DOCUMENT_UNIT_PARAGRAPH: DocumentUnit.ValueType  # 3
+"""Paragraphs of a DOCX: the w:p elements of its main part, those in cells of
+tables too. Always whole ones, so no characters are told.
+"""
+Global___DocumentUnit: _TypeAlias = DocumentUnit  # noqa: Y015
 
 class _Severity:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -233,7 +281,9 @@ class Upload(_message.Message):
     name: _builtins.str
     """"uploads/{id}"."""
     filename: _builtins.str
-    """The file's own name, for findings and format sniffing; never used as a path."""
+    """The file's own name, or its path below the folder that it came from; for
+    findings and format sniffing, never used as a path.
+    """
     size_bytes: _builtins.int
     """Announced size."""
     committed_bytes: _builtins.int
@@ -273,7 +323,7 @@ class StartUploadRequest(_message.Message):
     request_id: _builtins.str
     """Same id and body, same answer; chosen by the client."""
     filename: _builtins.str
-    """The file's own name."""
+    """The file's own name, or a relative path of names, as in "guide/setup.md"."""
     size_bytes: _builtins.int
     """Exact size."""
     sha256: _builtins.str
@@ -644,6 +694,60 @@ class FolderSource(_message.Message):
 Global___FolderSource: _TypeAlias = FolderSource  # noqa: Y015
 
 @_typing.final
+class WebSource(_message.Message):
+    """Pages and files on the web, by URL."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URLS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def urls(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """"https://HOST/PATH", 1 to 100 of them, in order. Hosts are those that the
+        daemon allows; redirects are followed to such hosts only.
+        """
+
+    def __init__(
+        self,
+        *,
+        urls: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["urls", b"urls"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WebSource: _TypeAlias = WebSource  # noqa: Y015
+
+@_typing.final
+class ChromaSource(_message.Message):
+    """A collection of Chroma's persistent client."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    COLLECTION_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """Absolute path of the folder that holds chroma.sqlite3, under one of the
+    daemon's import roots. It is only read.
+    """
+    collection: _builtins.str
+    """The collection's name."""
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        collection: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChromaSource: _TypeAlias = ChromaSource  # noqa: Y015
+
+@_typing.final
 class Example(_message.Message):
     """One canonical example, as sealed."""
 
@@ -803,23 +907,71 @@ class Origin(_message.Message):
 
     FILE_FIELD_NUMBER: _builtins.int
     LINE_FIELD_NUMBER: _builtins.int
+    SPANS_FIELD_NUMBER: _builtins.int
     file: _builtins.str
     """The file's name: an upload's, or the path inside a repository or folder."""
     line: _builtins.int
-    """One-based line (JSONL, CSV), element (JSON array) or row (Parquet)."""
+    """One-based line (JSONL, CSV), element (JSON array) or row (Parquet); of a
+    document the first line (Markdown, text, HTML), page (PDF) or paragraph (DOCX).
+    """
+    @_builtins.property
+    def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___DocumentSpan]:
+        """Of an item of a document: the stretches whose text stands in the row, in
+        order. A heading that only names the item is in none of them.
+        """
+
     def __init__(
         self,
         *,
         file: _builtins.str = ...,
         line: _builtins.int = ...,
+        spans: _abc.Iterable[Global___DocumentSpan] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "line", b"line"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "line", b"line", "spans", b"spans"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Origin: _TypeAlias = Origin  # noqa: Y015
+
+@_typing.final
+class DocumentSpan(_message.Message):
+    """A stretch of a document."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UNIT_FIELD_NUMBER: _builtins.int
+    FIRST_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    BEGIN_CHARACTER_FIELD_NUMBER: _builtins.int
+    END_CHARACTER_FIELD_NUMBER: _builtins.int
+    unit: Global___DocumentUnit.ValueType
+    """What `first` and `last` count."""
+    first: _builtins.int
+    """The first one, from 1."""
+    last: _builtins.int
+    """The last one."""
+    begin_character: _builtins.int
+    """The first character, from 0; in a PDF, of the first page."""
+    end_character: _builtins.int
+    """The character behind the last; in a PDF, of the last page."""
+    def __init__(
+        self,
+        *,
+        unit: Global___DocumentUnit.ValueType = ...,
+        first: _builtins.int = ...,
+        last: _builtins.int = ...,
+        begin_character: _builtins.int = ...,
+        end_character: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin_character", b"begin_character", "end_character", b"end_character", "first", b"first", "last", b"last", "unit", b"unit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DocumentSpan: _TypeAlias = DocumentSpan  # noqa: Y015
 
 @_typing.final
 class Finding(_message.Message):
@@ -838,7 +990,7 @@ class Finding(_message.Message):
     file: _builtins.str
     """The upload's file name."""
     line: _builtins.int
-    """One-based line; 0 = the file or the dataset as a whole."""
+    """One-based line, counted as Origin.line is; 0 = the file or the dataset as a whole."""
     field: _builtins.str
     """The field, where one is at fault."""
     rule: _builtins.str
@@ -1111,6 +1263,46 @@ class DatasetStats(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class DocumentItemsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class LeftOutBlocksEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     ROWS_FIELD_NUMBER: _builtins.int
     SKIPPED_ROWS_FIELD_NUMBER: _builtins.int
     DUPLICATE_ROWS_FIELD_NUMBER: _builtins.int
@@ -1126,6 +1318,10 @@ class DatasetStats(_message.Message):
     CHANGED_BY_STEP_FIELD_NUMBER: _builtins.int
     QUALITY_FIELD_NUMBER: _builtins.int
     OUTPUT_WORDS_FIELD_NUMBER: _builtins.int
+    DOCUMENT_ITEMS_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_BLOCKS_FIELD_NUMBER: _builtins.int
+    SKIPPED_DOCUMENTS_FIELD_NUMBER: _builtins.int
+    BELOW_SCORE_PAPERS_FIELD_NUMBER: _builtins.int
     skipped_rows: _builtins.int
     """Rows left out by on_row_error."""
     duplicate_rows: _builtins.int
@@ -1138,6 +1334,10 @@ class DatasetStats(_message.Message):
     """Near duplicates that were dropped."""
     output_words: _builtins.int
     """Words of what is learnt, over all rows."""
+    skipped_documents: _builtins.int
+    """Documents that could not be read and were left out (ON_ROW_ERROR_SKIP)."""
+    below_score_papers: _builtins.int
+    """Papers that were left out because their score is below min_score."""
     @_builtins.property
     def rows(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Rows by split: "train", "validation", "test"."""
@@ -1174,6 +1374,14 @@ class DatasetStats(_message.Message):
     def quality(self) -> Global___Quality:
         """The score of the rows as they came."""
 
+    @_builtins.property
+    def document_items(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Items that were found in documents, by rule, as in "definition"."""
+
+    @_builtins.property
+    def left_out_blocks(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Blocks of documents that are in no item, by the rule that left them out."""
+
     def __init__(
         self,
         *,
@@ -1192,10 +1400,14 @@ class DatasetStats(_message.Message):
         changed_by_step: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         quality: Global___Quality | None = ...,
         output_words: _builtins.int = ...,
+        document_items: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        left_out_blocks: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        skipped_documents: _builtins.int = ...,
+        below_score_papers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["quality", b"quality", "row_characters", b"row_characters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed_by_step", b"changed_by_step", "characters", b"characters", "dropped_by_step", b"dropped_by_step", "duplicate_rows", b"duplicate_rows", "findings", b"findings", "forms", b"forms", "languages", b"languages", "near_dropped_rows", b"near_dropped_rows", "near_duplicate_rows", b"near_duplicate_rows", "output_words", b"output_words", "quality", b"quality", "repaired", b"repaired", "row_characters", b"row_characters", "rows", b"rows", "skipped_rows", b"skipped_rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["below_score_papers", b"below_score_papers", "changed_by_step", b"changed_by_step", "characters", b"characters", "document_items", b"document_items", "dropped_by_step", b"dropped_by_step", "duplicate_rows", b"duplicate_rows", "findings", b"findings", "forms", b"forms", "languages", b"languages", "left_out_blocks", b"left_out_blocks", "near_dropped_rows", b"near_dropped_rows", "near_duplicate_rows", b"near_duplicate_rows", "output_words", b"output_words", "quality", b"quality", "repaired", b"repaired", "row_characters", b"row_characters", "rows", b"rows", "skipped_documents", b"skipped_documents", "skipped_rows", b"skipped_rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1213,10 +1425,15 @@ class DatasetLineage(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     REPAIRS_FIELD_NUMBER: _builtins.int
     MADE_BY_FIELD_NUMBER: _builtins.int
+    MIN_SCORE_FIELD_NUMBER: _builtins.int
     source: _builtins.str
-    """Where from: the repository with its commit, or the folder. Empty for uploads."""
+    """Where from: the repository with its commit, the folder, the page's URL, or the
+    collection. Empty for uploads.
+    """
     made_by: _builtins.str
     """What made it, as in "qlorad-services 0.1"."""
+    min_score: _builtins.float
+    """The min_score of the request."""
     @_builtins.property
     def parents(self) -> _containers.RepeatedCompositeFieldContainer[Global___DatasetParent]:
         """Datasets it was made of."""
@@ -1242,12 +1459,15 @@ class DatasetLineage(_message.Message):
         steps: _abc.Iterable[Global___AppliedStep] | None = ...,
         repairs: _abc.Iterable[_builtins.str] | None = ...,
         made_by: _builtins.str = ...,
+        min_score: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_min_score", b"_min_score", "min_score", b"min_score"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "made_by", b"made_by", "parents", b"parents", "repairs", b"repairs", "source", b"source", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_score", b"_min_score", "files", b"files", "made_by", b"made_by", "min_score", b"min_score", "parents", b"parents", "repairs", b"repairs", "source", b"source", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__min_score: _TypeAlias = _typing.Literal["min_score"]  # noqa: Y015
+    _WhichOneofArgType__min_score: _TypeAlias = _typing.Literal["_min_score", b"_min_score"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_score) -> _WhichOneofReturnType__min_score | None: ...
 
 Global___DatasetLineage: _TypeAlias = DatasetLineage  # noqa: Y015
 
@@ -1288,6 +1508,8 @@ class SourceFile(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
     CONTAINER_FIELD_NUMBER: _builtins.int
+    ITEMS_FIELD_NUMBER: _builtins.int
+    URL_FIELD_NUMBER: _builtins.int
     file: _builtins.str
     """Its name."""
     sha256: _builtins.str
@@ -1297,7 +1519,13 @@ class SourceFile(_message.Message):
     format: Global___RowFormat.ValueType
     """Its rows' form."""
     container: _builtins.str
-    """How rows lie in it, as in "jsonl", "csv" or "parquet"; with ".gz" or ".zst" where it was packed."""
+    """How rows lie in it, as in "jsonl", "csv" or "parquet", with ".gz" or ".zst" where it was packed; or the
+    kind of a document, as in "markdown" or "pdf".
+    """
+    items: _builtins.int
+    """Items that were found in it, where it is a document."""
+    url: _builtins.str
+    """The URL that it was fetched from at last; a query that a redirect added is left out."""
     def __init__(
         self,
         *,
@@ -1306,10 +1534,12 @@ class SourceFile(_message.Message):
         size_bytes: _builtins.int = ...,
         format: Global___RowFormat.ValueType = ...,
         container: _builtins.str = ...,
+        items: _builtins.int = ...,
+        url: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["container", b"container", "file", b"file", "format", b"format", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["container", b"container", "file", b"file", "format", b"format", "items", b"items", "sha256", b"sha256", "size_bytes", b"size_bytes", "url", b"url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1449,12 +1679,17 @@ class CreateDatasetRequest(_message.Message):
     NEAR_DUPLICATES_FIELD_NUMBER: _builtins.int
     NEAR_DUPLICATE_SIMILARITY_FIELD_NUMBER: _builtins.int
     REPAIRS_FIELD_NUMBER: _builtins.int
+    WEB_FIELD_NUMBER: _builtins.int
+    CHROMA_FIELD_NUMBER: _builtins.int
+    MIN_SCORE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Same id and body, same answer."""
     dataset_id: _builtins.str
     """The alias to give, as in "datasets/{dataset_id}"."""
     format: Global___RowFormat.ValueType
-    """The form of rows; sniffed if unspecified."""
+    """The form of rows; sniffed if unspecified. Documents become chat rows, an
+    item each, or with ROW_FORMAT_TEXT plain texts, a section each.
+    """
     on_row_error: Global___OnRowError.ValueType
     """What to do with broken rows."""
     move_alias: _builtins.bool
@@ -1465,10 +1700,14 @@ class CreateDatasetRequest(_message.Message):
     """What to do about rows that are almost equal."""
     near_duplicate_similarity: _builtins.float
     """How similar (Jaccard, 0.5 to 1) rows are that count as near duplicates; absent = 0.8."""
+    min_score: _builtins.float
+    """Papers with a lower quality score are left out and counted; absent = none. One
+    without a score is then an error.
+    """
     @_builtins.property
     def uploads(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Complete uploads, "uploads/{id}", in order. Exactly one of uploads, hub,
-        folder and parents says where rows come from.
+        folder, web, chroma and parents says where rows come from.
         """
 
     @_builtins.property
@@ -1501,6 +1740,14 @@ class CreateDatasetRequest(_message.Message):
     def repairs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Repairs to apply, by the names that findings' hints tell; "all" = every one."""
 
+    @_builtins.property
+    def web(self) -> Global___WebSource:
+        """Rows, or documents, of pages by URL."""
+
+    @_builtins.property
+    def chroma(self) -> Global___ChromaSource:
+        """Rows of a Chroma collection."""
+
     def __init__(
         self,
         *,
@@ -1520,13 +1767,21 @@ class CreateDatasetRequest(_message.Message):
         near_duplicates: Global___NearDuplicates.ValueType = ...,
         near_duplicate_similarity: _builtins.float | None = ...,
         repairs: _abc.Iterable[_builtins.str] | None = ...,
+        web: Global___WebSource | None = ...,
+        chroma: Global___ChromaSource | None = ...,
+        min_score: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_near_duplicate_similarity", b"_near_duplicate_similarity", "folder", b"folder", "hub", b"hub", "near_duplicate_similarity", b"near_duplicate_similarity", "split", b"split"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_min_score", b"_min_score", "_near_duplicate_similarity", b"_near_duplicate_similarity", "chroma", b"chroma", "folder", b"folder", "hub", b"hub", "min_score", b"min_score", "near_duplicate_similarity", b"near_duplicate_similarity", "split", b"split", "web", b"web"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_near_duplicate_similarity", b"_near_duplicate_similarity", "columns", b"columns", "dataset_id", b"dataset_id", "folder", b"folder", "format", b"format", "hub", b"hub", "keep_duplicates", b"keep_duplicates", "move_alias", b"move_alias", "near_duplicate_similarity", b"near_duplicate_similarity", "near_duplicates", b"near_duplicates", "on_row_error", b"on_row_error", "parents", b"parents", "repairs", b"repairs", "request_id", b"request_id", "split", b"split", "steps", b"steps", "uploads", b"uploads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_score", b"_min_score", "_near_duplicate_similarity", b"_near_duplicate_similarity", "chroma", b"chroma", "columns", b"columns", "dataset_id", b"dataset_id", "folder", b"folder", "format", b"format", "hub", b"hub", "keep_duplicates", b"keep_duplicates", "min_score", b"min_score", "move_alias", b"move_alias", "near_duplicate_similarity", b"near_duplicate_similarity", "near_duplicates", b"near_duplicates", "on_row_error", b"on_row_error", "parents", b"parents", "repairs", b"repairs", "request_id", b"request_id", "split", b"split", "steps", b"steps", "uploads", b"uploads", "web", b"web"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__min_score: _TypeAlias = _typing.Literal["min_score"]  # noqa: Y015
+    _WhichOneofArgType__min_score: _TypeAlias = _typing.Literal["_min_score", b"_min_score"]  # noqa: Y015
     _WhichOneofReturnType__near_duplicate_similarity: _TypeAlias = _typing.Literal["near_duplicate_similarity"]  # noqa: Y015
     _WhichOneofArgType__near_duplicate_similarity: _TypeAlias = _typing.Literal["_near_duplicate_similarity", b"_near_duplicate_similarity"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_score) -> _WhichOneofReturnType__min_score | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__near_duplicate_similarity) -> _WhichOneofReturnType__near_duplicate_similarity | None: ...
 
 Global___CreateDatasetRequest: _TypeAlias = CreateDatasetRequest  # noqa: Y015

@@ -31,8 +31,9 @@ class DatasetServiceStub:
 
     Flow: StartUpload, WriteUpload (again from committed_bytes after a cut),
     CreateDataset, then BuildLedger for a model. A dataset may also come from a
-    hub, from a folder of the daemon's host, or from other datasets (to clean,
-    split or join them). Every call may also answer
+    hub, from a folder of the daemon's host, from pages by URL, from a Chroma
+    collection, or from other datasets (to clean, split or join them). Every call
+    may also answer
     UNAUTHENTICATED, UNAVAILABLE (draining; retry), DEADLINE_EXCEEDED, CANCELLED
     and INTERNAL (with a log id).
     """
@@ -69,14 +70,16 @@ class DatasetServiceStub:
     A broken row is a finding of severity ERROR; what becomes of it is said by
     on_row_error. Nothing is visible unless all went well.
     Errors: INVALID_ARGUMENT (a field, or rows: the first findings are listed with
-    file and line); NOT_FOUND (upload, parent, folder, or what the hub does not
-    have); PERMISSION_DENIED (the hub wants a token, or the folder lies outside
-    of the roots); FAILED_PRECONDITION WRONG_STATE (upload incomplete);
+    file and line); NOT_FOUND (upload, parent, folder, collection, or what the hub
+    or the page's host does not have); PERMISSION_DENIED (the hub wants a token,
+    the folder lies outside of the roots, the page's host is not allowed or leads
+    to an inner address); FAILED_PRECONDITION WRONG_STATE (upload incomplete) or
+    REJECTED (chromadb is not installed beside the daemon);
     ALREADY_EXISTS; RESOURCE_EXHAUSTED TOO_LARGE (a bound of the worker),
     DISK_FULL or QUEUE_FULL (call again later); DATA_LOSS CORRUPT (the hub sent
     other bytes than it announced, or a parent is damaged); UNAVAILABLE
-    WORKER_LOST or UPSTREAM (the hub does not answer; call again: what was
-    fetched is kept).
+    WORKER_LOST or UPSTREAM (the hub or the page's host does not answer; call
+    again: what was fetched from a hub is kept).
     """
     ValidateDataset: _grpc.UnaryStreamMultiCallable[_datasets_pb2.ValidateDatasetRequest, _datasets_pb2.ValidateDatasetResponse]
     """Does all of CreateDataset but sealing: streams progress, every finding in
@@ -138,8 +141,9 @@ class DatasetServiceAsyncStub(DatasetServiceStub):
 
     Flow: StartUpload, WriteUpload (again from committed_bytes after a cut),
     CreateDataset, then BuildLedger for a model. A dataset may also come from a
-    hub, from a folder of the daemon's host, or from other datasets (to clean,
-    split or join them). Every call may also answer
+    hub, from a folder of the daemon's host, from pages by URL, from a Chroma
+    collection, or from other datasets (to clean, split or join them). Every call
+    may also answer
     UNAUTHENTICATED, UNAVAILABLE (draining; retry), DEADLINE_EXCEEDED, CANCELLED
     and INTERNAL (with a log id).
     """
@@ -173,14 +177,16 @@ class DatasetServiceAsyncStub(DatasetServiceStub):
     A broken row is a finding of severity ERROR; what becomes of it is said by
     on_row_error. Nothing is visible unless all went well.
     Errors: INVALID_ARGUMENT (a field, or rows: the first findings are listed with
-    file and line); NOT_FOUND (upload, parent, folder, or what the hub does not
-    have); PERMISSION_DENIED (the hub wants a token, or the folder lies outside
-    of the roots); FAILED_PRECONDITION WRONG_STATE (upload incomplete);
+    file and line); NOT_FOUND (upload, parent, folder, collection, or what the hub
+    or the page's host does not have); PERMISSION_DENIED (the hub wants a token,
+    the folder lies outside of the roots, the page's host is not allowed or leads
+    to an inner address); FAILED_PRECONDITION WRONG_STATE (upload incomplete) or
+    REJECTED (chromadb is not installed beside the daemon);
     ALREADY_EXISTS; RESOURCE_EXHAUSTED TOO_LARGE (a bound of the worker),
     DISK_FULL or QUEUE_FULL (call again later); DATA_LOSS CORRUPT (the hub sent
     other bytes than it announced, or a parent is damaged); UNAVAILABLE
-    WORKER_LOST or UPSTREAM (the hub does not answer; call again: what was
-    fetched is kept).
+    WORKER_LOST or UPSTREAM (the hub or the page's host does not answer; call
+    again: what was fetched from a hub is kept).
     """
     ValidateDataset: _aio.UnaryStreamMultiCallable[_datasets_pb2.ValidateDatasetRequest, _datasets_pb2.ValidateDatasetResponse]  # type: ignore[assignment]
     """Does all of CreateDataset but sealing: streams progress, every finding in
@@ -241,8 +247,9 @@ class DatasetServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Flow: StartUpload, WriteUpload (again from committed_bytes after a cut),
     CreateDataset, then BuildLedger for a model. A dataset may also come from a
-    hub, from a folder of the daemon's host, or from other datasets (to clean,
-    split or join them). Every call may also answer
+    hub, from a folder of the daemon's host, from pages by URL, from a Chroma
+    collection, or from other datasets (to clean, split or join them). Every call
+    may also answer
     UNAUTHENTICATED, UNAVAILABLE (draining; retry), DEADLINE_EXCEEDED, CANCELLED
     and INTERNAL (with a log id).
     """
@@ -298,14 +305,16 @@ class DatasetServiceServicer(metaclass=_abc_1.ABCMeta):
         A broken row is a finding of severity ERROR; what becomes of it is said by
         on_row_error. Nothing is visible unless all went well.
         Errors: INVALID_ARGUMENT (a field, or rows: the first findings are listed with
-        file and line); NOT_FOUND (upload, parent, folder, or what the hub does not
-        have); PERMISSION_DENIED (the hub wants a token, or the folder lies outside
-        of the roots); FAILED_PRECONDITION WRONG_STATE (upload incomplete);
+        file and line); NOT_FOUND (upload, parent, folder, collection, or what the hub
+        or the page's host does not have); PERMISSION_DENIED (the hub wants a token,
+        the folder lies outside of the roots, the page's host is not allowed or leads
+        to an inner address); FAILED_PRECONDITION WRONG_STATE (upload incomplete) or
+        REJECTED (chromadb is not installed beside the daemon);
         ALREADY_EXISTS; RESOURCE_EXHAUSTED TOO_LARGE (a bound of the worker),
         DISK_FULL or QUEUE_FULL (call again later); DATA_LOSS CORRUPT (the hub sent
         other bytes than it announced, or a parent is damaged); UNAVAILABLE
-        WORKER_LOST or UPSTREAM (the hub does not answer; call again: what was
-        fetched is kept).
+        WORKER_LOST or UPSTREAM (the hub or the page's host does not answer; call
+        again: what was fetched from a hub is kept).
         """
 
     @_abc_1.abstractmethod

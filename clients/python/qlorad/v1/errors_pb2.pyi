@@ -54,6 +54,8 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     REASON_REJECTED: _Reason.ValueType  # 8
     """[FAILED_PRECONDITION] The bytes are whole but refused: pickle, remote code,
     wrong base, foreign keys, no effect, a template that does not render alike.
+    Or a server whose certificate does not hold, or a source that needs a library
+    which is not installed.
     """
     REASON_DEVICE_BUSY: _Reason.ValueType  # 9
     """[RESOURCE_EXHAUSTED] Another process holds the device; metadata has owner and
@@ -134,6 +136,8 @@ differ from their announced digest. Send or make them anew.
 REASON_REJECTED: Reason.ValueType  # 8
 """[FAILED_PRECONDITION] The bytes are whole but refused: pickle, remote code,
 wrong base, foreign keys, no effect, a template that does not render alike.
+Or a server whose certificate does not hold, or a source that needs a library
+which is not installed.
 """
 REASON_DEVICE_BUSY: Reason.ValueType  # 9
 """[RESOURCE_EXHAUSTED] Another process holds the device; metadata has owner and

@@ -84,6 +84,9 @@ class IngestSource(_message.Message):
     SPLIT_FIELD_NUMBER: _builtins.int
     SEALED_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
+    URL_FIELD_NUMBER: _builtins.int
+    TEXT_COLUMN_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """Where its bytes lie; a folder for a parent."""
     filename: _builtins.str
@@ -94,6 +97,12 @@ class IngestSource(_message.Message):
     """The path is the payload folder of a sealed dataset."""
     sha256: _builtins.str
     """sha256, where it is known already."""
+    url: _builtins.str
+    """Where it was fetched from."""
+    text_column: _builtins.str
+    """The column that is the text of rows which fit no form; empty = none."""
+    size_bytes: _builtins.int
+    """Size as it was fetched; 0 = that of the file."""
     def __init__(
         self,
         *,
@@ -102,10 +111,13 @@ class IngestSource(_message.Message):
         split: _builtins.str = ...,
         sealed: _builtins.bool = ...,
         sha256: _builtins.str = ...,
+        url: _builtins.str = ...,
+        text_column: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["filename", b"filename", "path", b"path", "sealed", b"sealed", "sha256", b"sha256", "split", b"split"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filename", b"filename", "path", b"path", "sealed", b"sealed", "sha256", b"sha256", "size_bytes", b"size_bytes", "split", b"split", "text_column", b"text_column", "url", b"url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -120,9 +132,14 @@ class FetchOrder(_message.Message):
     INTO_FIELD_NUMBER: _builtins.int
     HUB_FIELD_NUMBER: _builtins.int
     FOLDER_FIELD_NUMBER: _builtins.int
+    WEB_FIELD_NUMBER: _builtins.int
+    CHROMA_FIELD_NUMBER: _builtins.int
     ENDPOINT_FIELD_NUMBER: _builtins.int
     TOKEN_FIELD_NUMBER: _builtins.int
     MAX_BYTES_FIELD_NUMBER: _builtins.int
+    WEB_HOSTS_FIELD_NUMBER: _builtins.int
+    MAX_PAGE_BYTES_FIELD_NUMBER: _builtins.int
+    PAGE_SECONDS_FIELD_NUMBER: _builtins.int
     into: _builtins.str
     """Folder for what is fetched; what an earlier run left there is used again."""
     endpoint: _builtins.str
@@ -131,6 +148,10 @@ class FetchOrder(_message.Message):
     """Bearer token for the hub; empty = none."""
     max_bytes: _builtins.int
     """Bytes that may be fetched."""
+    max_page_bytes: _builtins.int
+    """Bytes of one page."""
+    page_seconds: _builtins.float
+    """Seconds for one page, redirects and all."""
     @_builtins.property
     def hub(self) -> _datasets_pb2.HubSource:
         """A hub."""
@@ -139,21 +160,38 @@ class FetchOrder(_message.Message):
     def folder(self) -> _datasets_pb2.FolderSource:
         """A folder of this host."""
 
+    @_builtins.property
+    def web(self) -> _datasets_pb2.WebSource:
+        """Pages by URL."""
+
+    @_builtins.property
+    def chroma(self) -> _datasets_pb2.ChromaSource:
+        """A Chroma collection."""
+
+    @_builtins.property
+    def web_hosts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Hosts of pages, as the setting web_hosts has them."""
+
     def __init__(
         self,
         *,
         into: _builtins.str = ...,
         hub: _datasets_pb2.HubSource | None = ...,
         folder: _datasets_pb2.FolderSource | None = ...,
+        web: _datasets_pb2.WebSource | None = ...,
+        chroma: _datasets_pb2.ChromaSource | None = ...,
         endpoint: _builtins.str = ...,
         token: _builtins.str = ...,
         max_bytes: _builtins.int = ...,
+        web_hosts: _abc.Iterable[_builtins.str] | None = ...,
+        max_page_bytes: _builtins.int = ...,
+        page_seconds: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["folder", b"folder", "hub", b"hub", "source", b"source"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chroma", b"chroma", "folder", b"folder", "hub", b"hub", "source", b"source", "web", b"web"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "folder", b"folder", "hub", b"hub", "into", b"into", "max_bytes", b"max_bytes", "source", b"source", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chroma", b"chroma", "endpoint", b"endpoint", "folder", b"folder", "hub", b"hub", "into", b"into", "max_bytes", b"max_bytes", "max_page_bytes", b"max_page_bytes", "page_seconds", b"page_seconds", "source", b"source", "token", b"token", "web", b"web", "web_hosts", b"web_hosts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["hub", "folder"]  # noqa: Y015
+    _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["hub", "folder", "web", "chroma"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_source) -> _WhichOneofReturnType_source | None: ...
 
@@ -513,6 +551,7 @@ class StretchReport(_message.Message):
     CHANGED_BY_STEP_FIELD_NUMBER: _builtins.int
     FINDING_COUNTS_FIELD_NUMBER: _builtins.int
     FIRST_ERRORS_JSON_FIELD_NUMBER: _builtins.int
+    BELOW_SCORE_FIELD_NUMBER: _builtins.int
     records: _builtins.int
     """Records read."""
     skipped: _builtins.int
@@ -521,6 +560,8 @@ class StretchReport(_message.Message):
     """Rows left out by a step."""
     first_errors_json: _builtins.bytes
     """The first errors, as a JSON list."""
+    below_score: _builtins.int
+    """Papers below the score."""
     @_builtins.property
     def refusal(self) -> Global___WorkerRefusal:
         """Refused; nothing else counts then."""
@@ -558,14 +599,95 @@ class StretchReport(_message.Message):
         changed_by_step: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         finding_counts: _abc.Iterable[Global___FindingCount] | None = ...,
         first_errors_json: _builtins.bytes = ...,
+        below_score: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["refusal", b"refusal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed_by_step", b"changed_by_step", "columns_met", b"columns_met", "dropped_by_step", b"dropped_by_step", "finding_counts", b"finding_counts", "first_errors_json", b"first_errors_json", "records", b"records", "refusal", b"refusal", "repaired", b"repaired", "skipped", b"skipped", "stepped_out", b"stepped_out"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["below_score", b"below_score", "changed_by_step", b"changed_by_step", "columns_met", b"columns_met", "dropped_by_step", b"dropped_by_step", "finding_counts", b"finding_counts", "first_errors_json", b"first_errors_json", "records", b"records", "refusal", b"refusal", "repaired", b"repaired", "skipped", b"skipped", "stepped_out", b"stepped_out"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StretchReport: _TypeAlias = StretchReport  # noqa: Y015
+
+@_typing.final
+class DocumentOrder(_message.Message):
+    """One document, for the reader of an ingest worker, which takes any number of them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    FILENAME_FIELD_NUMBER: _builtins.int
+    AS_TEXTS_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    CPU_SECONDS_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """The file."""
+    filename: _builtins.str
+    """Its name."""
+    as_texts: _builtins.bool
+    """Sections as plain texts, no items."""
+    memory_bytes: _builtins.int
+    """Address space that its reading may take."""
+    cpu_seconds: _builtins.int
+    """CPU time that its reading may take."""
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        filename: _builtins.str = ...,
+        as_texts: _builtins.bool = ...,
+        memory_bytes: _builtins.int = ...,
+        cpu_seconds: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_texts", b"as_texts", "cpu_seconds", b"cpu_seconds", "filename", b"filename", "memory_bytes", b"memory_bytes", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DocumentOrder: _TypeAlias = DocumentOrder  # noqa: Y015
+
+@_typing.final
+class DocumentReport(_message.Message):
+    """What a document holds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    FOUND_JSON_FIELD_NUMBER: _builtins.int
+    RULE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    HINT_FIELD_NUMBER: _builtins.int
+    LINE_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """Its kind, as in "markdown"."""
+    found_json: _builtins.bytes
+    """Rows, spans, findings and what was left out, as one JSON object. Empty where it was refused."""
+    rule: _builtins.str
+    """Why it cannot be read: rule, message, hint; and the line or page."""
+    message: _builtins.str
+    """What was found."""
+    hint: _builtins.str
+    """What to do."""
+    line: _builtins.int
+    """Where; 0 = the document as a whole."""
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        found_json: _builtins.bytes = ...,
+        rule: _builtins.str = ...,
+        message: _builtins.str = ...,
+        hint: _builtins.str = ...,
+        line: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["found_json", b"found_json", "hint", b"hint", "kind", b"kind", "line", b"line", "message", b"message", "rule", b"rule"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DocumentReport: _TypeAlias = DocumentReport  # noqa: Y015
 
 @_typing.final
 class FindingCount(_message.Message):

@@ -1,0 +1,322 @@
+"""HTML as blocks, as forgiving as browsers are where it matters here.
+
+Law of this room: pure. No page is rendered and nothing is fetched: tags alone
+say what is a heading, a list or code. What pages repeat around their text
+(menus, footers, forms) is left out by name; scripts and styles are no text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from typing import Any
+
+from services.datasets.worker.documents import bounds
+from services.datasets.worker.documents.blocks import (
+    CODE,
+    HEADING,
+    ITEM,
+    MEANING,
+    PROSE,
+    TABLE,
+    TERM,
+    Block,
+    Document,
+    Span,
+    squared,
+    table_text,
+)
+from services.datasets.worker.documents.lines import Lines
+
+_CHARSET = re.compile(rb"""<meta[^>]+charset\s*=\s*["']?\s*([A-Za-z0-9._-]{2,30})""", re.I)
+_NO_TEXT = {"script", "style", "template", "noscript", "svg", "math", "iframe", "object", "canvas", "audio", "video"}
+_AROUND = {"nav", "footer", "aside", "form", "button", "select", "menu", "dialog"}
+_BLOCKS = {
+    "address", "article", "aside", "blockquote", "body", "caption", "center", "dd", "details", "dialog", "div", "dl",
+    "dt", "fieldset", "figcaption", "figure", "footer", "form", "h1", "h2", "h3", "h4", "h5", "h6", "header", "hr",
+    "html", "head", "legend", "li", "main", "menu", "nav", "ol", "p", "pre", "section", "select", "button", "summary",
+    "table", "tbody", "td", "tfoot", "th", "thead", "title", "tr", "ul",
+}  # fmt: skip
+_EMPTY = {"hr", "br", "img", "input", "meta", "link", "wbr", "area", "base", "col", "embed", "source", "track"}
+_STRONG = {"b", "strong", "em", "i", "dfn"}
+_MARKED = {"code", "kbd", "samp", "tt", "var"}
+# What closes without being told, and how far up that is looked for.
+_CLOSES: dict[str, tuple[set[str], set[str]]] = {
+    "li": ({"li"}, {"ul", "ol", "menu"}),
+    "dt": ({"dt", "dd"}, {"dl"}),
+    "dd": ({"dt", "dd"}, {"dl"}),
+    "tr": ({"tr", "td", "th"}, {"table"}),
+    "td": ({"td", "th"}, {"tr", "table"}),
+    "th": ({"td", "th"}, {"tr", "table"}),
+}
+_BLANKS = re.compile(r"[ \t\r\n\f]+")
+
+
+def read(data: bytes) -> Document:
+    """The document that the bytes are."""
+    text = bounds.text_of(data, encoding_of(data))
+    walk = _Walk(text, Lines(text))
+    return Document("html", walk.run(), title=walk.title)
+
+
+def encoding_of(data: bytes) -> str:
+    """The encoding that the file names in its head; none where it names none that is known."""
+    found = _CHARSET.search(data[:4096])
+    if found is None:
+        return ""
+    name = found[1].decode().lower()
+    if name in ("iso-8859-1", "latin-1", "latin1", "ascii", "us-ascii"):
+        return "cp1252"  # as browsers do
+    try:
+        "".encode(name)
+    except LookupError:
+        return ""
+    return name
+
+
+def blocks_of(text: str) -> Sequence[Block]:
+    """The blocks of a piece of HTML, with places inside of it."""
+    return _Walk(text, Lines(text)).run()
+
+
+@dataclass(slots=True)
+class _Run:
+    """Text of one block on its way."""
+
+    pieces: list[tuple[str, bool, bool]] = field(default_factory=list)
+    """Each with whether it is emphasised, and whether it links."""
+    begin: int = -1
+    pictures: int = 0
+
+
+class _Walk(HTMLParser):
+    """Tags and texts, one after the other, as blocks."""
+
+    def __init__(self, text: str, lines: Lines) -> None:
+        super().__init__(convert_charrefs=True)
+        self._text = text
+        self._lines = lines
+        self._breaks = [0, *(m.end() for m in re.finditer("\n", text))]
+        self._stack: list[str] = []
+        self._strong = self._marked = self._links = 0
+        self._lists: list[int | None] = []
+        self._opened: list[int | None] = []
+        """Numbers of the items that are open; None = they have a mark."""
+        self._fresh = False
+        """The next text is the first of the innermost."""
+        self._run = _Run()
+        self._rows: list[list[str]] | None = None
+        self._table_at = self._table_depth = 0
+        self._language = ""
+        self._made: list[Block] = []
+        self.title = ""
+
+    def run(self) -> list[Block]:
+        """All blocks."""
+        self.feed(self._text)
+        self.close()
+        self._flush(len(self._text))
+        if self._rows is not None:
+            self._end_table(len(self._text))
+        bounds.checked(len(self._made), 0)
+        return self._made
+
+    def _at(self) -> int:
+        line, column = self.getpos()
+        return self._breaks[line - 1] + column
+
+    # What the parser tells
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in _BLOCKS:
+            self._flush(self._at())
+            self._close_silently(tag)
+            if tag not in _EMPTY:
+                self._stack.append(tag)
+                if len(self._stack) > 4 * bounds.MAX_NESTING:
+                    raise bounds.too_deep(4 * bounds.MAX_NESTING)
+            self._enter(tag, dict(attrs))
+        elif tag in _NO_TEXT:
+            self._stack.append(tag)
+        elif tag == "br":
+            self._add("\n")
+        elif tag == "img":
+            self._run.pictures += 1
+        else:
+            self._count(tag, 1, dict(attrs))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag in _NO_TEXT:
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in _BLOCKS and tag not in _NO_TEXT:
+            self._count(tag, -1, {})
+            return
+        if tag not in self._stack:
+            return
+        self._flush(self._at())
+        while True:
+            closed = self._stack.pop()
+            self._leave(closed)
+            if closed == tag:
+                return
+
+    def handle_data(self, data: str) -> None:
+        if self._stack and self._stack[-1] in _NO_TEXT:
+            return
+        if not self._is_pre():
+            data = _BLANKS.sub(" ", data)
+        if data.strip() or self._run.pieces:
+            self._add(data)
+
+    # What is open
+
+    def _close_silently(self, tag: str) -> None:
+        if "p" in self._stack and tag != "p" and self._stack[-1] == "p":
+            self._stack.pop()
+        elif tag == "p" and self._stack and self._stack[-1] == "p":
+            self._stack.pop()
+        closes, within = _CLOSES.get(tag, (set(), set()))
+        for depth in range(len(self._stack) - 1, -1, -1):
+            if self._stack[depth] in within:
+                return
+            if self._stack[depth] in closes:
+                while len(self._stack) > depth:
+                    self._leave(self._stack.pop())
+                return
+
+    def _enter(self, tag: str, attrs: dict[str, str | None]) -> None:
+        if tag in ("ul", "ol", "menu"):
+            start = attrs.get("start") or "1"
+            self._lists.append(None if tag != "ol" else int(start) if start.isdigit() and len(start) < 7 else 1)
+        elif tag == "li":
+            number = self._lists[-1] if self._lists else None
+            self._opened.append(number)
+            self._fresh = True
+            if self._lists and number is not None:
+                self._lists[-1] = number + 1
+        elif tag == "table":
+            self._table_depth += 1
+            if self._table_depth == 1:
+                self._rows, self._table_at = [], self._at()
+        elif tag == "tr" and self._rows is not None and self._table_depth == 1:
+            self._rows.append([])
+        elif tag in ("td", "th") and self._rows and self._table_depth == 1:
+            self._rows[-1].append("")
+        elif tag == "pre":
+            self._language = _language(attrs)
+
+    def _leave(self, tag: str) -> None:
+        if tag in ("ul", "ol", "menu") and self._lists:
+            self._lists.pop()
+        elif tag == "li" and self._opened:
+            self._opened.pop()
+            self._fresh = False
+        elif tag == "table":
+            self._table_depth -= 1
+            if self._table_depth == 0:
+                self._end_table(self._at())
+
+    def _count(self, tag: str, by: int, attrs: dict[str, str | None]) -> None:
+        if tag in _STRONG:
+            self._strong = max(0, self._strong + by)
+        elif tag in _MARKED:
+            if not self._is_pre():
+                self._add("`")
+            elif by > 0:
+                self._language = self._language or _language(attrs)
+            self._marked = max(0, self._marked + by)
+        elif tag == "a":
+            self._links = max(0, self._links + by)
+
+    def _is_pre(self) -> bool:
+        return "pre" in self._stack
+
+    def _add(self, text: str) -> None:
+        if self._run.begin < 0:
+            self._run.begin = self._at()
+        self._run.pieces.append((text, self._strong > 0, self._links > 0))
+
+    # What comes of it
+
+    def _flush(self, end: int) -> None:
+        run, self._run = self._run, _Run()
+        text = "".join(piece for piece, _, _ in run.pieces)
+        if self._is_pre():
+            text = text.strip("\n").rstrip()
+        else:
+            text = "\n".join(line.strip() for line in text.split("\n")).strip().replace("``", "")
+        if not text:
+            if run.pictures and not self._is_around():
+                self._made.append(Block(PROSE, "", self._lines.at(max(0, end - 1), end), left="picture"))
+            return
+        span = self._lines.at(run.begin, max(end, run.begin + 1))
+        self._place(text, span, run)
+
+    def _place(self, text: str, span: Span, run: _Run) -> None:
+        inside = next((t for t in reversed(self._stack) if t in _BLOCKS), "")
+        if "title" in self._stack:
+            self.title = self.title or " ".join(text.split())
+            return
+        if self._rows is not None and "caption" not in self._stack:
+            if self._rows and self._rows[-1]:
+                self._rows[-1][-1] = f"{self._rows[-1][-1]}\n{text}".strip()
+                return
+        left = "navigation" if self._is_around() else _only(run)
+        if inside[:1] == "h" and inside[1:].isdigit():  # many link to themselves
+            left = "" if left == "links_only" else left
+            self._made.append(Block(HEADING, " ".join(text.split()), span, level=int(inside[1]), left=left))
+        elif self._is_pre():
+            self._made.append(Block(CODE, text, span, level=len(self._opened), language=self._language, left=left))
+            self._fresh = False
+        elif inside in ("dt", "dd"):
+            kind = TERM if inside == "dt" else MEANING
+            self._made.append(Block(kind, text, span, left=left))
+        elif self._opened and self._fresh:
+            self._fresh = False
+            more: dict[str, Any] = {"level": len(self._opened) - 1, "number": self._opened[-1]}
+            self._made.append(Block(ITEM, text, span, lead=_lead(run), left=left, **more))
+        else:
+            self._made.append(Block(PROSE, text, span, level=len(self._opened), lead=_lead(run), left=left))
+
+    def _is_around(self) -> bool:
+        if any(tag in _AROUND for tag in self._stack):
+            return True
+        return "header" in self._stack and not {"main", "article"} & set(self._stack) and "h1" not in self._stack
+
+    def _end_table(self, end: int) -> None:
+        rows, self._rows = [r for r in self._rows or [] if any(r)], None
+        if not rows:
+            return
+        span = self._lines.at(self._table_at, end)
+        cells = squared(rows)
+        left = "navigation" if self._is_around() else ""
+        if len(cells[0]) > 1:
+            self._made.append(Block(TABLE, table_text(cells), span, cells=cells, left=left))
+        else:  # it holds a page together and is no table
+            self._made += [Block(PROSE, row[0], span, left=left) for row in cells]
+
+
+def _language(attrs: dict[str, str | None]) -> str:
+    found = re.search(r"(?:language|lang|highlight-source|brush:)[-\s]?([\w+#-]+)", attrs.get("class") or "")
+    return found[1].lower() if found else ""
+
+
+def _lead(run: _Run) -> str:
+    found = ""
+    for text, is_strong, _ in run.pieces:
+        if not is_strong and text.strip(" `"):
+            break
+        found += text if is_strong else ""
+    return found.strip()
+
+
+def _only(run: _Run) -> str:
+    outside = "".join(text for text, _, links in run.pieces if not links)
+    if any(c.isalnum() for c in outside) or not any(links for _, _, links in run.pieces):
+        return ""
+    return "links_only"

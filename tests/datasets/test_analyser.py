@@ -1,0 +1,214 @@
+"""The analyser: what it finds, that it loses nothing, and that it says the same each time."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.datasets.worker.documents import kinds
+from services.datasets.worker.documents.analyse import Found, analyse, texts
+from services.datasets.worker.documents.blocks import (
+    CODE,
+    HEADING,
+    ITEM,
+    LINE,
+    MEANING,
+    PROSE,
+    TABLE,
+    TERM,
+    Block,
+    Document,
+    Span,
+    table_text,
+)
+from services.datasets.worker.documents.left import REASONS, findings
+
+WORD = st.sampled_from(
+    "probe water rain zero gauge river drift means is a the: Q: A: Table 1: must 3. how ? . “x” `y`".split()
+)
+SAID = st.lists(WORD, min_size=0, max_size=24).map(" ".join)
+KINDS = st.sampled_from([HEADING, PROSE, PROSE, ITEM, ITEM, CODE, TABLE, TERM, MEANING])
+
+
+@st.composite
+def documents(draw: st.DrawFn) -> Document:
+    """Any blocks at all, each on lines of its own."""
+    blocks, line = [], 1
+    for n in range(draw(st.integers(1, 30))):
+        kind, text = draw(KINDS), draw(SAID) or f"w{n}"
+        cells = (("a", text), ("b", "c")) if kind == TABLE else ()
+        number = draw(st.one_of(st.none(), st.integers(1, 4))) if kind == ITEM else None
+        level = draw(
+            st.integers(1, 4) if kind == HEADING else st.integers(0, 2) if kind in (ITEM, PROSE) else st.just(0)
+        )
+        left = draw(st.sampled_from(["", "", "", "", "", "picture"])) if kind == PROSE else ""
+        height = draw(st.integers(1, 3))
+        span = Span(LINE, line, line + height - 1, line * 100, (line + height) * 100)
+        lead = draw(st.sampled_from(["", text.split()[0]]))
+        shown = table_text(cells) if cells else text
+        blocks.append(Block(kind, shown, span, level, number, "", lead, cells, left))
+        line += height
+    return Document("markdown", blocks, draw(st.sampled_from(["", "Guide"])))
+
+
+def placed(document: Document, found: Found) -> None:
+    """Every block is in an item, asks for one, names what stands below it, or is left out with a reason; once."""
+    held = Counter(n for item in found.items for n in item.blocks)
+    assert max(held.values(), default=1) == 1 and not set(held) & set(found.left)
+    for n, block in enumerate(document.blocks):
+        if block.kind != HEADING:
+            assert (n in held) != (n in found.left), block
+    assert set(found.left.values()) <= set(REASONS)
+    last = document.blocks[-1].span.last
+    for item in found.items:
+        assert item.answer.strip() and item.spans
+        assert all(1 <= s.first <= s.last <= last and s.begin < s.end for s in item.spans)
+        # Lines of an item are those of its blocks, and no others.
+        lines = {m for s in item.spans for m in range(s.first, s.last + 1)}
+        spans = [document.blocks[n].span for n in item.blocks]
+        assert lines == {m for s in spans for m in range(s.first, s.last + 1)}
+        for n in item.blocks:
+            assert (
+                item.rule == "question"
+                or document.blocks[n].text in item.answer
+                or is_shown(document.blocks[n], item.answer)
+            )
+
+
+def is_shown(block: Block, answer: str) -> bool:
+    """Whether a block's words stand in an answer, line by line."""
+    return block.kind == TERM or all(line.strip() in answer for line in block.text.split("\n"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(documents())
+def test_no_block_is_lost_and_no_span_is_outside(document: Document) -> None:
+    found = analyse(document, "en")
+    placed(document, found)
+    assert found == analyse(document, "en")
+    told = findings(document.blocks, found.left)
+    assert {problem.rule for _, problem in told} == set(found.left.values())
+    whole = texts(document)
+    placed(document, whole)
+    assert {item.rule for item in whole.items} <= {"text"}
+
+
+TEXT = """# Guide
+
+## Glossary
+
+Blank: a sample without what is looked for in it.
+
+## Method
+
+A run is defined as all samples between two checks.
+
+Q: How long does it take to settle?
+
+A: About two hours in the cold room.
+
+By drift we mean the slow change of the zero.
+
+### Principles
+
+- Write it when you see it. A memory rounds.
+- Never clean the record. A line through it is enough.
+
+### Cleaning
+
+1. Rinse it with water.
+2. Dry it in the air.
+
+Then wait.
+
+### How to read the gauge
+
+Look at it from straight ahead, with one eye closed.
+
+### Why is the door shut?
+
+Because the cat eats the samples.
+
+### Contents
+
+- [Method](#method)
+
+## References
+
+Somebody: A book. A town, a year.
+
+## Empty
+"""
+
+
+def rows(text: str, language: str = "en") -> dict[str, tuple[str, str]]:
+    found = analyse(kinds.read(text.encode(), "a.md"), language)
+    return {item.question: (item.rule, item.answer) for item in found.items}
+
+
+def test_each_rule_finds_its_own() -> None:
+    document = kinds.read(TEXT.encode(), "a.md")
+    found = analyse(document, "en")
+    told = [(item.rule, item.question) for item in found.items]
+    assert told == [
+        ("definition", 'What does "Blank" mean?'),
+        ("definition", 'What does "run" mean?'),
+        ("question", "How long does it take to settle?"),
+        ("definition", 'What does "drift" mean?'),
+        ("principle", 'Explain the principle "Write it when you see it".'),
+        ("principle", 'Explain the principle "Never clean the record".'),
+        ("procedure", 'What are the steps of "Cleaning" in the context of "Method"?'),
+        ("heading", "How do I read the gauge?"),
+        ("question", "Why is the door shut?"),
+    ]
+    assert found.items[2].answer == "About two hours in the cold room."
+    assert found.items[6].answer == "1. Rinse it with water.\n2. Dry it in the air.\n\nThen wait."
+    assert Counter(found.left.values()) == {"table_of_contents": 1, "links_only": 1, "references": 2, "lone_heading": 1}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "This means that the probe has to be rinsed again today.",
+        "It is defined as whatever they want it to be today.",
+        "Note: the probe has to be rinsed again every single day.",
+        "Whoever walks by means well and knows nothing of it.",
+    ],
+)
+def test_what_only_looks_like_a_definition_is_none(said: str) -> None:
+    assert [rule for rule, _ in rows(f"# Guide\n\n## Method\n\n{said}\n").values()] == ["heading"]
+
+
+def test_another_language_is_asked_in_its_own_words_or_by_the_topic_alone() -> None:
+    text = "# Messen\n\n## Regen\n\nDer Regen wird jeden Morgen um sieben Uhr gemessen und sofort notiert.\n"
+    assert list(rows(text, "de")) == ["Erkläre „Regen“ im Zusammenhang mit „Messen“."]
+    assert list(rows(text, "it")) == ["Regen (Messen)"]
+
+
+def test_long_sections_are_cut_between_blocks_and_say_so() -> None:
+    part = "The river rises in spring and falls in summer, as it always did. " * 60
+    told = rows(f"# G\n\n## River\n\n{part}\n\n{part}\n\n{part}\n")
+    assert list(told) == [f'Explain "River" in the context of "G" (part {n} of 3).' for n in (1, 2, 3)]
+
+
+def test_code_and_tables_take_the_prose_beside_them() -> None:
+    text = "# G\n\n## Zero\n\nThis sets the zero:\n\n```python\nzero()\n```\n\nIt takes a second.\n\n"
+    text += "Table 2: Signs of the lamp\n\n| sign | meaning |\n|---|---|\n| red | stop |\n"
+    told = rows(text)
+    assert told['Show the code for "Zero" in the context of "G", with its explanation.'] == (
+        "code",
+        "This sets the zero:\n\n```python\nzero()\n```\n\nIt takes a second.",
+    )
+    table = told['Show "Signs of the lamp" in the context of "Zero" as a table.']
+    assert table[1].startswith("Table 2: Signs of the lamp\n\n| sign | meaning |")
+    alone = analyse(kinds.read(b"```\nx = 1\n```\n", "a.md"), "en")
+    assert not alone.items and alone.left == {0: "code_without_prose"}
+
+
+def test_few_words_beside_items_lead_to_them_or_go_with_them() -> None:
+    text = "# G\n\n## Terms\n\nThese words are used here.\n\n- **Blank**: a sample without what is looked for.\n"
+    found = analyse(kinds.read(text.encode(), "a.md"), "en")
+    assert [item.rule for item in found.items] == ["definition"] and set(found.left.values()) == {"lead_in"}

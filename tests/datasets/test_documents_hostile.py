@@ -1,0 +1,150 @@
+"""Hostile documents: each ends in a finding with a name, within bounds, and the next one is read as if nothing was."""
+
+from __future__ import annotations
+
+import io
+import pathlib
+import zipfile
+import zlib
+from collections.abc import Iterator
+
+import pytest
+
+from services.datasets.worker.documents.apart import Reader, UnreadableDocument
+from tests.datasets.setting import as_docx
+
+GOOD = "# Guide\n\nThe probe is rinsed with water and dried before it is used again.\n"
+MEMORY = 420 << 20
+
+
+@pytest.fixture(scope="module")
+def reader() -> Iterator[Reader]:
+    """One process for all, with narrow bounds."""
+    with Reader(memory_bytes=MEMORY, cpu_seconds=3) as one:
+        yield one
+
+
+def refusal(reader: Reader, folder: pathlib.Path, data: bytes, name: str) -> UnreadableDocument:
+    path = folder / "document"
+    path.write_bytes(data)
+    with pytest.raises(UnreadableDocument) as caught:
+        reader.read(path, name, False)
+    path.write_text(GOOD)
+    assert [r.row is not None for r in reader.read(path, "good.md", False).records] == [True]
+    return caught.value
+
+
+def packed(how: int = zipfile.ZIP_DEFLATED, **parts: bytes) -> bytes:
+    """A zip archive of these parts."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", how) as f:
+        for name, data in parts.items():
+            f.writestr({"document": "word/document.xml"}.get(name, name), data)
+    return out.getvalue()
+
+
+def pdf(*objects: bytes) -> bytes:
+    """A PDF of objects, from 1 on, the first one its root."""
+    made = b"%PDF-1.7\n"
+    places = []
+    for number, body in enumerate(objects, 1):
+        places.append(len(made))
+        made += b"%d 0 obj\n%s\nendobj\n" % (number, body)
+    at = len(made)
+    made += b"xref\n0 %d\n0000000000 65535 f \n" % (len(objects) + 1)
+    made += b"".join(b"%010d 00000 n \n" % place for place in places)
+    return made + b"trailer\n<</Size %d/Root 1 0 R>>\nstartxref\n%d\n%%%%EOF\n" % (len(objects) + 1, at)
+
+
+W = b'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
+
+
+def test_zip_bombs_are_refused_before_they_are_whole(reader: Reader, tmp_path: pathlib.Path) -> None:
+    bomb = packed(document=b"<w:document " + W + b">" + b" " * (60 << 20) + b"</w:document>")
+    assert len(bomb) < 100_000
+    error = refusal(reader, tmp_path, bomb, "a.docx").problem
+    assert error.rule == "packed_bomb" and "word/document.xml" in error.message
+    many = packed(**{f"word/{n}.xml": b"" for n in range(10_001)})
+    assert refusal(reader, tmp_path, many, "a.docx").problem.rule == "document_too_large"
+
+
+def test_xml_bombs_are_refused_at_their_declaration(reader: Reader, tmp_path: pathlib.Path) -> None:
+    laughs = b"<!DOCTYPE d [<!ENTITY a 'ha'>" + b"".join(
+        b"<!ENTITY %c '&%c;&%c;&%c;&%c;&%c;&%c;&%c;&%c;'>" % ((b,) + (a,) * 8)
+        for a, b in zip(b"abcdefghi", b"bcdefghij", strict=True)
+    )
+    bomb = packed(document=laughs + b"]><w:document " + W + b"><w:p>&j;</w:p></w:document>")
+    assert refusal(reader, tmp_path, bomb, "a.docx").problem.rule == "xml_entities"
+    file = b"<!DOCTYPE d [<!ENTITY a SYSTEM 'file:///etc/passwd'>]><w:document " + W + b">&a;</w:document>"
+    assert refusal(reader, tmp_path, packed(document=file), "a.docx").problem.rule == "xml_entities"
+
+
+def test_deep_nesting_is_refused(reader: Reader, tmp_path: pathlib.Path) -> None:
+    deep = b"<w:document " + W + b">" + b"<w:sdt>" * 90_000 + b"</w:sdt>" * 90_000 + b"</w:document>"
+    assert refusal(reader, tmp_path, packed(zipfile.ZIP_STORED, document=deep), "a.docx").problem.rule == "too_deep"
+    assert refusal(reader, tmp_path, b"<div>" * 50_000 + b"x", "a.html").problem.rule == "too_deep"
+    assert refusal(reader, tmp_path, b">" * 5_000 + b" x\n", "a.md").problem.rule == "too_deep"
+    lists = "".join("  " * n + "- x\n" for n in range(400))
+    assert refusal(reader, tmp_path, lists.encode(), "a.md").problem.rule == "too_deep"
+
+
+def test_a_pdf_of_very_many_pages_is_refused(reader: Reader, tmp_path: pathlib.Path) -> None:
+    pages = b"<</Type/Pages/Count 100000/Kids[" + b"3 0 R " * 100_000 + b"]>>"
+    data = pdf(b"<</Type/Catalog/Pages 2 0 R>>", pages, b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 9 9]>>")
+    error = refusal(reader, tmp_path, data, "a.pdf").problem
+    assert error.rule == "document_too_large" and "100000 pages" in error.message
+
+
+def test_a_pdf_whose_pages_hold_themselves_is_refused(reader: Reader, tmp_path: pathlib.Path) -> None:
+    data = pdf(b"<</Type/Catalog/Pages 2 0 R>>", b"<</Type/Pages/Count 9/Kids[2 0 R 2 0 R]>>")
+    assert refusal(reader, tmp_path, data, "a.pdf").problem.rule in ("broken_document", "empty_file")
+
+
+def test_a_stream_that_unpacks_to_gigabytes_ends_its_reader_and_nothing_else(
+    reader: Reader, tmp_path: pathlib.Path
+) -> None:
+    packer = zlib.compressobj(1)
+    piece = b"BT /F1 9 Tf (x) Tj ET\n" * 50_000
+    stream = b"".join(packer.compress(piece) for _ in range(500)) + packer.flush()
+    assert len(stream) < 8 << 20
+    page = b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 9 9]/Contents 4 0 R>>"
+    content = b"<</Filter/FlateDecode/Length %d>>stream\n%s\nendstream" % (len(stream), stream)
+    data = pdf(b"<</Type/Catalog/Pages 2 0 R>>", b"<</Type/Pages/Count 1/Kids[3 0 R]>>", page, content)
+    error = refusal(reader, tmp_path, data, "a.pdf").problem
+    assert error.rule in ("document_too_large", "broken_document"), error
+
+
+def test_time_is_bounded_for_each_document(tmp_path: pathlib.Path) -> None:
+    with Reader(memory_bytes=MEMORY, cpu_seconds=1) as reader:
+        error = refusal(reader, tmp_path, b"*a* _b_ `c` [d](e)\n\n" * 150_000, "a.md").problem
+    assert error.rule == "document_too_large" and "1 CPU seconds" in error.message
+
+
+def test_noise_under_any_name_is_refused_by_name(reader: Reader, tmp_path: pathlib.Path) -> None:
+    import random
+
+    draw = random.Random(7)
+    whole = as_docx(GOOD)
+    for name in ("a.md", "a.txt", "a.html", "a.pdf", "a.docx"):
+        noise = draw.randbytes(20_000)
+        assert refusal(reader, tmp_path, noise, name).problem.rule in ("not_utf8", "not_text", "broken_document")
+        assert refusal(reader, tmp_path, b"\x00" * 999, name).problem.rule in ("not_text", "empty_file")
+        assert refusal(reader, tmp_path, b" \n\t", name).problem.rule == "empty_file"
+    assert refusal(reader, tmp_path, whole[: len(whole) // 2], "a.docx").problem.rule == "truncated_document"
+    for at in range(60, len(whole), len(whole) // 12):  # a byte turned anywhere: read, or refused by name
+        turned = bytearray(whole)
+        turned[at] ^= 0xFF
+        (tmp_path / "turned").write_bytes(turned)
+        try:
+            reader.read(tmp_path / "turned", "a.docx", False)
+        except UnreadableDocument as e:
+            assert e.problem.rule in ("broken_document", "truncated_document", "not_text", "encrypted", "packed_bomb")
+
+
+def test_what_is_no_document_is_named(reader: Reader, tmp_path: pathlib.Path) -> None:
+    ole = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + b"\x00" * 600
+    assert refusal(reader, tmp_path, ole, "a.docx").problem.rule == "not_text"
+    locked = ole + "EncryptedPackage".encode("utf-16-le")
+    assert refusal(reader, tmp_path, locked, "a.docx").problem.rule == "encrypted"
+    assert "RTF" in refusal(reader, tmp_path, b"{\\rtf1 hello}", "a.txt").problem.message
+    assert "no DOCX" in refusal(reader, tmp_path, packed(readme=b"x"), "a.docx").problem.message

@@ -1,0 +1,247 @@
+"""Readers of Markdown, plain text, HTML and DOCX: which blocks they see, and where."""
+
+from __future__ import annotations
+
+import io
+
+import docx
+import pytest
+from docx.oxml import OxmlElement
+from docx.oxml.ns import qn
+
+from services.datasets.worker.documents import kinds
+from services.datasets.worker.documents.blocks import CODE, HEADING, ITEM, MEANING, PROSE, TABLE, TERM, Block, Document
+from services.datasets.worker.found import Unreadable
+
+Told = tuple[str, str]
+
+
+def told(document: Document) -> list[Told]:
+    return [(b.left or b.kind, b.text) for b in document.blocks]
+
+
+def at(text: str, block: Block) -> str:
+    """What stands at a block's span."""
+    return text[block.span.begin : block.span.end]
+
+
+MARKDOWN = """---
+title: Guide
+---
+
+Rain *gauge*
+============
+
+Read it at [seven](http://x), and `zero` it;\r
+then go\\
+home.
+
+[![badge](a.png)](b)
+
+* one
+  more
+* two
+
+  still two
+  1. deep
+
+> quoted `x`
+
+<details><summary>Why</summary><p>Because of <b>rain</b>.</p></details>
+
+~~~{.python}
+a  = 1
+~~~
+
+| a | b |
+|---|---|
+| 1 | x \\| y |
+"""
+
+
+def test_markdown() -> None:
+    document = kinds.read(MARKDOWN.encode(), "guide.md")
+    assert told(document) == [
+        ("front_matter", "---\ntitle: Guide\n---"),
+        (HEADING, "Rain gauge"),
+        (PROSE, "Read it at seven, and `zero` it; then go\nhome."),
+        ("links_only", ""),
+        (ITEM, "one more"),
+        (ITEM, "two"),
+        (PROSE, "still two"),
+        (ITEM, "deep"),
+        (PROSE, "quoted `x`"),
+        (PROSE, "Why"),
+        (PROSE, "Because of rain."),
+        (CODE, "a  = 1"),
+        (TABLE, "| a | b |\n| --- | --- |\n| 1 | x \\| y |"),
+    ]
+    by_text = {b.text: b for b in document.blocks}
+    assert at(MARKDOWN, by_text["one more"]) == "* one\n  more"
+    assert at(MARKDOWN, by_text["deep"]) == "  1. deep" and by_text["deep"].number == 1 and by_text["deep"].level == 1
+    assert by_text["Read it at seven, and `zero` it; then go\nhome."].span[1:3] == (8, 10)
+    assert by_text["a  = 1"].language == "python" and by_text["Rain gauge"].lead == ""
+
+
+HTML = """<!doctype html><html><head><title>A guide</title><style>p {}</style></head><body>
+<header><a href=/>Home</a></header><nav><ul><li><a href=x>Here</a></ul></nav>
+<main><h1><a href="#x">The <em>gauge</em></a></h1><p>First<p>Second, with <code>zero</code><br>and more
+<ul><li>one<li>two<ol start=3><li>deep</ol></ul>
+<dl><dt>Blank<dd>A sample without it.</dl>
+<pre><code class="language-python">a  = 1
+  b = 2</code></pre>
+<table><tr><th>a<th>b<tr><td>1<td>x &amp; y</table>
+<p><b>Bold?</b> Not a lead alone.</p><script>if (a<b) alert("x")</script>
+<p><a href=y>only a link</a></main>
+<footer>Imprint</footer></body></html>"""
+
+
+def test_html() -> None:
+    document = kinds.read(HTML.encode(), "guide.html")
+    assert document.title == "A guide"
+    assert told(document) == [
+        ("navigation", "Home"),
+        ("navigation", "Here"),
+        (HEADING, "The gauge"),
+        (PROSE, "First"),
+        (PROSE, "Second, with `zero`\nand more"),
+        (ITEM, "one"),
+        (ITEM, "two"),
+        (ITEM, "deep"),
+        (TERM, "Blank"),
+        (MEANING, "A sample without it."),
+        (CODE, "a  = 1\n  b = 2"),
+        (TABLE, "| a | b |\n| --- | --- |\n| 1 | x & y |"),
+        (PROSE, "Bold? Not a lead alone."),
+        ("links_only", "only a link"),
+        ("navigation", "Imprint"),
+    ]
+    by_text = {b.text: b for b in document.blocks}
+    assert at(HTML, by_text["Second, with `zero`\nand more"]).startswith("Second, with <code>zero</code><br>and more")
+    assert by_text["deep"].number == 3 and by_text["deep"].level == 1
+    assert by_text["a  = 1\n  b = 2"].language == "python" and by_text["Bold? Not a lead alone."].lead == "Bold?"
+    assert by_text["| a | b |\n| --- | --- |\n| 1 | x & y |"].span.first == 8
+
+
+@pytest.mark.parametrize("charset", ["iso-8859-1", "windows-1252", "utf-8"])
+def test_html_in_the_encoding_that_it_names(charset: str) -> None:
+    page = f'<meta charset="{charset}"><p>Grüße von der Weser'
+    assert told(kinds.read(page.encode(charset), "a.html")) == [(PROSE, "Grüße von der Weser")]
+
+
+TEXT = """FIELD GUIDE
+
+1. The gauge
+
+It is read at seven
+and written down.
+
+   - rinse it
+     well
+   - dry it
+
+Notes
+-----
+See below:
+
+    a = 1
+      b = 2
+
+* * *
+
+Chapter 2: More
+
+3. may go on with a list.
+"""
+
+
+def test_plain_text() -> None:
+    document = kinds.read(TEXT.encode(), "guide.txt")
+    assert told(document) == [
+        (HEADING, "FIELD GUIDE"),
+        (HEADING, "1. The gauge"),
+        (PROSE, "It is read at seven and written down."),
+        (ITEM, "rinse it well"),
+        (ITEM, "dry it"),
+        (HEADING, "Notes"),
+        (PROSE, "See below:"),
+        (CODE, "a = 1\n  b = 2"),
+        (HEADING, "Chapter 2: More"),
+        (ITEM, "may go on with a list."),
+    ]
+    by_text = {b.text: b for b in document.blocks}
+    assert at(TEXT, by_text["rinse it well"]) == "   - rinse it\n     well"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_tells_the_encoding(encoding: str) -> None:
+    document = kinds.read("Grüße\n\nvom Fluss\r\nund mehr\r\n".encode(encoding), "a.txt")
+    assert told(document) == [(PROSE, "Grüße"), (PROSE, "vom Fluss und mehr")]
+    assert document.blocks[1].span[1:3] == (3, 4)
+    with pytest.raises(Unreadable) as caught:
+        kinds.read("Gr\xfc\xdfe".encode("latin-1"), "a.txt")
+    assert caught.value.problem.rule == "not_utf8" and caught.value.line == 1
+
+
+def written(document: docx.document.Document) -> Document:
+    out = io.BytesIO()
+    document.save(out)
+    return kinds.read(out.getvalue(), "a.docx")
+
+
+def test_docx() -> None:
+    made = docx.Document()
+    made.add_heading("Field guide", 0)
+    made.add_heading("Gauge", 1)
+    one = made.add_paragraph("Read it ")
+    one.add_run("at seven").bold = True
+    one.add_run(" and ")
+    one.add_run("zero").font.name = "Consolas"
+    one.add_run(" it.\ttwice")
+    made.add_paragraph("Drift", style="List Bullet")
+    for line in ("a = 1", "", "b = 2"):
+        made.add_paragraph().add_run(line).font.name = "Courier New"
+    table = made.add_table(2, 2)
+    for n, cell in enumerate(c for row in table.rows for c in row.cells):
+        cell.text = f"c{n}"
+    box = made.add_table(1, 1)
+    box.cell(0, 0).text = "A box around a word of warning."
+    made.add_paragraph("After it.")
+    found = written(made)
+    assert told(found) == [
+        (HEADING, "Field guide"),
+        (HEADING, "Gauge"),
+        (PROSE, "Read it at seven and `zero` it. twice"),
+        (ITEM, "Drift"),
+        (CODE, "a = 1\n\nb = 2"),
+        (TABLE, "| c0 | c1 |\n| --- | --- |\n| c2 | c3 |"),
+        (PROSE, "A box around a word of warning."),
+        (PROSE, "After it."),
+    ]
+    assert [b.level for b in found.blocks[:2]] == [1, 2]
+    # Paragraphs count in cells too, as they stand in the part.
+    numbers = [(b.span.first, b.span.last) for b in found.blocks[3:]]
+    assert numbers == [(4, 4), (5, 7), (8, 11), (12, 12), (13, 13)]
+
+
+def test_docx_deleted_text_and_notes_are_not_read_and_notes_are_told() -> None:
+    made = docx.Document()
+    one = made.add_paragraph("Kept ")
+    gone = OxmlElement("w:del")
+    run = OxmlElement("w:r")
+    text = OxmlElement("w:delText")
+    text.text = "deleted"
+    run.append(text)
+    gone.append(run)
+    one._p.append(gone)
+    one.add_run("text.")
+    style = made.add_paragraph("Gauge .... 3")
+    style.style = made.styles.add_style("toc 1", 1)
+    found = written(made)
+    assert told(found) == [(PROSE, "Kept text."), ("table_of_contents", "Gauge .... 3")]
+    assert qn("w:del") in {e.tag for e in one._p}
+
+
+def test_content_decides_where_the_name_says_otherwise() -> None:
+    document = kinds.read(HTML.encode(), "guide.txt")
+    assert document.kind == "html" and document.said[0][1].rule == "wrong_suffix"
