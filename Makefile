@@ -36,7 +36,7 @@ $(RANKS): $(STAMP)
 	@if command -v g++ >/dev/null; then $(BIN)/python -m services.trainer.worker.prebuild && touch $@; \
 	  else echo "no g++ here: jobs of several ranks will not run until there is one and 'make setup' ran again"; fi
 
-# What serves adapters quickest on a processor is compiled too: ten seconds, once for each form of its source.
+# What serves adapters quickest on a processor is compiled too: a few seconds, once for each form of its source.
 $(EACH): services/inference/worker/each.cpp $(STAMP)
 	@if command -v g++ >/dev/null; then $(BIN)/python -m services.inference.worker.prebuild && touch $@ || true; \
 	  else echo "no g++ here: adapters will cost more than they need until there is one and 'make setup' ran again"; fi

@@ -42,6 +42,20 @@ def add() -> each.Add:
     return found
 
 
+KINDS = ["DEFAULT", "AVX2", "AVX512"]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def form(request: pytest.FixtureRequest, add: each.Add, tmp_path_factory: pytest.TempPathFactory) -> each.Add:
+    """The part as it is compiled for each kind of processor that this one can stand for."""
+    here = torch.backends.cpu.get_cpu_capability()
+    if request.param != here and (here not in KINDS or KINDS.index(request.param) > KINDS.index(here)):
+        pytest.skip(f"this processor is of kind {here}")
+    path = tmp_path_factory.mktemp("forms") / f"{request.param}.so"
+    prebuild.build(path, request.param)
+    return each.opened(path)
+
+
 def part(draw: random.Random, rank: int, width: int, out: int) -> stacks.Part:
     torch.manual_seed(draw.randrange(10**6))
     return stacks.Part(torch.randn(rank, width).to(BF16), (torch.randn(rank, out) / rank).to(BF16).t())
@@ -79,7 +93,7 @@ widths = st.sampled_from([1, 7, 16, 48, 96, 131])
 @given(st.lists(widths, min_size=1, max_size=3), widths, st.integers(1, 21), st.randoms(), st.integers(1, 2))
 @settings(max_examples=60, deadline=None)
 def test_each_token_gets_its_own_and_nothing_else_is_touched(
-    add: each.Add, outs: list[int], width: int, tokens: int, draw: random.Random, threads: int
+    form: each.Add, outs: list[int], width: int, tokens: int, draw: random.Random, threads: int
 ) -> None:
     """Any widths, ranks, numbers of tokens; adapters that leave a module alone; tokens of the base."""
     names = [f"m{n}" for n in range(len(outs))]
@@ -92,7 +106,7 @@ def test_each_token_gets_its_own_and_nothing_else_is_touched(
     x, _ = guarded(tokens, width)
     out, whole = guarded(tokens, sum(outs))
     before, all_before = out.clone(), whole.clone()
-    table = each.table(add, line, names, outs)
+    table = each.table(form, line, names, outs)
     assert table is not None
     torch.set_num_threads(threads)
     table.add(each.Turn(places), x, out)
@@ -103,10 +117,10 @@ def test_each_token_gets_its_own_and_nothing_else_is_touched(
     assert torch.equal(whole, all_before), "only what is added to was written"
 
 
-def test_a_token_is_the_same_to_the_bit_whoever_else_is_there(add: each.Add) -> None:
+def test_a_token_is_the_same_to_the_bit_whoever_else_is_there(form: each.Add) -> None:
     draw = random.Random(1)
     line = [{"m": part(draw, 16, 96, 80)} for _ in range(3)]
-    table = each.table(add, line, ["m"], [80])
+    table = each.table(form, line, ["m"], [80])
     assert table is not None
     x, before = torch.randn(21, 96).to(BF16), torch.randn(21, 80).to(BF16)
     alone = before[:1].clone()
@@ -120,11 +134,11 @@ def test_a_token_is_the_same_to_the_bit_whoever_else_is_there(add: each.Add) -> 
 
 
 @pytest.mark.parametrize("out", [16, 50, 128])
-def test_gates_are_those_of_the_plain_formula(add: each.Add, out: int) -> None:
+def test_gates_are_those_of_the_plain_formula(form: each.Add, out: int) -> None:
     """Of tokens with adapters and of the base's, from very small numbers to very large ones."""
     draw = random.Random(2)
     line = [{"gate": part(draw, 8, 32, out), "up": part(draw, 8, 32, out)} for _ in range(2)]
-    table = each.table(add, line, ["gate", "up"], [out, out])
+    table = each.table(form, line, ["gate", "up"], [out, out])
     assert table is not None
     places = [-1, 0, 1, 1, -1, 0]
     x, before = torch.randn(6, 32).to(BF16), (torch.randn(6, 2 * out) * 3).to(BF16)
@@ -135,9 +149,9 @@ def test_gates_are_those_of_the_plain_formula(add: each.Add, out: int) -> None:
     assert near(made, torch.nn.functional.silu(both[:, :out]) * both[:, out:])
 
 
-def test_what_is_no_number_stays_none(add: each.Add) -> None:
+def test_what_is_no_number_stays_none(form: each.Add) -> None:
     draw = random.Random(3)
-    table = each.table(add, [{"m": part(draw, 4, 16, 32)}], ["m"], [32])
+    table = each.table(form, [{"m": part(draw, 4, 16, 32)}], ["m"], [32])
     assert table is not None
     out = torch.zeros(2, 32).to(BF16)
     out[0, 3], out[0, 4] = float("nan"), float("inf")
@@ -145,10 +159,10 @@ def test_what_is_no_number_stays_none(add: each.Add) -> None:
     assert out[0, 3].isnan() and out[0, 4].isinf() and out[1].isfinite().all()
 
 
-def test_sums_are_rounded_to_the_nearest_and_ties_to_even(add: each.Add) -> None:
+def test_sums_are_rounded_to_the_nearest_and_ties_to_even(form: each.Add) -> None:
     step = 2.0**-7  # of bf16 beyond one
     a, b = torch.full((1, 16), step / 32).to(BF16), torch.ones(1, 32).to(BF16).t()
-    table = each.table(add, [{"m": stacks.Part(a, b)}], ["m"], [32])
+    table = each.table(form, [{"m": stacks.Part(a, b)}], ["m"], [32])
     assert table is not None
     out = torch.tensor([1.0, 1.0 + step] * 16).to(BF16)[None].clone()
     table.add(each.Turn([0]), torch.ones(1, 16).to(BF16), out)  # adds half a step

@@ -8,25 +8,27 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__)
-// The library may be copied to another processor, so it holds a form for each kind; the loader takes the best.
-#define FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+// One form for each width of a processor's registers; prebuild says which.
+#if defined(__AVX512F__)
+constexpr int64_t LANES = 16, REGISTERS = 32;
+#elif defined(__AVX2__)
+constexpr int64_t LANES = 8, REGISTERS = 16;
 #else
-#define FOR_EACH_PROCESSOR
+constexpr int64_t LANES = 4, REGISTERS = 16;
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef const uint16_t* In;
 typedef uint16_t* Out;
 
-constexpr int64_t LANES = 16;
-constexpr int64_t ROWS = 4;     // of A that are read side by side
-constexpr int64_t TOKENS = 4;   // that share a reading of A and B
-constexpr int64_t AHEAD = 128;  // numbers of a row of B that are called for before they are needed
-constexpr int64_t RANK = 256;   // the largest; as in each.py
+constexpr int64_t TOKENS = 4;               // that share a reading of A and B
+constexpr int64_t ROWS = REGISTERS / 8;     // of A that are read side by side
+constexpr int64_t COLUMNS = REGISTERS / 8;  // vectors of a row of B that are; with so many, sums stay in registers
+constexpr int64_t AHEAD = 128;              // numbers of a row of B that are called for before they are needed
+constexpr int64_t RANK = 256;               // the largest; as in each.py
 
 // of one adapter at one module: a [rank, in], b [rank, out]; rank 0 = it leaves the module alone
 struct Part { In a; In b; int64_t rank; };
@@ -114,7 +116,7 @@ INLINE void some(const Part& part, int64_t in, int64_t out, const In* x, const O
   int64_t r = 0, n = 0;
   for (; r + ROWS <= part.rank; r += ROWS) dots<ROWS, T>(part.a + r * in, in, x, inner, r);
   for (; r < part.rank; r++) dots<1, T>(part.a + r * in, in, x, inner, r);
-  for (; n + 4 * LANES <= out; n += 4 * LANES) columns<4, T>(part.b, part.rank, out, y, inner, n);
+  for (; n + COLUMNS * LANES <= out; n += COLUMNS * LANES) columns<COLUMNS, T>(part.b, part.rank, out, y, inner, n);
   for (; n + LANES <= out; n += LANES) columns<1, T>(part.b, part.rank, out, y, inner, n);
   for (; n < out; n++)
     for (int t = 0; t < T; t++) {
@@ -144,8 +146,7 @@ INLINE Floats power(const Floats& of) {
 }
 
 // opening = silu(opening) * passing
-FOR_EACH_PROCESSOR
-void gate(Out opening, In passing, int64_t count) {
+static void gate(Out opening, In passing, int64_t count) {
   Floats x, y;
   int64_t n = 0;
   for (; n + LANES <= count; n += LANES) {
@@ -159,8 +160,7 @@ void gate(Out opening, In passing, int64_t count) {
   }
 }
 
-FOR_EACH_PROCESSOR
-void change(const Part& part, int64_t in, int64_t out, const In* x, const Out* y, int64_t tokens) {
+static void change(const Part& part, int64_t in, int64_t out, const In* x, const Out* y, int64_t tokens) {
   switch (tokens) {
     case 1: some<1>(part, in, out, x, y); break;
     case 2: some<2>(part, in, out, x, y); break;

@@ -38,22 +38,27 @@ Add = Callable[..., None]
 
 def library() -> pathlib.Path:
     """Where the compiled part lies; another source, or another kind of processor, is another file."""
+    kind = f"{os.uname().machine}-{torch.backends.cpu.get_cpu_capability().lower()}"
     source = pathlib.Path(__file__).with_suffix(".cpp").read_bytes()
     folder = extensions_folder(os.environ.get("QLORAD_TORCH_EXTENSIONS", ""), sys.prefix)
-    return folder / f"qlorad_each-{os.uname().machine}-{hashlib.sha256(source).hexdigest()[:12]}.so"
+    return folder / f"qlorad_each-{kind}-{hashlib.sha256(source).hexdigest()[:12]}.so"
 
 
 def found(device: torch.device, dtype: torch.dtype) -> Add | None:
     """The compiled part, for those whom it serves."""
     if device.type != "cpu" or dtype is not torch.bfloat16:
         return None
-    path = library()
     try:
-        # Torch is there by now, so both share its threads.
-        add: Any = ctypes.PyDLL(str(path)).qlorad_each
+        return opened(library())
     except (OSError, AttributeError) as e:
         log.warning("adapters cost more than they need: the part compiled at set-up cannot be used (%s)", e)
         return None
+
+
+def opened(path: pathlib.Path) -> Add:
+    """The compiled part that lies there; OSError or AttributeError where it is none."""
+    # Torch is there by now, so both share its threads.
+    add: Any = ctypes.PyDLL(str(path)).qlorad_each
     add.argtypes = [_ADDRESS, _ADDRESS, _ADDRESS, _NUMBERS, _ADDRESS, ctypes.c_int, ctypes.c_int]
     add.restype = None
     return add
