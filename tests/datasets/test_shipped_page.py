@@ -1,4 +1,4 @@
-"""docs/shipped.md: it is of the files that are shipped today, and names what was learnt too little; samples."""
+"""docs/shipped.md: it is of the files that are shipped today; each set lowers the hold-out loss by 30 %; samples."""
 
 from __future__ import annotations
 
@@ -28,9 +28,7 @@ FILES = {
     "coding-principles": "coding-principles.jsonl",
     "genomics-papers": "genomics-papers.json",
 }
-
-LEAST = {"python-functions": 0.30, "code-review": 0.25, "coding-principles": 0.30, "genomics-papers": 0.10}
-"""Papers are a demonstration of twenty; reviews fall a little short too, and the page says so."""
+LEAST = 0.30
 
 
 def lessons(page: str) -> dict[str, tuple[str, int, int, float]]:
@@ -43,17 +41,16 @@ def lessons(page: str) -> dict[str, tuple[str, int, int, float]]:
     return found
 
 
-def test_the_page_is_of_the_files_and_names_what_fell_by_less_than_30_percent() -> None:
+def test_the_page_is_of_the_files_and_each_loss_fell_by_30_percent() -> None:
     page = (ROOT / "docs" / "shipped.md").read_text()
     told = lessons(page)
     assert list(told) == list(FILES)
     for name, file in FILES.items():
         digest, learnt, held_out, drop = told[name]
         assert hashlib.sha256((SHELF / file).read_bytes()).hexdigest().startswith(digest), file
-        assert drop >= LEAST[name], name
+        assert drop >= LEAST, name
         assert 0.05 <= held_out / (learnt + held_out) <= 0.2
-    little = [name for name, (*_, drop) in told.items() if drop < 0.30]
-    assert re.findall(r"^Below 30%: ([a-z, -]+)\.", page, re.MULTILINE) == [", ".join(little)]
+    assert "Below" not in page
     samples = SAMPLE.findall(page)
     assert len(samples) == 8
     for question, base, tuned in samples:
@@ -73,6 +70,6 @@ def test_the_lessons_at_test_size_make_a_page(tmp_path: pathlib.Path, starter_ho
     assert done.returncode == 0, done.stdout
     told = lessons(page.read_text("utf-8"))
     assert list(told) == ["coding-principles", "genomics-papers"]
-    assert told["coding-principles"][1:3] == (90, 10) and told["genomics-papers"][1] + told["genomics-papers"][2] == 60
+    assert told["coding-principles"][1:3] == (90, 10) and told["genomics-papers"][1] + told["genomics-papers"][2] == 195
     assert min(drop for *_, drop in told.values()) >= 0.05
     assert len(SAMPLE.findall(page.read_text("utf-8"))) == 4
