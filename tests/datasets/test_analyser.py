@@ -212,3 +212,71 @@ def test_few_words_beside_items_lead_to_them_or_go_with_them() -> None:
     text = "# G\n\n## Terms\n\nThese words are used here.\n\n- **Blank**: a sample without what is looked for.\n"
     found = analyse(kinds.read(text.encode(), "a.md"), "en")
     assert [item.rule for item in found.items] == ["definition"] and set(found.left.values()) == {"lead_in"}
+
+
+@given(documents())
+@settings(max_examples=60, deadline=None)
+def test_one_question_has_one_answer(document: Document) -> None:
+    answers: dict[str, set[str]] = {}
+    for item in analyse(document, "en").items:
+        answers.setdefault(item.question, set()).add(item.answer)
+    assert {q: a for q, a in answers.items() if len(a) > 1} == {}
+
+
+def asked(text: str) -> list[tuple[str, str]]:
+    return [(i.question, i.answer) for i in analyse(kinds.read(text.encode(), "a.md"), "en").items]
+
+
+def test_what_asks_the_same_and_answers_otherwise_is_counted() -> None:
+    text = "# Guide\n\n## Runs\n\n" + "".join(f"The base says:\n\n```\n{c} = 1\n```\n\n" for c in "abc")
+    assert [q for q, _ in asked(text)] == [
+        'Show the code for "Runs" in the context of "Guide", with its explanation.',
+        'Show the code for "Runs: The base says" in the context of "Guide", with its explanation (part 1 of 2).',
+        'Show the code for "Runs: The base says" in the context of "Guide", with its explanation (part 2 of 2).',
+    ]
+
+
+def test_paragraphs_with_headings_of_their_own_are_items_of_their_own() -> None:
+    text = "# Security\n\nWhat is held, and by whom, stands here.\n\n"
+    text += "**Tokens.** They are kept as hashes, and never themselves.\n\n"
+    text += (
+        "- a list of them\n- stands in a file\n\n**Names**: they are read once, and checked before they are paths.\n\n"
+    )
+    text += "A *word* in it is no heading, and neither is what *ends* so.\n"
+    assert asked(text) == [
+        ('Explain "Security".', "What is held, and by whom, stands here."),
+        (
+            'Explain "Tokens" in the context of "Security".',
+            "Tokens. They are kept as hashes, and never themselves.\n\n- a list of them\n- stands in a file",
+        ),
+        (
+            'Explain "Names" in the context of "Security".',
+            "Names: they are read once, and checked before they are paths.\n\n"
+            "A word in it is no heading, and neither is what ends so.",
+        ),
+    ]
+
+
+def test_code_is_asked_for_by_what_is_said_of_it() -> None:
+    def of(prose: str, code: str = "x = 1") -> str:
+        return asked(f"# A\n\n```\nfirst = 0\n```\n\n{prose}\n\n```\n{code}\n```\n")[-1][0].partition(' "A: ')[2]
+
+    assert of("Your rows are named. What is broken has its line.").startswith('Your rows are named",')
+    assert of("Much was said. It is done so:").startswith('It is done so",')
+    assert of("Made in a while. (There is another way too.)").startswith('Made in a while",')
+    long = "The token is kept as a hash, which nobody can turn back, so that whoever reads the file knows nothing of it"
+    assert of(long).startswith('The token is kept as a hash, which nobody can turn back",')
+    assert of("x " * 40).startswith('x x x x x x x x x x x x x x x …",')
+    (*_, (question, answer)) = asked("# A\n\nSee what it says:\n\n```\n$ qlorad status\n```\n\n```\nSERVING\n```\n")
+    assert question == 'Show "A" on the command line.' and answer.endswith(
+        "```\n$ qlorad status\n```\n\n```\nSERVING\n```"
+    )
+
+
+def test_tables_are_told_apart_by_the_names_of_their_columns() -> None:
+    table = "| rows | 1 | 2 |\n|---|---|---|\n| a | 3 | 4 |\n\n"
+    questions = [q for q, _ in asked(f"# Figures\n\n{table}Between them.\n\n{table.replace('rows', 'tokens')}")]
+    assert [q for q in questions if "as a table" in q] == [
+        'Show "Figures: rows" as a table.',
+        'Show "Figures: tokens" as a table.',
+    ]

@@ -148,3 +148,23 @@ def test_what_is_no_document_is_named(reader: Reader, tmp_path: pathlib.Path) ->
     assert refusal(reader, tmp_path, locked, "a.docx").problem.rule == "encrypted"
     assert "RTF" in refusal(reader, tmp_path, b"{\\rtf1 hello}", "a.txt").problem.message
     assert "no DOCX" in refusal(reader, tmp_path, packed(readme=b"x"), "a.docx").problem.message
+
+
+def test_what_grows_with_the_square_does_not(tmp_path: pathlib.Path) -> None:
+    """Each of these took minutes, and is read, or refused by name, within the second that it may take."""
+    cells = b"<w:tc><w:p><w:r><w:t>x</w:t></w:r></w:p></w:tc>"
+    row = b"<w:document " + W + b"><w:tbl><w:tr>" + cells * 30_000 + b"</w:tr></w:tbl></w:document>"
+    styles = b"".join(b'<w:style w:styleId="s%d"><w:basedOn w:val="s%d"/></w:style>' % (n, n + 1) for n in range(4000))
+    paragraphs = b'<w:p><w:pPr><w:pStyle w:val="s0"/></w:pPr><w:r><w:t>x</w:t></w:r></w:p>' * 3000
+    chain = {
+        "word/styles.xml": b"<w:styles " + W + b">" + styles + b"</w:styles>",
+        "document": b"<w:document " + W + b">" + paragraphs + b"</w:document>",
+    }
+    path = tmp_path / "document"
+    with Reader(memory_bytes=MEMORY, cpu_seconds=1) as reader:
+        for data in (packed(zipfile.ZIP_STORED, document=row), packed(zipfile.ZIP_STORED, **chain)):
+            path.write_bytes(data)
+            assert reader.read(path, "a.docx", False).kind == "docx"
+    deep = b"<svg>" * 300_000 + b"<code>" * 300_000
+    with Reader(memory_bytes=MEMORY, cpu_seconds=1) as reader:
+        assert refusal(reader, tmp_path, deep, "a.html").problem.rule == "too_deep"

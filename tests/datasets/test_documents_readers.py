@@ -9,7 +9,7 @@ import pytest
 from docx.oxml import OxmlElement
 from docx.oxml.ns import qn
 
-from services.datasets.worker.documents import kinds
+from services.datasets.worker.documents import kinds, patterns
 from services.datasets.worker.documents.blocks import CODE, HEADING, ITEM, MEANING, PROSE, TABLE, TERM, Block, Document
 from services.datasets.worker.found import Unreadable
 
@@ -245,3 +245,83 @@ def test_docx_deleted_text_and_notes_are_not_read_and_notes_are_told() -> None:
 def test_content_decides_where_the_name_says_otherwise() -> None:
     document = kinds.read(HTML.encode(), "guide.txt")
     assert document.kind == "html" and document.said[0][1].rule == "wrong_suffix"
+
+
+def test_places_in_html_are_those_of_the_text_whatever_ends_lines() -> None:
+    for end in ("\n", "\r\n"):
+        page = end.join(
+            ["<h1>", "  Rain 🌧 e\u0301</h1>", "<div>", "", "\tIt falls", "on hills.", "", "</div>", "<p>Dry.</p>"]
+        )
+        document = kinds.read(b"\xef\xbb\xbf" + page.encode(), "a.html")
+        places = [(at(page, b), b.span.first, b.span.last) for b in document.blocks]
+        assert places == [("Rain 🌧 e\u0301", 2, 2), (f"It falls{end}on hills.", 5, 6), ("Dry.", 9, 9)]
+
+
+def test_what_html_shows_beside_text_is_no_text_of_it() -> None:
+    page = (
+        "<p>Press <svg><title>Icon</title><p>cut</p></svg> to begin.<noscript><p>No script!</p></noscript>"
+        "<template><ul><li>None<li>No</template><h2>Use</h2><ol><li>Rinse it.</ol>"
+        "<p>The sum <math><mi>x</mi></math> is told.<video><p>No film.</video>"
+    )
+    document = kinds.read(page.encode(), "a.html")
+    expected = [(PROSE, "Press to begin."), (HEADING, "Use"), (ITEM, "Rinse it."), (PROSE, "The sum is told.")]
+    assert told(document) == expected and document.title == ""
+    ((_, problem),) = document.said
+    assert problem.rule == "formulas_left_out" and problem.message.startswith("1 formula was not read")
+
+
+@pytest.mark.parametrize("charset", ["utf-16", "idna", "punycode", "undefined", "rot13", "unicode_escape", "no-such"])
+def test_html_that_names_no_charset_of_texts_is_utf8(charset: str) -> None:
+    page = f'<meta charset="{charset}"><p>Grüße von der Weser'
+    assert told(kinds.read(page.encode(), "a.html")) == [(PROSE, "Grüße von der Weser")]
+
+
+def test_comments_before_a_text_hide_no_page_and_take_no_time() -> None:
+    many = "<!-- a -->\n" * 300
+    assert (
+        kinds.read(f"{many}# Rain\n".encode(), "a.md").kind == "markdown"
+    )  # 2 to the 300th ways to tell comments apart
+    for head in ("\ufeff", "<?xml version='1.0'?>\n<!-- a --><!-- b -->"):
+        assert kinds.read(f"{head}<html><p>Rain".encode(), "a.md").kind == "html"
+
+
+def test_underlined_headings_may_follow_one_another_without_end() -> None:
+    text = "".join(f"Part {n}\n-----\n" for n in range(3000)) + "And text.\n"
+    blocks = kinds.read(text.encode(), "a.txt").blocks
+    assert [b.kind for b in blocks] == [HEADING] * 3000 + [PROSE]
+    assert at(text, blocks[2999]) == "Part 2999\n-----" and at(text, blocks[-1]) == "And text."
+
+
+def test_lines_of_signs_take_time_by_their_length_alone() -> None:
+    rule = "a\n---\n---\n" + " " * 20_000 + "x\n"
+    assert [b.kind for b in kinds.read(rule.encode(), "a.txt").blocks] == [HEADING, PROSE]
+    assert not patterns.is_dotted("a" + " ." * 50_000 + "x") and patterns.is_dotted("The gauge . . . . . 12")
+    for line, is_one in (("1.2 Rain....... 7", True), ("Rain ……… 7", True), ("…… 7", False), ("Rain... 7", False)):
+        assert patterns.is_dotted(line) is is_one, line
+    assert not patterns.is_dotted("Rain ........ 12345") and not patterns.is_dotted("Rain ........")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("name", ["a.md", "a.txt"])
+def test_places_are_those_of_the_decoded_file(name: str, mark: str, end: str) -> None:
+    lines = [
+        "1. Gauge 🌧",
+        "",
+        "It\tis re\u0301ad 𝔞t\u2028seven",
+        "and  written.",
+        "",
+        "- one 🌧",
+        "- two",
+        "",
+        "\tcode  🌧",
+        "",
+    ]
+    text = end.join(lines)
+    document = kinds.read((mark + text).encode(), name)
+    assert len(document.blocks) > 3
+    for block in document.blocks:
+        shown = at(text, block)
+        assert shown.split()[-1] == block.text.split()[-1] and set(block.text.split()) <= set(shown.split())
+        assert text[: block.span.begin].count(end) + 1 == block.span.first
+        assert block.span.first + shown.count(end) == block.span.last

@@ -107,7 +107,12 @@ class Reader:
         if code == -signal.SIGXCPU:
             told = f"reading it takes more than the {self._cpu_seconds} CPU seconds that a document may take"
             return Problem("document_too_large", told, "cut it in parts")
-        return bounds.broken(f"its reader ended with {signal.Signals(-code).name if code < 0 else code}")
+        if code < 0:
+            told = f"its reader ended with {signal.Signals(-code).name}"
+            return bounds.broken(
+                f"{told}, as on damage, or where it needs more than {self._memory_bytes} bytes of memory"
+            )
+        return bounds.broken(f"its reader ended with {code}")
 
 
 def _problems(found: list[list[object]]) -> Iterator[tuple[int, Problem]]:

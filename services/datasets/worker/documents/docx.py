@@ -141,7 +141,9 @@ class _Walk(Target):
         elif tag == "tr" and self._tables:
             self._tables[-1].rows.append([])
         elif tag == "tc" and self._tables:
-            self._tables[-1].rows[-1:] = [[*(self._tables[-1].rows[-1] if self._tables[-1].rows else []), []]]
+            if not self._tables[-1].rows:
+                self._tables[-1].rows.append([])
+            self._tables[-1].rows[-1].append([])
         elif tag == "gridSpan" and self._tables and value.isdigit() and self._tables[-1].rows:
             self._tables[-1].rows[-1] += [[] for _ in range(min(int(value), 64) - 1)]
             self._tables[-1].skip = min(int(value), 64) - 1

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from typing import Any
 
+from services.datasets.worker import charset_names
 from services.datasets.worker.documents import bounds
 from services.datasets.worker.documents.blocks import (
     CODE,
@@ -29,6 +30,7 @@ from services.datasets.worker.documents.blocks import (
     table_text,
 )
 from services.datasets.worker.documents.lines import Lines
+from services.datasets.worker.found import INFO, Problem
 
 _CHARSET = re.compile(rb"""<meta[^>]+charset\s*=\s*["']?\s*([A-Za-z0-9._-]{2,30})""", re.I)
 _NO_TEXT = {"script", "style", "template", "noscript", "svg", "math", "iframe", "object", "canvas", "audio", "video"}
@@ -52,13 +54,22 @@ _CLOSES: dict[str, tuple[set[str], set[str]]] = {
     "th": ({"td", "th"}, {"tr", "table"}),
 }
 _BLANKS = re.compile(r"[ \t\r\n\f]+")
+_SPACE, _BREAKS = re.compile(r"\s*"), re.compile(r"[\r\n]*")
 
 
 def read(data: bytes) -> Document:
     """The document that the bytes are."""
     text = bounds.text_of(data, encoding_of(data))
     walk = _Walk(text, Lines(text))
-    return Document("html", walk.run(), title=walk.title)
+    blocks = walk.run()
+    return Document("html", blocks, title=walk.title, said=_formulas(walk.formulas))
+
+
+def _formulas(count: int) -> list[tuple[int, Problem]]:
+    if not count:
+        return []
+    told = f"{count} formula{'s were' if count > 1 else ' was'} not read: how they are drawn is no text"
+    return [(0, Problem("formulas_left_out", told, "write them in words or as TeX", "", INFO))]
 
 
 def encoding_of(data: bytes) -> str:
@@ -66,14 +77,7 @@ def encoding_of(data: bytes) -> str:
     found = _CHARSET.search(data[:4096])
     if found is None:
         return ""
-    name = found[1].decode().lower()
-    if name in ("iso-8859-1", "latin-1", "latin1", "ascii", "us-ascii"):
-        return "cp1252"  # as browsers do
-    try:
-        "".encode(name)
-    except LookupError:
-        return ""
-    return name
+    return charset_names.of_meta(found[1].decode())
 
 
 def blocks_of(text: str) -> Sequence[Block]:
@@ -106,12 +110,15 @@ class _Walk(HTMLParser):
         """Numbers of the items that are open; None = they have a mark."""
         self._fresh = False
         """The next text is the first of the innermost."""
+        self._silent = 0
+        """So many elements are open whose text is not the page's."""
         self._run = _Run()
         self._rows: list[list[str]] | None = None
         self._table_at = self._table_depth = 0
         self._language = ""
         self._made: list[Block] = []
         self.title = ""
+        self.formulas = 0
 
     def run(self) -> list[Block]:
         """All blocks."""
@@ -130,22 +137,32 @@ class _Walk(HTMLParser):
     # What the parser tells
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in _BLOCKS:
+        if self._silent:
+            if tag not in _EMPTY and (tag in _BLOCKS or tag in _NO_TEXT):
+                self._open_one(tag)
+                self._silent += tag in _NO_TEXT
+        elif tag in _BLOCKS:
             self._flush(self._at())
             self._close_silently(tag)
             if tag not in _EMPTY:
-                self._stack.append(tag)
-                if len(self._stack) > 4 * bounds.MAX_NESTING:
-                    raise bounds.too_deep(4 * bounds.MAX_NESTING)
+                self._open_one(tag)
             self._enter(tag, dict(attrs))
         elif tag in _NO_TEXT:
-            self._stack.append(tag)
+            self._open_one(tag)
+            self._silent += 1
+            self.formulas += tag == "math"
         elif tag == "br":
-            self._add("\n")
+            if self._run.pieces:
+                self._add("\n")
         elif tag == "img":
             self._run.pictures += 1
         else:
             self._count(tag, 1, dict(attrs))
+
+    def _open_one(self, tag: str) -> None:
+        self._stack.append(tag)
+        if len(self._stack) > 4 * bounds.MAX_NESTING:
+            raise bounds.too_deep(4 * bounds.MAX_NESTING)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.handle_starttag(tag, attrs)
@@ -154,11 +171,14 @@ class _Walk(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         if tag not in _BLOCKS and tag not in _NO_TEXT:
-            self._count(tag, -1, {})
+            if not self._silent:
+                self._count(tag, -1, {})
             return
         if tag not in self._stack:
             return
-        self._flush(self._at())
+        place = len(self._stack) - 1 - self._stack[::-1].index(tag)
+        if not self._silent or not _NO_TEXT.intersection(self._stack[: place + 1]):
+            self._flush(self._at())  # what shows beside text, as an icon does, parts none
         while True:
             closed = self._stack.pop()
             self._leave(closed)
@@ -166,7 +186,7 @@ class _Walk(HTMLParser):
                 return
 
     def handle_data(self, data: str) -> None:
-        if self._stack and self._stack[-1] in _NO_TEXT:
+        if self._silent:
             return
         if not self._is_pre():
             data = _BLANKS.sub(" ", data)
@@ -211,7 +231,9 @@ class _Walk(HTMLParser):
             self._language = _language(attrs)
 
     def _leave(self, tag: str) -> None:
-        if tag in ("ul", "ol", "menu") and self._lists:
+        if self._silent:
+            self._silent -= tag in _NO_TEXT
+        elif tag in ("ul", "ol", "menu") and self._lists:
             self._lists.pop()
         elif tag == "li" and self._opened:
             self._opened.pop()
@@ -238,7 +260,9 @@ class _Walk(HTMLParser):
 
     def _add(self, text: str) -> None:
         if self._run.begin < 0:
-            self._run.begin = self._at()
+            blanks = _BREAKS if self._is_pre() else _SPACE
+            found = blanks.match(self._text, self._at())
+            self._run.begin = found.end() if found else self._at()
         self._run.pieces.append((text, self._strong > 0, self._links > 0))
 
     # What comes of it
@@ -249,11 +273,13 @@ class _Walk(HTMLParser):
         if self._is_pre():
             text = text.strip("\n").rstrip()
         else:
-            text = "\n".join(line.strip() for line in text.split("\n")).strip().replace("``", "")
+            text = "\n".join(_BLANKS.sub(" ", line).strip() for line in text.split("\n")).strip().replace("``", "")
         if not text:
             if run.pictures and not self._is_around():
                 self._made.append(Block(PROSE, "", self._lines.at(max(0, end - 1), end), left="picture"))
             return
+        while end > run.begin + 1 and self._text[end - 1].isspace():
+            end -= 1
         span = self._lines.at(run.begin, max(end, run.begin + 1))
         self._place(text, span, run)
 
