@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
+from unittest import mock
 
 import pytest
 
-from qlorad import _documents
+from qlorad import _documents, errors
 from services.datasets.documents import SUFFIXES
 from tests.client.cli import Cli
 from tests.house import ROOT
@@ -69,3 +71,19 @@ def test_one_document_alone_and_as_texts(cli: Cli, tmp_path: pathlib.Path) -> No
 
 def test_client_and_daemon_call_the_same_files_documents() -> None:
     assert [s for suffixes in _documents.KINDS.values() for s in suffixes] == list(SUFFIXES)
+
+
+def test_what_a_folder_hides_is_told(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "a.md").write_text("# A\n")
+    (tmp_path / "far").symlink_to(tmp_path)
+    (tmp_path / "gone.md").symlink_to(tmp_path / "nowhere")
+    found = _documents.find(tmp_path)
+    assert [name for _, name in found.files] == ["a.md"] and found.others == {"link to a folder": 1, ".md": 1}
+    odd = tmp_path / os.fsdecode(b"caf\xe9.md")
+    odd.write_text("# B\n")
+    with pytest.raises(errors.InvalidArgument, match="names are UTF-8"):
+        _documents.find(tmp_path)
+    odd.unlink()
+    with mock.patch.object(os, "scandir", side_effect=PermissionError(13, "Permission denied", str(tmp_path))):
+        with pytest.raises(errors.InvalidArgument, match="Permission denied"):
+            _documents.find(tmp_path)

@@ -266,6 +266,8 @@ def test_code_is_asked_for_by_what_is_said_of_it() -> None:
     assert of("Made in a while. (There is another way too.)").startswith('Made in a while",')
     long = "The token is kept as a hash, which nobody can turn back, so that whoever reads the file knows nothing of it"
     assert of(long).startswith('The token is kept as a hash, which nobody can turn back",')
+    assert of("The lines are ordered by weight. For example:").startswith('The lines are ordered by weight",')
+    assert of("For example:").startswith('x = 1",') and of("Here is one for example:").startswith("Here is one")
     assert of("x " * 40).startswith('x x x x x x x x x x x x x x x …",')
     (*_, (question, answer)) = asked("# A\n\nSee what it says:\n\n```\n$ qlorad status\n```\n\n```\nSERVING\n```\n")
     assert question == 'Show "A" on the command line.' and answer.endswith(
@@ -279,4 +281,14 @@ def test_tables_are_told_apart_by_the_names_of_their_columns() -> None:
     assert [q for q in questions if "as a table" in q] == [
         'Show "Figures: rows" as a table.',
         'Show "Figures: tokens" as a table.',
+    ]
+
+
+def test_a_signature_with_a_word_for_terms_is_no_glossary() -> None:
+    text = "# parse (file, definitions)\n\nfile: the path of the file that holds the declarations.\n\n"
+    text += "Returns: zero where the file is as it should be.\n"
+    assert [q for q, _ in asked(text)] == ['Explain "parse (file, definitions)".']
+    assert [q for q, _ in asked(text.replace("parse (file, definitions)", "Definitions"))] == [
+        'What does "file" mean?',
+        'What does "Returns" mean?',
     ]

@@ -325,3 +325,26 @@ def test_places_are_those_of_the_decoded_file(name: str, mark: str, end: str) ->
         assert shown.split()[-1] == block.text.split()[-1] and set(block.text.split()) <= set(shown.split())
         assert text[: block.span.begin].count(end) + 1 == block.span.first
         assert block.span.first + shown.count(end) == block.span.last
+
+
+def test_pictures_within_text_are_counted() -> None:
+    page = "# Gauge {#gauge .top}\n\nSee ![a](b.png) and ![c](d.png).\n\n![alone](e.png)\n\n- one ![f](g.png)\n"
+    document = kinds.read(page.encode(), "a.md")
+    assert told(document) == [(HEADING, "Gauge"), (PROSE, "See and ."), ("picture", ""), (ITEM, "one")]
+    html = kinds.read(b"<p>See <img src=a> here<p><img src=b><nav>x<img src=c></nav>", "a.html")
+    out = io.BytesIO()
+    made = docx.Document()
+    made.add_paragraph("See it here").add_run()._r.append(OxmlElement("w:drawing"))
+    made.add_paragraph().add_run()._r.append(OxmlElement("w:drawing"))
+    made.save(out)
+    for found, count in ((document, 3), (html, 1), (kinds.read(out.getvalue(), "a.docx"), 1)):
+        ((_, problem),) = found.said
+        assert problem.rule == "picture" and problem.message.startswith(f"{count} picture"), problem
+
+
+def test_a_long_table_without_end_tags_is_one_table() -> None:
+    rows = "".join(f"<tr><td>{n}<td>x" for n in range(1000))
+    page = f"<table><caption>Numbers<thead><tr><th>n<th>x<tbody>{rows}</table><p>Behind it."
+    caption, table, prose = kinds.read(page.encode(), "a.html").blocks
+    assert (caption.text, prose.text) == ("Numbers", "Behind it.") and table.kind == TABLE
+    assert table.cells == (("n", "x"), *((str(n), "x") for n in range(1000)))

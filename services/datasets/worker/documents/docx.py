@@ -22,6 +22,7 @@ from services.datasets.worker.documents.blocks import (
     Block,
     Document,
     Span,
+    pictures_in_text,
     squared,
     table_text,
 )
@@ -42,7 +43,7 @@ def read(data: bytes) -> Document:
     walk = _Walk(Looks.of(package, folder))
     hear(package, main, walk)
     notes = _notes(package, folder)
-    return Document("docx", walk.blocks(), said=notes)
+    return Document("docx", walk.blocks(), said=[*notes, *pictures_in_text(walk.pictures)])
 
 
 def _main(package: Package) -> str:
@@ -117,6 +118,8 @@ class _Walk(Target):
         self._run_strong = self._run_mono = False
         self._in_run = self._in_fallback = self._in_deleted = 0
         self._made: list[Block] = []
+        self.pictures = 0
+        """Within text."""
 
     def blocks(self) -> list[Block]:
         """All blocks, headings below the title where there is one."""
@@ -240,6 +243,7 @@ class _Walk(Target):
             return Block(PROSE, "", span, left="picture") if made.has_picture else None
         if looks.styles.is_contents(made.style):
             return Block(PROSE, text.strip(), span, left="table_of_contents")
+        self.pictures += made.has_picture
         level = looks.styles.level(made.style)
         if made.outline is not None and made.outline < 9:
             level = made.outline + 1

@@ -26,6 +26,7 @@ from services.datasets.worker.documents.blocks import (
     Block,
     Document,
     Span,
+    pictures_in_text,
     squared,
     table_text,
 )
@@ -50,6 +51,7 @@ _CLOSES: dict[str, tuple[set[str], set[str]]] = {
     "dt": ({"dt", "dd"}, {"dl"}),
     "dd": ({"dt", "dd"}, {"dl"}),
     "tr": ({"tr", "td", "th"}, {"table"}),
+    **dict.fromkeys(("thead", "tbody", "tfoot"), ({"thead", "tbody", "tfoot", "tr", "td", "th", "caption"}, {"table"})),
     "td": ({"td", "th"}, {"tr", "table"}),
     "th": ({"td", "th"}, {"tr", "table"}),
 }
@@ -62,7 +64,9 @@ def read(data: bytes) -> Document:
     text = bounds.text_of(data, encoding_of(data))
     walk = _Walk(text, Lines(text))
     blocks = walk.run()
-    return Document("html", blocks, title=walk.title, said=_formulas(walk.formulas))
+    return Document(
+        "html", blocks, title=walk.title, said=[*_formulas(walk.formulas), *pictures_in_text(walk.pictures)]
+    )
 
 
 def _formulas(count: int) -> list[tuple[int, Problem]]:
@@ -118,7 +122,7 @@ class _Walk(HTMLParser):
         self._language = ""
         self._made: list[Block] = []
         self.title = ""
-        self.formulas = 0
+        self.formulas = self.pictures = 0
 
     def run(self) -> list[Block]:
         """All blocks."""
@@ -201,13 +205,14 @@ class _Walk(HTMLParser):
         elif tag == "p" and self._stack and self._stack[-1] == "p":
             self._stack.pop()
         closes, within = _CLOSES.get(tag, (set(), set()))
-        for depth in range(len(self._stack) - 1, -1, -1):
+        lowest = len(self._stack)
+        for depth in range(len(self._stack) - 1, -1, -1) if closes else ():
             if self._stack[depth] in within:
-                return
+                break
             if self._stack[depth] in closes:
-                while len(self._stack) > depth:
-                    self._leave(self._stack.pop())
-                return
+                lowest = depth
+        while len(self._stack) > lowest:
+            self._leave(self._stack.pop())
 
     def _enter(self, tag: str, attrs: dict[str, str | None]) -> None:
         if tag in ("ul", "ol", "menu"):
@@ -293,6 +298,7 @@ class _Walk(HTMLParser):
                 self._rows[-1][-1] = f"{self._rows[-1][-1]}\n{text}".strip()
                 return
         left = "navigation" if self._is_around() else _only(run)
+        self.pictures += 0 if left else run.pictures
         if inside[:1] == "h" and inside[1:].isdigit():  # many link to themselves
             left = "" if left == "links_only" else left
             self._made.append(Block(HEADING, " ".join(text.split()), span, level=int(inside[1]), left=left))

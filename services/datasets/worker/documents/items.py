@@ -71,7 +71,7 @@ def questions(section: Section) -> Iterator[Draft]:
 def definitions(section: Section) -> Iterator[Draft]:
     """Terms with their meaning: lists of definitions, glossaries, sentences that say what something is."""
     blocks = section.blocks
-    is_glossary = any(patterns.GLOSSARY.search(title) for title in section.path[-2:])
+    is_glossary = any(map(patterns.is_glossary, section.path[-2:]))
     for n in section.left():
         block = blocks[n]
         if n not in section.free:
@@ -128,7 +128,7 @@ def procedures(section: Section) -> Iterator[Draft]:
                 intro = None
             topic = section.topic
             if taken and intro is not None:
-                topic = f"{topic}: {_told_by(blocks[intro].text)}"
+                topic = f"{topic}: {_told_by(blocks[intro].text)}".rstrip(": ")
             taken += 1
             answer = (*(() if intro is None else (intro,)), *range(begin, end))
             yield Draft("procedure", topic, answer)
@@ -175,8 +175,9 @@ def codes(section: Section) -> Iterator[Draft]:
         if before is None and after is None and not section.topic:
             continue
         topic = section.topic
-        if before is not None and (place or not topic):
-            topic = f"{topic}: {_told_by(blocks[before].text)}".lstrip(": ")
+        said = "" if before is None else _told_by(blocks[before].text)
+        if said and (place or not topic):
+            topic = f"{topic}: {said}".lstrip(": ")
         elif place:
             topic = f"{topic}: {blocks[n].text.lstrip().partition(chr(10))[0][:_MOST_SHOWN]}"
         answer = (*(() if before is None else (before,)), *range(n, end), *(() if after is None else (after,)))
@@ -253,10 +254,16 @@ def _caption(text: str) -> str:
 
 
 def _told_by(text: str) -> str:
-    """How a paragraph names what comes next: its last sentence before a colon, else its first; cut where it is long."""
+    """How a paragraph names what comes next: its last sentence before a colon, else its first; cut where it is long.
+
+    Nothing for one that says no more than "For example".
+    """
     plain = " ".join(text[-_MOST_TOLD:].split()) if text.endswith(":") else " ".join(text[:_MOST_TOLD].split())
     sentences = re.split(r"(?<=[.!?])\s+(?=[^a-z])", plain.rstrip(":. "))
-    found = (sentences[-1] if plain.endswith(":") else sentences[0]).rstrip(".")
+    told = [s for s in sentences if not patterns.SAYS_NOTHING.fullmatch(s.rstrip(".,"))]
+    if not told:
+        return ""
+    found = (told[-1] if plain.endswith(":") else told[0]).rstrip(".")
     while len(found.split()) > _MOST_TOPIC_WORDS:
         shorter = max((found.rpartition(sign)[0] for sign in ("; ", ": ", ", ", " (", " – ", " — ")), key=len)
         if len(shorter.split()) < 3:

@@ -14,6 +14,11 @@ GLOSSARY = re.compile(
     r"definitionen|terminologie)\b",
     re.I,
 )
+SAYS_NOTHING = re.compile(
+    r"(?:for|zum) (?:example|instance|beispiel)|(?:another |an )?examples?|beispiele?|e\.g|z\. ?b|as follows|like this",
+    re.I,
+)
+"""What a sentence before code may be and tell nothing of it."""
 PRINCIPLES = re.compile(
     r"\b(?:principles|rules|guidelines|tenets|maxims|laws|best practices|dos? and don'?ts?|grundsätze|prinzipien|"
     r"regeln|leitlinien)\b",
@@ -30,6 +35,7 @@ REFERENCES = re.compile(
 )
 STEP = re.compile(r"(?:step|schritt)\s+(\d{1,3})\s*[.:–—-]?\s*", re.I)
 
+_MOST_GLOSSARY_WORDS = 8
 QUESTION_MARK = re.compile(r"(?:q(?:uestion)?|frage)\s*\d{0,3}\s*[.:)]\s+", re.I)
 ANSWER_MARK = re.compile(r"(?:a(?:nswer)?|antwort)\s*\d{0,3}\s*[.:)]\s+", re.I)
 
@@ -65,6 +71,11 @@ def is_dotted(text: str) -> bool:
     dots = dotted[len(title) :]
     is_numbered = 0 < len(text) - len(line) <= 4 and dotted.endswith((".", "…"))
     return is_numbered and bool(title.strip()) and dots.count(".") + 3 * dots.count("…") >= 4
+
+
+def is_glossary(heading: str) -> bool:
+    """Whether a heading stands above terms. The signature of a function may have such a word too, and does not."""
+    return bool(GLOSSARY.search(heading)) and len(heading.split()) <= _MOST_GLOSSARY_WORDS and "(" not in heading
 
 
 def term_of(text: str, lead: str, is_glossary: bool) -> str:

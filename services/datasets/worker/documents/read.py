@@ -82,6 +82,11 @@ def report(order: ingest_pb2.DocumentOrder) -> ingest_pb2.DocumentReport:
         problem, line = e.problem, e.line
     except RecursionError:
         problem, line = bounds.too_deep().problem, 0
+    except ImportError as e:
+        traceback.print_exc()
+        if "failed to map" not in str(e) and "allocate memory" not in str(e):
+            raise  # the installation is at fault, and no document
+        problem, line = bounds.out_of_memory(order.memory_bytes), 0
     except MemoryError:
         problem, line = bounds.out_of_memory(order.memory_bytes), 0
     except Exception as e:  # a reader of a library, on bytes that nobody thought of
