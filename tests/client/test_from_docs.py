@@ -60,6 +60,22 @@ def test_what_cannot_be_made_a_dataset_is_answered_clearly(cli: Cli, tmp_path: p
     told = cli.inside("dataset", "from-docs", str(tmp_path), *model, *name, "--on-row-error", "skip", "--rows", "0")
     assert "1 document could not be read and was left out" in told and "empty.md" in told
     assert "'datasets/half' exists already" in error(str(tmp_path), *model, *name, code=1)
+    assert "--over-length: got 'cut'" in error(str(tmp_path), *model, "--name", "none", "--over-length", "cut", code=2)
+    assert cli.json("dataset", "show", "none", code=3)  # told before anything was made
+    short = (
+        "--name",
+        "short",
+        "--validation",
+        "0",
+        "--on-row-error",
+        "skip",
+        "--max-length",
+        "2",
+        "--over-length",
+        "error",
+    )
+    _, said = cli.both("dataset", "from-docs", str(tmp_path), *model, *short, code=2, folder=tmp_path)
+    assert "datasets/short is made all the same. For the rest: qlorad dataset ledger short --model starter-test" in said
 
 
 @pytest.mark.slow

@@ -348,3 +348,21 @@ def test_a_long_table_without_end_tags_is_one_table() -> None:
     caption, table, prose = kinds.read(page.encode(), "a.html").blocks
     assert (caption.text, prose.text) == ("Numbers", "Behind it.") and table.kind == TABLE
     assert table.cells == (("n", "x"), *((str(n), "x") for n in range(1000)))
+
+
+@pytest.mark.parametrize(
+    ("line", "title"),
+    [
+        ("title: Rain", "Rain"),
+        ("title: 'The gauge: how'", "The gauge: how"),
+        ('title = "Rain"', "Rain"),
+        ("subtitle: no", ""),
+        ("title: >", ""),
+        ("title:", ""),
+        ("title: " + "a " * 30_000, ("a " * 100).strip()),
+    ],
+)
+def test_the_title_that_stands_before_the_text(line: str, title: str) -> None:
+    fence = "+++" if "=" in line else "---"
+    document = kinds.read(f"{fence}\nlayout: page\n{line}\n{fence}\n## How\n\nIt is read.\n".encode(), "a.md")
+    assert document.title.strip() == title

@@ -62,8 +62,11 @@ def from_docs(
     import pathlib
 
     from qlorad import _documents
+    from qlorad._wire_core import enum_value
     from qlorad.cli import leaving
+    from qlorad.v1 import datasets_pb2
 
+    enum_value(datasets_pb2.OverLength, "OVER_LENGTH_", "--over-length", over_length)
     found = _documents.find(folder)
     alias = name or alias_of(pathlib.Path(folder).expanduser().resolve().name.partition(".")[0])
     asked = given.plan(

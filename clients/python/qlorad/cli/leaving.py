@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from qlorad._connection import new_request_id
 from qlorad._wire_core import Progress
 from qlorad.cli.output import say
+from qlorad.errors import QloradError
 from qlorad.v1 import datasets_pb2
 
 
@@ -66,9 +67,12 @@ def told(alias: str, move: bool, request_id: str) -> Iterator[Making]:
 
 @contextlib.contextmanager
 def told_when_made(alias: str, rest: str) -> Iterator[None]:
-    """While more is done with a dataset that is there; who leaves is told the command for the rest."""
+    """While more is done with a dataset that is there: whoever leaves, or meets an error, is told how to go on."""
     try:
         yield
     except KeyboardInterrupt:
         say(f"\nleft; datasets/{alias} is made. For the rest: {rest}")
+        raise
+    except QloradError:
+        say(f"datasets/{alias} is made all the same. For the rest: {rest}")
         raise

@@ -31,6 +31,8 @@ from services.datasets.worker.documents.blocks import (
 from services.datasets.worker.documents.lines import Lines
 
 _FENCE = re.compile(r"(-{3}|\+{3})\s*")
+_TITLE = re.compile(r"""title\s?[:=]\s*(?P<quote>["']?)(?P<title>[^\s"'|>].*?)(?P=quote)\s*""")
+_MOST_TITLE = 200
 _ANCHOR = re.compile(r"[ \t]+\{[#.:][^{}]{0,200}\}\Z")
 """What some programs write behind a heading, to link to it."""
 _BLANKS = re.compile(r"[ \t]+")
@@ -50,7 +52,7 @@ def read(data: bytes) -> Document:
     walk = _Walk(tokens, lines)
     blocks += walk.blocks()
     bounds.checked(len(blocks), 0)
-    return Document("markdown", blocks, said=pictures_in_text(walk.pictures))
+    return Document("markdown", blocks, _title(lines.texts[:after]), said=pictures_in_text(walk.pictures))
 
 
 def _front_matter(lines: Sequence[str]) -> int:
@@ -64,6 +66,12 @@ def _front_matter(lines: Sequence[str]) -> int:
         if number == 2 and not re.match(r"[\w\"'#-]", line):
             return 0
     return 0
+
+
+def _title(front_matter: Sequence[str]) -> str:
+    """What the data at the head call the document."""
+    found = next(filter(None, map(_TITLE.fullmatch, front_matter)), None)
+    return " ".join(found["title"].split())[:_MOST_TITLE] if found else ""
 
 
 class _Walk:
