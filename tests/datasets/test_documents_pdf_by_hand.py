@@ -133,3 +133,19 @@ def test_a_letter_that_is_larger_than_its_text_is_no_heading() -> None:
 def test_the_same_bytes_are_the_same_blocks() -> None:
     data = by_hand(column(cut(f"{TALE} {OTHER}", 50), 72, 760), zlib.decompress(zlib.compress(shown(TALE, 72, 700))))
     assert read(data).blocks == read(data).blocks
+
+
+def test_letters_beyond_the_first_plane_are_letters() -> None:
+    told = b"1 beginbfrange <20> <7E> <0020> endbfrange "
+    told += b"3 beginbfchar <01> <D83CDF27> <02> <D835DD1E> <03> <D83C> endbfchar"
+    data = by_hand(column(cut(f"Rain \x01 and \x02\x02, half a \x03 too. {TALE}", 70), 72, 700), to_unicode=told)
+    (block,) = kept(data)
+    assert block.text == f"Rain 🌧 and 𝔞𝔞, half a \ufffd too. {TALE}"
+    text = pypdfium2.PdfDocument(data)[0].get_textpage()
+    assert "🌧 and 𝔞𝔞" in text.get_text_range(block.span.begin, block.span.end - block.span.begin)
+
+
+def test_a_script_from_right_to_left_is_told() -> None:
+    told = b"1 beginbfrange <20> <7E> <05D0> endbfrange"
+    data = by_hand(column(cut(TALE, 70), 72, 700), to_unicode=told)
+    assert [(page, p.rule) for page, p in read(data).said] == [(1, "right_to_left")]

@@ -6,8 +6,8 @@ import io
 
 import docx
 import pytest
-from docx.oxml import OxmlElement
-from docx.oxml.ns import qn
+from docx.oxml import OxmlElement, parse_xml
+from docx.oxml.ns import nsdecls, qn
 
 from services.datasets.worker.documents import kinds, patterns
 from services.datasets.worker.documents.blocks import CODE, HEADING, ITEM, MEANING, PROSE, TABLE, TERM, Block, Document
@@ -366,3 +366,25 @@ def test_the_title_that_stands_before_the_text(line: str, title: str) -> None:
     fence = "+++" if "=" in line else "---"
     document = kinds.read(f"{fence}\nlayout: page\n{line}\n{fence}\n## How\n\nIt is read.\n".encode(), "a.md")
     assert document.title.strip() == title
+
+
+def test_paragraphs_of_a_docx_count_as_they_stand_in_it() -> None:
+    made, out = docx.Document(), io.BytesIO()
+    paragraph = made.add_paragraph("Before the box.")
+    run = paragraph.add_run()._r
+    content = "<w:txbxContent><w:p><w:r><w:t>In the box.</w:t></w:r></w:p></w:txbxContent>"
+    run.append(
+        parse_xml(
+            '<mc:AlternateContent xmlns:mc="http://schemas.openxmlformats.org/markup-compatibility/2006" '
+            f'{nsdecls("w")}><mc:Choice Requires="wps">{content}</mc:Choice><mc:Fallback>{content}</mc:Fallback>'
+            "</mc:AlternateContent>"
+        )
+    )
+    made.add_paragraph("Behind the box.")
+    made.save(out)
+    there = list(made.element.body.iter(qn("w:p")))
+    blocks = kinds.read(out.getvalue(), "a.docx").blocks
+    assert sorted(b.text for b in blocks) == ["Before the box.", "Behind the box.", "In the box."]
+    for block in blocks:
+        assert block.text in "".join(there[block.span.first - 1].itertext())
+    assert blocks[-1].span.first == len(there) == 4

@@ -134,6 +134,7 @@ class _Walk(Target):
         if tag == "Fallback":  # the same once more, for older programs
             self._in_fallback += 1
         if self._in_fallback:
+            self._number += tag == "p"  # it counts, and is not read
             return
         value = attributes.get("val", "")
         if tag == "p":

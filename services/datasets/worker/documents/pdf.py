@@ -6,6 +6,7 @@ cannot be read is refused by name: encrypted, cut off, scanned, without letters.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -96,6 +97,11 @@ def _is_unmapped(page: Page) -> bool:
     return page.unmapped > _UNMAPPED * letters(page.words)
 
 
+def _from_right(page: Page) -> int:
+    """Letters of a page that run from right to left."""
+    return sum(unicodedata.bidirectional(c) in ("R", "AL") for word in page.words for c in word.text)
+
+
 def _judged(pages: Sequence[Page]) -> Iterator[tuple[int, Problem]]:
     """What is to be said of pages that give nothing, or not all. Unreadable where none gives anything."""
     pictures = [p.number for p in pages if p.is_picture]
@@ -122,6 +128,12 @@ def _judged(pages: Sequence[Page]) -> Iterator[tuple[int, Problem]]:
         if page.unmapped and not _is_unmapped(page):
             told = f"page {page.number}: signs that tell no letter ({page.unmapped}); U+FFFD stands for each"
             yield page.number, Problem("unmapped_text", told, "mend these places, or leave the rows out", "", WARNING)
+        if 2 * _from_right(page) > letters(page.words):
+            told = f"page {page.number}: text that runs from right to left; its words may stand in the wrong order"
+            yield (
+                page.number,
+                Problem("right_to_left", told, "look at the rows, or send it as DOCX or HTML", "", WARNING),
+            )
         if count := turned.get(page.number):
             told = f"page {page.number}: text that is set askew, as of a stamp, was not read ({count} letters)"
             yield page.number, Problem("turned_text", told, "what is worth learning should stand upright", "", INFO)

@@ -128,6 +128,11 @@ def _is_picture(page: Any, count_of_letters: int, area: float) -> bool:
     return False
 
 
+def _whole(letters: Sequence[str]) -> str:
+    """A word; half a letter without the other is none."""
+    return "".join("\ufffd" if "\ud800" <= letter < "\ue000" else letter for letter in letters)
+
+
 class _Reader:
     def __init__(self, text: Any, turn: int, width: float, height: float) -> None:
         self._text = text
@@ -151,7 +156,7 @@ class _Reader:
             if code in _BLANKS:
                 if pdfium.FPDFText_IsGenerated(self._text, n) != 1:
                     if letters:
-                        yield Word("".join(letters), left, right, base, look, begin, last + 1, is_glued)
+                        yield Word(_whole(letters), left, right, base, look, begin, last + 1, is_glued)
                         letters = []
                     is_behind = False
                 continue
@@ -162,14 +167,17 @@ class _Reader:
             is_near = is_behind and abs(height - base) < 0.5 * size and _BACK * size < x - right < _GAP * small
             # A sign of another look in the same word, as a bold letter or a raised number, goes with it.
             if letters and not (is_near and style.is_mono == look.is_mono):
-                yield Word("".join(letters), left, right, base, look, begin, last + 1, is_glued)
+                yield Word(_whole(letters), left, right, base, look, begin, last + 1, is_glued)
                 letters = []
             if not letters:
                 begin, left, base, look, right, is_glued = n, x, height, style, to, is_near
-            letters.append(self._letter(code, n))
+            if 0xDC00 <= code < 0xE000 and letters and "\ud800" <= letters[-1] < "\udc00":
+                letters[-1] = chr(0x10000 + ((ord(letters[-1]) - 0xD800) << 10) + code - 0xDC00)  # PDFium counts halves
+            else:
+                letters.append(self._letter(code, n))
             right, last, is_behind = max(right, to), n, True
         if letters:
-            yield Word("".join(letters), left, right, base, look, begin, last + 1, is_glued)
+            yield Word(_whole(letters), left, right, base, look, begin, last + 1, is_glued)
 
     def _letter(self, code: int, n: int) -> str:
         if code in (2, 0xAD):
@@ -183,7 +191,7 @@ class _Reader:
         ):
             self.unmapped += 1
             return "\ufffd"
-        if code < 32 or 0xD800 <= code < 0xE000:
+        if code < 32:
             return ""
         return chr(code)  # PDFium takes ligatures apart itself
 
