@@ -221,6 +221,7 @@ def test_one_question_has_one_answer(document: Document) -> None:
     for item in analyse(document, "en").items:
         answers.setdefault(item.question, set()).add(item.answer)
     assert {q: a for q, a in answers.items() if len(a) > 1} == {}
+    assert [q for q in answers if '""' in q] == []
 
 
 def asked(text: str) -> list[tuple[str, str]]:
@@ -291,4 +292,16 @@ def test_a_signature_with_a_word_for_terms_is_no_glossary() -> None:
     assert [q for q, _ in asked(text.replace("parse (file, definitions)", "Definitions"))] == [
         'What does "file" mean?',
         'What does "Returns" mean?',
+    ]
+
+
+def test_what_nothing_names_is_not_asked_for() -> None:
+    steps, table = (
+        "1. Rinse the probe well.\n2. Dry the probe well.\n\n",
+        "| sign | meaning |\n|---|---|\n| red | stop |\n\n",
+    )
+    assert asked(steps) == []
+    assert [q for q, _ in asked(f"This is how it is cleaned:\n\n{steps}{table}")] == [
+        'What are the steps of "This is how it is cleaned"?',
+        'Show "sign, meaning" as a table.',
     ]

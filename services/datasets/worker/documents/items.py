@@ -127,8 +127,10 @@ def procedures(section: Section) -> Iterator[Draft]:
             if intro is not None and (blocks[intro].kind != PROSE or blocks[intro].level):
                 intro = None
             topic = section.topic
-            if taken and intro is not None:
-                topic = f"{topic}: {_told_by(blocks[intro].text)}".rstrip(": ")
+            if (taken or not topic) and intro is not None:
+                topic = f"{topic}: {_told_by(blocks[intro].text)}".strip(": ")
+            if not topic:  # nothing names them
+                continue
             taken += 1
             answer = (*(() if intro is None else (intro,)), *range(begin, end))
             yield Draft("procedure", topic, answer)
@@ -154,8 +156,11 @@ def tables(section: Section) -> Iterator[Draft]:
                 yield Draft("table", _caption(caption), answer, above=section.topic)
             else:
                 named = [cell for cell in blocks[n].cells[0] if any(map(str.isalpha, cell))]
-                columns = f": {', '.join(named or filter(None, blocks[n].cells[0]))}" if several else ""
-                yield Draft("table", section.topic + columns, answer)
+                columns = (
+                    f": {', '.join(named or filter(None, blocks[n].cells[0]))}" if several or not section.topic else ""
+                )
+                if topic := f"{section.topic}{columns}".lstrip(": "):
+                    yield Draft("table", topic, answer)
 
 
 def codes(section: Section) -> Iterator[Draft]:
@@ -172,10 +177,12 @@ def codes(section: Section) -> Iterator[Draft]:
         after = _prose_beside(section, end - 1, 1)
         if after is not None and (blocks[after].text.endswith(":") or section.neighbour(after, 1) in found):
             after = None
-        if before is None and after is None and not section.topic:
-            continue
         topic = section.topic
         said = "" if before is None else _told_by(blocks[before].text)
+        if not topic and not said and after is not None:
+            said = _told_by(blocks[after].text)
+        if not topic and not said:  # nothing names it
+            continue
         if said and (place or not topic):
             topic = f"{topic}: {said}".lstrip(": ")
         elif place:

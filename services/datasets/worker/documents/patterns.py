@@ -105,6 +105,7 @@ def is_headed(block: Block) -> bool:
         (block.kind, block.level) == (PROSE, 0)
         and ends
         and 1 < len(lead) <= 80
+        and any(map(str.isalnum, lead))
         and block.text.startswith(lead)
         and said > 20
     )
