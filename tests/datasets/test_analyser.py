@@ -305,3 +305,16 @@ def test_what_nothing_names_is_not_asked_for() -> None:
         'What are the steps of "This is how it is cleaned"?',
         'Show "sign, meaning" as a table.',
     ]
+
+
+def test_a_list_of_contents_is_above_nothing() -> None:
+    page = "<title>Gauges</title><h2>Table of contents</h2><ul><li>Reading it<li>Rinsing it</ul>"
+    page += (
+        "<h3>Reading it</h3><p>It is read at seven every day.<h3>Rinsing it</h3><p>It is rinsed with rain every day."
+    )
+    found = analyse(kinds.read(page.encode(), "a.html"), "en")
+    assert [(i.question, i.section) for i in found.items] == [
+        ('Explain "Reading it" in the context of "Gauges".', "Reading it"),
+        ('Explain "Rinsing it" in the context of "Gauges".', "Rinsing it"),
+    ]
+    assert list(found.left.values()) == ["table_of_contents"] * 3
