@@ -388,3 +388,19 @@ def test_paragraphs_of_a_docx_count_as_they_stand_in_it() -> None:
     for block in blocks:
         assert block.text in "".join(there[block.span.first - 1].itertext())
     assert blocks[-1].span.first == len(there) == 4
+
+
+def test_a_table_that_holds_a_page_together_is_what_lies_in_it() -> None:
+    inner = "<table><tr><th>sign<th>meaning<tr><td>red<td>stop<ul><li>at once</ul></table>"
+    page = "<table><tr><td><a href=x>Home</a><td><h1>Gauges</h1><p>Read it.<ol><li>Rinse.</ol>"
+    page += f"{inner}<pre>a  = 1</pre></table>"
+    document = kinds.read(page.encode(), "a.html")
+    assert told(document) == [
+        ("links_only", "Home"),
+        (HEADING, "Gauges"),
+        (PROSE, "Read it."),
+        (ITEM, "Rinse."),
+        (TABLE, "| sign | meaning |\n| --- | --- |\n| red | stop at once |"),
+        (CODE, "a  = 1"),
+    ]
+    assert at(page, document.blocks[4]) == inner.removesuffix("</table>")

@@ -99,6 +99,16 @@ class _Run:
     pictures: int = 0
 
 
+@dataclass(slots=True)
+class _Table:
+    """A table on its way."""
+
+    at: int
+    """Where it begins."""
+    rows: list[list[list[Block]]] = field(default_factory=list)
+    """Of cells, each with what lies in it."""
+
+
 class _Walk(HTMLParser):
     """Tags and texts, one after the other, as blocks."""
 
@@ -117,8 +127,8 @@ class _Walk(HTMLParser):
         self._silent = 0
         """So many elements are open whose text is not the page's."""
         self._run = _Run()
-        self._rows: list[list[str]] | None = None
-        self._table_at = self._table_depth = 0
+        self._tables: list[_Table] = []
+        """Those that are open, the innermost last."""
         self._language = ""
         self._made: list[Block] = []
         self.title = ""
@@ -129,7 +139,7 @@ class _Walk(HTMLParser):
         self.feed(self._text)
         self.close()
         self._flush(len(self._text))
-        if self._rows is not None:
+        while self._tables:
             self._end_table(len(self._text))
         bounds.checked(len(self._made), 0)
         return self._made
@@ -225,13 +235,13 @@ class _Walk(HTMLParser):
             if self._lists and number is not None:
                 self._lists[-1] = number + 1
         elif tag == "table":
-            self._table_depth += 1
-            if self._table_depth == 1:
-                self._rows, self._table_at = [], self._at()
-        elif tag == "tr" and self._rows is not None and self._table_depth == 1:
-            self._rows.append([])
-        elif tag in ("td", "th") and self._rows and self._table_depth == 1:
-            self._rows[-1].append("")
+            self._tables.append(_Table(self._at()))
+        elif tag == "tr" and self._tables:
+            self._tables[-1].rows.append([])
+        elif tag in ("td", "th") and self._tables:
+            if not self._tables[-1].rows:
+                self._tables[-1].rows.append([])
+            self._tables[-1].rows[-1].append([])
         elif tag == "pre":
             self._language = _language(attrs)
 
@@ -243,10 +253,8 @@ class _Walk(HTMLParser):
         elif tag == "li" and self._opened:
             self._opened.pop()
             self._fresh = False
-        elif tag == "table":
-            self._table_depth -= 1
-            if self._table_depth == 0:
-                self._end_table(self._at())
+        elif tag == "table" and self._tables:
+            self._end_table(self._at())
 
     def _count(self, tag: str, by: int, attrs: dict[str, str | None]) -> None:
         if tag in _STRONG:
@@ -281,7 +289,7 @@ class _Walk(HTMLParser):
             text = "\n".join(_BLANKS.sub(" ", line).strip() for line in text.split("\n")).strip().replace("``", "")
         if not text:
             if run.pictures and not self._is_around():
-                self._made.append(Block(PROSE, "", self._lines.at(max(0, end - 1), end), left="picture"))
+                self._put(Block(PROSE, "", self._lines.at(max(0, end - 1), end), left="picture"))
             return
         while end > run.begin + 1 and self._text[end - 1].isspace():
             end -= 1
@@ -293,27 +301,31 @@ class _Walk(HTMLParser):
         if "title" in self._stack:
             self.title = self.title or " ".join(text.split())
             return
-        if self._rows is not None and "caption" not in self._stack:
-            if self._rows and self._rows[-1]:
-                self._rows[-1][-1] = f"{self._rows[-1][-1]}\n{text}".strip()
-                return
         left = "navigation" if self._is_around() else _only(run)
         self.pictures += 0 if left else run.pictures
         if inside[:1] == "h" and inside[1:].isdigit():  # many link to themselves
             left = "" if left == "links_only" else left
-            self._made.append(Block(HEADING, " ".join(text.split()), span, level=int(inside[1]), left=left))
+            self._put(Block(HEADING, " ".join(text.split()), span, level=int(inside[1]), left=left))
         elif self._is_pre():
-            self._made.append(Block(CODE, text, span, level=len(self._opened), language=self._language, left=left))
+            self._put(Block(CODE, text, span, level=len(self._opened), language=self._language, left=left))
             self._fresh = False
         elif inside in ("dt", "dd"):
             kind = TERM if inside == "dt" else MEANING
-            self._made.append(Block(kind, text, span, left=left))
+            self._put(Block(kind, text, span, left=left))
         elif self._opened and self._fresh:
             self._fresh = False
             more: dict[str, Any] = {"level": len(self._opened) - 1, "number": self._opened[-1]}
-            self._made.append(Block(ITEM, text, span, lead=_lead(run), left=left, **more))
+            self._put(Block(ITEM, text, span, lead=_lead(run), left=left, **more))
         else:
-            self._made.append(Block(PROSE, text, span, level=len(self._opened), lead=_lead(run), left=left))
+            self._put(Block(PROSE, text, span, level=len(self._opened), lead=_lead(run), left=left))
+
+    def _put(self, block: Block) -> None:
+        """Lays a block into the cell that is open, or behind all others. A caption stands outside of its table."""
+        around = self._tables[:-1] if "caption" in self._stack else self._tables
+        if around and around[-1].rows and around[-1].rows[-1]:
+            around[-1].rows[-1][-1].append(block)
+        else:
+            self._made.append(block)
 
     def _is_around(self) -> bool:
         if any(tag in _AROUND for tag in self._stack):
@@ -321,16 +333,20 @@ class _Walk(HTMLParser):
         return "header" in self._stack and not {"main", "article"} & set(self._stack) and "h1" not in self._stack
 
     def _end_table(self, end: int) -> None:
-        rows, self._rows = [r for r in self._rows or [] if any(r)], None
+        table = self._tables.pop()
+        rows = [row for row in table.rows if any(row)]
         if not rows:
             return
-        span = self._lines.at(self._table_at, end)
-        cells = squared(rows)
+        if len(rows) == 1 or max(map(len, rows)) == 1:  # it holds a page together and is no table
+            for row in rows:
+                for cell in row:
+                    for block in cell:
+                        self._put(block)
+            return
+        self.pictures += sum(block.left == "picture" for row in rows for cell in row for block in cell)
+        cells = squared([["\n".join(block.text for block in cell).strip() for cell in row] for row in rows])
         left = "navigation" if self._is_around() else ""
-        if len(cells[0]) > 1:
-            self._made.append(Block(TABLE, table_text(cells), span, cells=cells, left=left))
-        else:  # it holds a page together and is no table
-            self._made += [Block(PROSE, row[0], span, left=left) for row in cells]
+        self._put(Block(TABLE, table_text(cells), self._lines.at(table.at, end), cells=cells, left=left))
 
 
 def _language(attrs: dict[str, str | None]) -> str:
