@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import pathlib
+import subprocess
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -12,6 +15,7 @@ import pytest
 
 from services.datasets.worker.documents.apart import Reader, UnreadableDocument
 from tests.datasets.setting import as_docx
+from tests.house import ROOT, eventually
 
 GOOD = "# Guide\n\nThe probe is rinsed with water and dried before it is used again.\n"
 MEMORY = 420 << 20
@@ -207,3 +211,37 @@ def test_each_reader_is_bounded_in_memory_and_in_time(
         error = refusal(reader, tmp_path, made(), name).problem
     told = f"{memory} bytes of memory" if narrow == "memory" else "1 CPU seconds"
     assert error.rule == "document_too_large" and told in error.message, error
+
+
+def test_a_reader_ends_with_its_worker_in_the_middle_of_a_document(tmp_path: pathlib.Path) -> None:
+    os.mkfifo(endless := tmp_path / "endless")
+    worker = (
+        "import pathlib, sys\nfrom services.datasets.worker.documents.apart import Reader\n"
+        "reader = Reader()\nreader._start()\nprint(reader._process.pid, flush=True)\n"
+        "reader.read(pathlib.Path(sys.argv[1]), 'a.md', False)\n"
+    )
+    command = [sys.executable, "-c", worker, str(endless)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        held = eventually(lambda: opened(endless), what="a reader of the document")
+        try:
+            process.kill()
+            eventually(lambda: not lives(pid), what="the end of the reader")
+        finally:
+            os.close(held)
+
+
+def opened(pipe: pathlib.Path) -> int | None:
+    """A handle to write to a pipe, once somebody reads it."""
+    try:
+        return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:
+        return None
+
+
+def lives(pid: int) -> bool:
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
