@@ -67,6 +67,8 @@ def test_models_are_listed_shown_loaded_unloaded(cli: Cli) -> None:
     assert shown["state"] == "MODEL_STATE_READY" and isinstance(shown["parameters"], int)
     assert [m["digest"] for m in cli.json("model", "list")["models"]] == [shown["digest"]]
     assert cli.lines("model", "list") == cli.json("model", "list")["models"]
+    table = cli.inside("model", "list").splitlines()
+    assert table[0].split()[:2] == ["NAME", "STATE"] and table[1].split()[:2] == ["starter-test", "READY"]
     assert cli.json("model", "starter")["digest"] == shown["digest"]
     loaded = cli.json("model", "load", "starter-test", "--precision", "nf4")
     assert loaded["digest"] == shown["digest"] and loaded["precision"] == "PRECISION_NF4"

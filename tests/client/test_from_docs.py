@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
+from unittest import mock
 
 import pytest
 
-from qlorad import _documents
+from qlorad import _documents, errors
 from services.datasets.documents import SUFFIXES
 from tests.client.cli import Cli
 from tests.house import ROOT
@@ -58,6 +60,22 @@ def test_what_cannot_be_made_a_dataset_is_answered_clearly(cli: Cli, tmp_path: p
     told = cli.inside("dataset", "from-docs", str(tmp_path), *model, *name, "--on-row-error", "skip", "--rows", "0")
     assert "1 document could not be read and was left out" in told and "empty.md" in told
     assert "'datasets/half' exists already" in error(str(tmp_path), *model, *name, code=1)
+    assert "--over-length: got 'cut'" in error(str(tmp_path), *model, "--name", "none", "--over-length", "cut", code=2)
+    assert cli.json("dataset", "show", "none", code=3)  # told before anything was made
+    short = (
+        "--name",
+        "short",
+        "--validation",
+        "0",
+        "--on-row-error",
+        "skip",
+        "--max-length",
+        "2",
+        "--over-length",
+        "error",
+    )
+    _, said = cli.both("dataset", "from-docs", str(tmp_path), *model, *short, code=2, folder=tmp_path)
+    assert "datasets/short is made all the same. For the rest: qlorad dataset ledger short --model starter-test" in said
 
 
 @pytest.mark.slow
@@ -69,3 +87,19 @@ def test_one_document_alone_and_as_texts(cli: Cli, tmp_path: pathlib.Path) -> No
 
 def test_client_and_daemon_call_the_same_files_documents() -> None:
     assert [s for suffixes in _documents.KINDS.values() for s in suffixes] == list(SUFFIXES)
+
+
+def test_what_a_folder_hides_is_told(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "a.md").write_text("# A\n")
+    (tmp_path / "far").symlink_to(tmp_path)
+    (tmp_path / "gone.md").symlink_to(tmp_path / "nowhere")
+    found = _documents.find(tmp_path)
+    assert [name for _, name in found.files] == ["a.md"] and found.others == {"link to a folder": 1, ".md": 1}
+    odd = tmp_path / os.fsdecode(b"caf\xe9.md")
+    odd.write_text("# B\n")
+    with pytest.raises(errors.InvalidArgument, match="names are UTF-8"):
+        _documents.find(tmp_path)
+    odd.unlink()
+    with mock.patch.object(os, "scandir", side_effect=PermissionError(13, "Permission denied", str(tmp_path))):
+        with pytest.raises(errors.InvalidArgument, match="Permission denied"):
+            _documents.find(tmp_path)

@@ -212,3 +212,109 @@ def test_few_words_beside_items_lead_to_them_or_go_with_them() -> None:
     text = "# G\n\n## Terms\n\nThese words are used here.\n\n- **Blank**: a sample without what is looked for.\n"
     found = analyse(kinds.read(text.encode(), "a.md"), "en")
     assert [item.rule for item in found.items] == ["definition"] and set(found.left.values()) == {"lead_in"}
+
+
+@given(documents())
+@settings(max_examples=60, deadline=None)
+def test_one_question_has_one_answer(document: Document) -> None:
+    answers: dict[str, set[str]] = {}
+    for item in analyse(document, "en").items:
+        answers.setdefault(item.question, set()).add(item.answer)
+    assert {q: a for q, a in answers.items() if len(a) > 1} == {}
+    assert [q for q in answers if '""' in q] == []
+
+
+def asked(text: str) -> list[tuple[str, str]]:
+    return [(i.question, i.answer) for i in analyse(kinds.read(text.encode(), "a.md"), "en").items]
+
+
+def test_what_asks_the_same_and_answers_otherwise_is_counted() -> None:
+    text = "# Guide\n\n## Runs\n\n" + "".join(f"The base says:\n\n```\n{c} = 1\n```\n\n" for c in "abc")
+    assert [q for q, _ in asked(text)] == [
+        'Show the code for "Runs" in the context of "Guide", with its explanation.',
+        'Show the code for "Runs: The base says" in the context of "Guide", with its explanation (part 1 of 2).',
+        'Show the code for "Runs: The base says" in the context of "Guide", with its explanation (part 2 of 2).',
+    ]
+
+
+def test_paragraphs_with_headings_of_their_own_are_items_of_their_own() -> None:
+    text = "# Security\n\nWhat is held, and by whom, stands here.\n\n"
+    text += "**Tokens.** They are kept as hashes, and never themselves.\n\n"
+    text += (
+        "- a list of them\n- stands in a file\n\n**Names**: they are read once, and checked before they are paths.\n\n"
+    )
+    text += "A *word* in it is no heading, and neither is what *ends* so.\n"
+    assert asked(text) == [
+        ('Explain "Security".', "What is held, and by whom, stands here."),
+        (
+            'Explain "Tokens" in the context of "Security".',
+            "Tokens. They are kept as hashes, and never themselves.\n\n- a list of them\n- stands in a file",
+        ),
+        (
+            'Explain "Names" in the context of "Security".',
+            "Names: they are read once, and checked before they are paths.\n\n"
+            "A word in it is no heading, and neither is what ends so.",
+        ),
+    ]
+
+
+def test_code_is_asked_for_by_what_is_said_of_it() -> None:
+    def of(prose: str, code: str = "x = 1") -> str:
+        return asked(f"# A\n\n```\nfirst = 0\n```\n\n{prose}\n\n```\n{code}\n```\n")[-1][0].partition(' "A: ')[2]
+
+    assert of("Your rows are named. What is broken has its line.").startswith('Your rows are named",')
+    assert of("Much was said. It is done so:").startswith('It is done so",')
+    assert of("Made in a while. (There is another way too.)").startswith('Made in a while",')
+    long = "The token is kept as a hash, which nobody can turn back, so that whoever reads the file knows nothing of it"
+    assert of(long).startswith('The token is kept as a hash, which nobody can turn back",')
+    assert of("The lines are ordered by weight. For example:").startswith('The lines are ordered by weight",')
+    assert of("For example:").startswith('x = 1",') and of("Here is one for example:").startswith("Here is one")
+    assert of("x " * 40).startswith('x x x x x x x x x x x x x x x …",')
+    (*_, (question, answer)) = asked("# A\n\nSee what it says:\n\n```\n$ qlorad status\n```\n\n```\nSERVING\n```\n")
+    assert question == 'Show "A" on the command line.' and answer.endswith(
+        "```\n$ qlorad status\n```\n\n```\nSERVING\n```"
+    )
+
+
+def test_tables_are_told_apart_by_the_names_of_their_columns() -> None:
+    table = "| rows | 1 | 2 |\n|---|---|---|\n| a | 3 | 4 |\n\n"
+    questions = [q for q, _ in asked(f"# Figures\n\n{table}Between them.\n\n{table.replace('rows', 'tokens')}")]
+    assert [q for q in questions if "as a table" in q] == [
+        'Show "Figures: rows" as a table.',
+        'Show "Figures: tokens" as a table.',
+    ]
+
+
+def test_a_signature_with_a_word_for_terms_is_no_glossary() -> None:
+    text = "# parse (file, definitions)\n\nfile: the path of the file that holds the declarations.\n\n"
+    text += "Returns: zero where the file is as it should be.\n"
+    assert [q for q, _ in asked(text)] == ['Explain "parse (file, definitions)".']
+    assert [q for q, _ in asked(text.replace("parse (file, definitions)", "Definitions"))] == [
+        'What does "file" mean?',
+        'What does "Returns" mean?',
+    ]
+
+
+def test_what_nothing_names_is_not_asked_for() -> None:
+    steps, table = (
+        "1. Rinse the probe well.\n2. Dry the probe well.\n\n",
+        "| sign | meaning |\n|---|---|\n| red | stop |\n\n",
+    )
+    assert asked(steps) == []
+    assert [q for q, _ in asked(f"This is how it is cleaned:\n\n{steps}{table}")] == [
+        'What are the steps of "This is how it is cleaned"?',
+        'Show "sign, meaning" as a table.',
+    ]
+
+
+def test_a_list_of_contents_is_above_nothing() -> None:
+    page = "<title>Gauges</title><h2>Table of contents</h2><ul><li>Reading it<li>Rinsing it</ul>"
+    page += (
+        "<h3>Reading it</h3><p>It is read at seven every day.<h3>Rinsing it</h3><p>It is rinsed with rain every day."
+    )
+    found = analyse(kinds.read(page.encode(), "a.html"), "en")
+    assert [(i.question, i.section) for i in found.items] == [
+        ('Explain "Reading it" in the context of "Gauges".', "Reading it"),
+        ('Explain "Rinsing it" in the context of "Gauges".', "Rinsing it"),
+    ]
+    assert list(found.left.values()) == ["table_of_contents"] * 3

@@ -225,6 +225,11 @@ def test_a_turned_page_is_read_and_turned_text_on_an_upright_one_is_not() -> Non
         canvas.drawString(0, 0, "Stamp of the library of the river people")
 
     assert prose(drawn(turned)) == TALE
+    ((page, problem),) = read(drawn(turned)).said
+    assert (page, problem.rule) == (
+        1,
+        "turned_text",
+    ) and "set askew, as of a stamp, was not read (33 letters)" in problem.message
 
     def on_its_side(canvas: Any) -> None:
         canvas.setPageRotation(90)
@@ -258,3 +263,46 @@ def test_bookmarks_show_headings_that_look_like_text() -> None:
         lines(wrapped(TALE, 80))(canvas)
 
     assert kept(drawn(page))[0].kind == HEADING
+
+
+@pytest.mark.parametrize("angle", [90, 180, 270])
+def test_a_page_that_lies_on_its_side_and_does_not_say_so_is_read(angle: int) -> None:
+    def lying(canvas: Any) -> None:
+        canvas.translate(*{90: (595, 0), 180: (595, 842), 270: (0, 842)}[angle])
+        canvas.rotate(angle)
+        lines(wrapped(TALE, 60), y=400)(canvas)
+
+    data = drawn(lines(wrapped(TALE.replace("station", "house"), 60)), lying)
+    assert prose(data) == TALE.replace("station", "house") + " " + TALE and not read(data).said
+    block = kept(data)[-1]
+    assert block.span.first == 2 and sorted(squeezed(there(data, block))) == sorted(squeezed(TALE))
+
+
+def test_a_document_that_is_set_aslant_is_refused_by_name() -> None:
+    def aslant(canvas: Any) -> None:
+        canvas.rotate(30)
+        lines(wrapped(TALE, 60), x=300, y=400)(canvas)
+
+    error = refused(drawn(aslant)).problem
+    assert error.rule == "turned_text" and "aslant" in error.message
+
+
+def test_a_scan_below_which_its_program_wrote_its_name_is_a_scan() -> None:
+    def scan(canvas: Any) -> None:
+        from PIL import Image
+
+        canvas.drawInlineImage(Image.new("L", (40, 40), 99), 0, 0, 595, 842)
+        canvas.drawString(200, 20, "Scanned with an app")
+
+    assert refused(drawn(scan, scan)).problem.rule == "scanned_page"
+    ((page, problem),) = read(drawn(lines(wrapped(TALE, 80)), scan)).said
+    assert (page, problem.rule) == (2, "scanned_page")
+
+
+def test_words_of_every_script_are_whole_again() -> None:
+    from services.datasets.worker.documents import hyphens
+
+    assert hyphens.join("изме-", "рение", set()) == "измерение" and hyphens.join("mě-", "ření", set()) == "měření"
+    assert hyphens.join("Saint-", "Malo", set()) == "Saint-Malo" and hyphens.join("2-", "fold", set()) == "2-fold"
+    long = "a" * 200_000
+    assert hyphens.join(f"{long} well-", "known", {"well-known"}) == f"{long} well-known"

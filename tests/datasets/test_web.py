@@ -180,6 +180,22 @@ def test_each_hop_is_checked_anew(get: Get, there: Site) -> None:
     assert "does not say where to" in get.refused(there.say("/nowhere", 302)).message
 
 
+def test_a_redirect_may_be_written_in_utf8(get: Get, there: Site) -> None:
+    there.put("/gr%C3%BCn", b"Here.\n")
+    assert get.text(there.move("/raw", "/grün")) == "Here.\n" and there.asked == ["/raw", "/gr%C3%BCn"]
+    assert get.text(there.move("/told", "/gr%C3%BCn")) == "Here.\n"
+
+
+def test_a_proxy_that_the_environment_names_is_not_asked(
+    get: Get, there: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with site() as proxy:
+        for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, proxy.url(""))
+        monkeypatch.delenv("no_proxy", raising=False)
+        assert get.text(there.put("/straight", b"Here.\n")) == "Here.\n" and proxy.asked == []
+
+
 def test_circles_and_long_ways_end(get: Get, there: Site) -> None:
     there.move("/a", "/b")
     there.move("/b", "/a")

@@ -77,14 +77,21 @@ def find(folder: str | os.PathLike[str]) -> Documents:
 def _walk(root: pathlib.Path) -> tuple[list[tuple[pathlib.Path, str]], Counter[str]]:
     found: list[tuple[pathlib.Path, str]] = []
     others: Counter[str] = Counter()
-    for folder, folders, names in os.walk(root):
+
+    def unreadable(error: OSError) -> None:
+        raise errors.invalid("DIR", str(error.filename), f"folders that can be read ({error.strerror})") from None
+
+    for folder, folders, names in os.walk(root, onerror=unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        others["link to a folder"] += sum(pathlib.Path(folder, name).is_symlink() for name in folders)
         for name in sorted(names):
             path = pathlib.Path(folder, name)
-            if name.startswith(".") or not path.is_file():
+            if name.startswith("."):
                 continue
-            if kind_of(name):
+            if kind_of(name) and path.is_file():
+                if any(0xD800 <= ord(c) < 0xE000 for c in str(path.relative_to(root))):
+                    raise errors.invalid("DIR", ascii(str(path)), "documents whose names are UTF-8")
                 found.append((path, path.relative_to(root).as_posix()))
             else:
                 others[path.suffix.lower() or name] += 1
-    return found, others
+    return found, +others

@@ -103,9 +103,17 @@ def _next(page: Page, response: http.client.HTTPResponse) -> Page:
     if not location:
         raise unfit(page, f"answers with {response.status} and does not say where to")
     try:
-        return web_rules.follow(page, location)
+        return web_rules.follow(page, _as_sent(location))
     except ValueError as e:
         raise unfit(page, f"is redirected to {show(location)}, which {e}") from None
+
+
+def _as_sent(location: str) -> str:
+    """A header's bytes, which http.client takes for Latin-1, as the UTF-8 that most servers mean."""
+    try:
+        return location.encode("latin-1").decode()
+    except UnicodeError:
+        return location
 
 
 def _take(

@@ -14,7 +14,7 @@ import typer
 
 from qlorad.cli import dataset_options as given
 from qlorad.cli import output as out
-from qlorad.cli.dataset_make import alias_of, not_taken
+from qlorad.cli.dataset_make import alias_of, created, not_taken
 from qlorad.cli.dataset_show import came_from, counted, example_text, rows_of
 from qlorad.cli.dataset_stats import show_forecasts
 from qlorad.cli.output import Format, Output
@@ -55,13 +55,18 @@ def from_docs(
     ] = "split",
     rows: Annotated[int, typer.Option(min=0, help="How many rows to show.")] = 2,
     move: given.Move = False,
+    request_id: given.Request = "",
     output: Output = Format.table,
 ) -> None:
     """Makes a dataset of documents: finds, reads, validates, splits, seals, counts a model's tokens, shows rows."""
     import pathlib
 
     from qlorad import _documents
+    from qlorad._wire_core import enum_value
+    from qlorad.cli import leaving
+    from qlorad.v1 import datasets_pb2
 
+    enum_value(datasets_pb2.OverLength, "OVER_LENGTH_", "--over-length", over_length)
     found = _documents.find(folder)
     alias = name or alias_of(pathlib.Path(folder).expanduser().resolve().name.partition(".")[0])
     asked = given.plan(
@@ -71,23 +76,15 @@ def from_docs(
     told = _Told(output)
     with connected() as client:
         client.models.get(model)  # an unknown one is told before anything is sent
-        if not move:
+        if not move and not request_id:
             not_taken(client, alias)
         told.found(folder, found)
-        made = _made(client, alias, found, move, asked)
-        told.dataset(made)
-        measure, ledger = _fitted(client, alias, model, max_length, over_length)
-        told.fitted(model, measure, ledger)
-        told.preview([json.loads(line) for line in client.datasets.export(alias, max_rows=rows)] if rows else [])
+        told.dataset(created(client, alias, found.files, move, request_id, asked))
+        with leaving.told_when_made(alias, f"qlorad dataset ledger {alias} --model {model}"):
+            measure, ledger = _fitted(client, alias, model, max_length, over_length)
+            told.fitted(model, measure, ledger)
+            told.preview([json.loads(line) for line in client.datasets.export(alias, max_rows=rows)] if rows else [])
     told.end(alias, model)
-
-
-def _made(client: Client, alias: str, found: Documents, move: bool, asked: Any) -> datasets_pb2.Dataset:
-    from qlorad.cli import progress
-
-    with progress.shown(f"datasets/{alias}") as tell:
-        sent = [client.datasets.upload(path, filename=name, progress=tell) for path, name in found.files]
-        return client.datasets.create(alias, sent, move_alias=move, progress=tell, **asked)
 
 
 def _fitted(

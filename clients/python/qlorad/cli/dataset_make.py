@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import pathlib
 import re
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +21,7 @@ from qlorad.cli.session import connected
 if TYPE_CHECKING:
     from qlorad.client import Client
     from qlorad.plans import Plan
+    from qlorad.v1 import datasets_pb2
 
 
 def add_to(app: typer.Typer) -> None:
@@ -52,6 +54,7 @@ def upload(
     min_score: given.MinScore = None,
     move: given.Move = False,
     keep_duplicates: given.KeepDuplicates = False,
+    request_id: given.Request = "",
     output: Output = Format.table,
 ) -> None:
     """Uploads files and makes a dataset of them. Goes on where an earlier upload was cut."""
@@ -59,7 +62,7 @@ def upload(
         format, column, validation, test, seed, stratify_by, False, on_row_error, keep_duplicates, near_duplicates,
         similarity, repair, steps, min_score,
     )  # fmt: skip
-    _make(output, name or alias_of(files[0].name.partition(".")[0]), files, move, asked)
+    _make(output, name or alias_of(files[0].name.partition(".")[0]), files, move, request_id, asked)
 
 
 def import_(
@@ -88,6 +91,7 @@ def import_(
     min_score: given.MinScore = None,
     move: given.Move = False,
     keep_duplicates: given.KeepDuplicates = False,
+    request_id: given.Request = "",
     output: Output = Format.table,
 ) -> None:
     """Makes a dataset of a hub's repository, of a folder laid out like one, of pages by URL, or of a Chroma collection.
@@ -107,7 +111,7 @@ def import_(
         last = _of_url([source]) if "urls" in asked else source.partition("@")[0]
         if "folder" in asked:
             last = str(pathlib.Path(source).resolve())
-    _make(output, name or alias_of(re.split(r"[/:]", last)[-1]), [], move, asked)
+    _make(output, name or alias_of(re.split(r"[/:]", last)[-1]), [], move, request_id, asked)
 
 
 def split(
@@ -121,6 +125,7 @@ def split(
     similarity: given.Similarity = None,
     steps: given.Steps = None,
     move: given.Move = False,
+    request_id: given.Request = "",
     output: Output = Format.table,
 ) -> None:
     """Makes a dataset of another's rows, split anew; equal and nearly equal rows stay on one side.
@@ -131,7 +136,7 @@ def split(
         validation=validation, test=test, seed=seed, stratify_by=stratify_by, near=near_duplicates,
         similarity=similarity, steps=steps,
     )  # fmt: skip
-    _make(output, name, [], move, {**asked, "parents": [dataset]})
+    _make(output, name, [], move, request_id, {**asked, "parents": [dataset]})
 
 
 def _of_url(urls: list[str]) -> str:
@@ -142,18 +147,28 @@ def _of_url(urls: list[str]) -> str:
     return unquote(parts.path).rstrip("/").rpartition("/")[2].partition(".")[0] or (parts.hostname or "")
 
 
-def _make(output: Format, alias: str, files: list[pathlib.Path], move: bool, asked: Plan) -> None:
-    from qlorad.cli import progress
-
-    sent: list[Any] = list(files)
+def _make(output: Format, alias: str, files: list[pathlib.Path], move: bool, request_id: str, asked: Plan) -> None:
     with connected() as client:
-        if not move:
+        if not move and not request_id:
             not_taken(client, alias)
-        with progress.shown(f"datasets/{alias}") as tell:
-            made = client.datasets.create(alias, sent, move_alias=move, progress=tell, **asked)
+        made = created(client, alias, [(path, "") for path in files], move, request_id, asked)
     show_dataset(output, made)
     if output is Format.table and made.stats.findings:
         out.say(f"`qlorad dataset findings {alias}` tells each finding")
+
+
+def created(
+    client: Client, alias: str, files: Sequence[tuple[pathlib.Path, str]], move: bool, request_id: str, asked: Plan
+) -> datasets_pb2.Dataset:
+    """Sends files, each under its own name or another, and makes the dataset; who leaves is told what goes on."""
+    from qlorad.cli import leaving, progress
+
+    with leaving.told(alias, move, request_id) as making, progress.shown(f"datasets/{alias}") as tell:
+        sent = [client.datasets.upload(path, filename=name, progress=tell) for path, name in files]
+        heard = making.asking(tell)
+        return client.datasets.create(
+            alias, sent, move_alias=move, progress=heard, request_id=making.request_id, **asked
+        )
 
 
 def not_taken(client: Client, alias: str) -> None:

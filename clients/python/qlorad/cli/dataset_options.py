@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 Name = Annotated[str, typer.Argument(help="A dataset: its alias or sha256:….")]
 Alias = Annotated[str, typer.Option("--name", help="The alias to give.")]
 Move = Annotated[bool, typer.Option("--move", help="If the alias exists, move it.")]
+Request = Annotated[
+    str,
+    typer.Option(
+        "--request-id", help="Comes back to the run of this id, which Ctrl-C told; a new id begins a new run."
+    ),
+]
 FormatOf = Annotated[
     str,
     typer.Option(

@@ -57,7 +57,6 @@ def list_(output: Output = Format.table) -> None:
         ("SIZE", lambda m: out.size(m.size_bytes)),
         ("NF4", lambda m: out.size(m.nf4_bytes)),
         ("CONTEXT", lambda m: str(m.context_tokens)),
-        ("PINNED", lambda m: "yes" if m.pinned else ""),
         ("DIGEST", lambda m: out.short(m.digest)),
     ]
     with connected() as client:

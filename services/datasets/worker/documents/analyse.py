@@ -58,6 +58,7 @@ def analyse(document: Document, language: str) -> Found:
         if section.heading is not None and not drafts and not section.has_parts:
             left.setdefault(section.heading, "lone_heading")
     made.sort(key=lambda item: (min(item.blocks), item.rule))
+    made = _told_apart(made, words)
     return _placed(document, places, made, left)
 
 
@@ -116,7 +117,7 @@ def _leave_out_whole(section: Section, left: dict[int, str]) -> None:
         _leave(section, section.left(), reason, left)
         left[section.heading] = reason
         return
-    dotted = [n for n in section.left() if patterns.DOTTED.fullmatch(section.blocks[n].text)]
+    dotted = [n for n in section.left() if patterns.is_dotted(section.blocks[n].text)]
     if len(dotted) > 2:
         _leave(section, dotted, "table_of_contents", left)
 
@@ -128,7 +129,12 @@ def _drafts(section: Section, left: dict[int, str]) -> list[Draft]:
         for draft in rule(section):
             if not set(draft.answer) | set(draft.asked) <= section.free:
                 continue
-            if draft.rule == "heading" and drafts and sections.words(_text(section, draft)) < items.LEAST_REST:
+            if (
+                draft.rule == "heading"
+                and not draft.is_whole
+                and drafts
+                and sections.words(_text(section, draft)) < items.LEAST_REST
+            ):
                 _share_out(section, draft.answer, drafts, left)
             elif not items.is_too_short(section, draft):
                 section.free -= {*draft.answer, *draft.asked}
@@ -167,6 +173,22 @@ def _items(section: Section, draft: Draft, words: wording.Words) -> list[Item]:
         taken = tuple(sorted((*own, *run)))
         made.append(Item(draft.rule, asked, answer, path, (), taken))
     return made
+
+
+def _told_apart(made: Sequence[Item], words: wording.Words) -> list[Item]:
+    """Items, but that those which ask the same and answer otherwise are counted: one question has one answer."""
+    answers: dict[str, list[str]] = {}
+    for item in made:
+        known = answers.setdefault(item.question, [])
+        if item.answer not in known:
+            known.append(item.answer)
+    numbers = {q: {answer: n for n, answer in enumerate(found, 1)} for q, found in answers.items() if len(found) > 1}
+    return [
+        replace(i, question=wording.part(words, i.question, numbers[i.question][i.answer], len(numbers[i.question])))
+        if i.question in numbers
+        else i
+        for i in made
+    ]
 
 
 def _word(draft: Draft) -> str:

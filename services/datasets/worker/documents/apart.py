@@ -24,6 +24,9 @@ from services.common.frames.v1 import ingest_pb2
 from services.datasets.worker.documents import bounds
 from services.datasets.worker.found import Problem, Record, Unreadable
 
+_NEAR_BOUND = 0.4
+"""Of the memory that a document may take. One that fails asks for much at once, so what it had is less."""
+
 
 @dataclass(eq=False)
 class UnreadableDocument(Unreadable):
@@ -100,14 +103,22 @@ class Reader:
     def _story(self) -> Problem:
         """Why the reader is no more."""
         assert self._process is not None
-        code = self._process.wait()
+        _, status, used = os.wait4(self._process.pid, 0)
+        code = self._process.returncode = os.waitstatus_to_exitcode(status)
         self.close()
         if code == -signal.SIGKILL:  # nobody in here did that: it goes for the worker as a whole
             os.kill(os.getpid(), signal.SIGKILL)
         if code == -signal.SIGXCPU:
             told = f"reading it takes more than the {self._cpu_seconds} CPU seconds that a document may take"
             return Problem("document_too_large", told, "cut it in parts")
-        return bounds.broken(f"its reader ended with {signal.Signals(-code).name if code < 0 else code}")
+        if code < 0 and used.ru_maxrss * 1024 > _NEAR_BOUND * self._memory_bytes:  # C++ ends so where Python raises
+            return bounds.out_of_memory(self._memory_bytes)
+        if code < 0:
+            told = f"its reader ended with {signal.Signals(-code).name}"
+            return bounds.broken(
+                f"{told}, as on damage, or where it needs more than {self._memory_bytes} bytes of memory"
+            )
+        return bounds.broken(f"its reader ended with {code}")
 
 
 def _problems(found: list[list[object]]) -> Iterator[tuple[int, Problem]]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from services.datasets.worker.found import Problem
+from services.datasets.worker.found import INFO, Problem
 
 LINE, PAGE, PARAGRAPH = "DOCUMENT_UNIT_LINE", "DOCUMENT_UNIT_PAGE", "DOCUMENT_UNIT_PARAGRAPH"
 
@@ -75,6 +75,14 @@ class Document:
     """What it calls itself, where it says that apart from its headings."""
     said: Sequence[tuple[int, Problem]] = ()
     """What is worth saying of it, with line or page."""
+
+
+def pictures_in_text(count: int) -> list[tuple[int, Problem]]:
+    """What is said of pictures that stand in text which was read: as of a document, not of a place."""
+    if not count:
+        return []
+    told = f"{count} picture{'s' * (count > 1)} within text {'were' if count > 1 else 'was'} not read"
+    return [(0, Problem("picture", told, "describe what they show in words", "", INFO))]
 
 
 def table_text(cells: Sequence[Sequence[str]]) -> str:

@@ -22,6 +22,7 @@ from services.datasets.worker.documents.blocks import (
     Block,
     Document,
     Span,
+    pictures_in_text,
     squared,
     table_text,
 )
@@ -42,7 +43,7 @@ def read(data: bytes) -> Document:
     walk = _Walk(Looks.of(package, folder))
     hear(package, main, walk)
     notes = _notes(package, folder)
-    return Document("docx", walk.blocks(), said=notes)
+    return Document("docx", walk.blocks(), said=[*notes, *pictures_in_text(walk.pictures)])
 
 
 def _main(package: Package) -> str:
@@ -117,6 +118,8 @@ class _Walk(Target):
         self._run_strong = self._run_mono = False
         self._in_run = self._in_fallback = self._in_deleted = 0
         self._made: list[Block] = []
+        self.pictures = 0
+        """Within text."""
 
     def blocks(self) -> list[Block]:
         """All blocks, headings below the title where there is one."""
@@ -131,6 +134,7 @@ class _Walk(Target):
         if tag == "Fallback":  # the same once more, for older programs
             self._in_fallback += 1
         if self._in_fallback:
+            self._number += tag == "p"  # it counts, and is not read
             return
         value = attributes.get("val", "")
         if tag == "p":
@@ -141,7 +145,9 @@ class _Walk(Target):
         elif tag == "tr" and self._tables:
             self._tables[-1].rows.append([])
         elif tag == "tc" and self._tables:
-            self._tables[-1].rows[-1:] = [[*(self._tables[-1].rows[-1] if self._tables[-1].rows else []), []]]
+            if not self._tables[-1].rows:
+                self._tables[-1].rows.append([])
+            self._tables[-1].rows[-1].append([])
         elif tag == "gridSpan" and self._tables and value.isdigit() and self._tables[-1].rows:
             self._tables[-1].rows[-1] += [[] for _ in range(min(int(value), 64) - 1)]
             self._tables[-1].skip = min(int(value), 64) - 1
@@ -238,6 +244,7 @@ class _Walk(Target):
             return Block(PROSE, "", span, left="picture") if made.has_picture else None
         if looks.styles.is_contents(made.style):
             return Block(PROSE, text.strip(), span, left="table_of_contents")
+        self.pictures += made.has_picture
         level = looks.styles.level(made.style)
         if made.outline is not None and made.outline < 9:
             level = made.outline + 1

@@ -16,6 +16,8 @@ from services.datasets.worker.documents.packages import Package, Target, hear
 _MONO = re.compile(r"courier|consolas|mono|menlo|inconsolata|source code|fira code|lucida console|cascadia", re.I)
 _CODE = re.compile(r"\bcode\b|source ?code|preformatted|verbatim|macro text|listing", re.I)
 _HEADING = re.compile(r"heading ([1-9])")
+_LONGEST_CHAIN = 50
+"""Of styles that are based on one another; Word's own end at eleven."""
 _CONTENTS = re.compile(r"toc (?:\d|heading)|table of (?:figures|authorities)|index \d", re.I)
 
 
@@ -85,7 +87,7 @@ class Styles(Target):
     def _chain(self, ident: str) -> list[Style]:
         found: list[Style] = []
         met: set[str] = set()
-        while ident in self._styles and ident not in met:
+        while ident in self._styles and ident not in met and len(found) < _LONGEST_CHAIN:
             met.add(ident)
             found.append(self._styles[ident])
             ident = found[-1].based_on
@@ -127,7 +129,8 @@ class Lists(Target):
     def __init__(self) -> None:
         self._abstract: dict[str, dict[int, Level]] = {}
         self._of: dict[str, str] = {}
-        self._starts: dict[tuple[str, int], int] = {}
+        self._starts: dict[str, dict[int, int]] = {}
+        """By list and level: where it begins anew."""
         self._in_abstract = self._in_list = ""
         self._at = 0
         self._counted: dict[str, dict[int, int]] = {}
@@ -148,7 +151,7 @@ class Lists(Target):
         elif tag == "start" and self._in_abstract and value.isdigit():
             self._level().start = int(value)
         elif tag == "startOverride" and self._in_list and value.isdigit():
-            self._starts[self._in_list, self._at] = int(value)
+            self._starts.setdefault(self._in_list, {})[self._at] = int(value)
 
     def _level(self) -> Level:
         return self._abstract.setdefault(self._in_abstract, {}).setdefault(self._at, Level())
@@ -168,11 +171,11 @@ class Lists(Target):
         if told.kind in ("bullet", "none"):
             return told.kind == "bullet", None
         # Lists of one definition count on together, but those that begin anew.
-        begins_anew = any(key[0] == ident for key in self._starts)
-        counted = self._counted.setdefault(ident if begins_anew else f"of {abstract}", {})
+        starts = self._starts.get(ident, {})
+        counted = self._counted.setdefault(ident if starts else f"of {abstract}", {})
         for deeper in [key for key in counted if key > level]:
             del counted[deeper]
-        start = self._starts.get((ident, level), told.start)
+        start = starts.get(level, told.start)
         counted[level] = counted.get(level, start - 1) + 1
         return True, counted[level]
 

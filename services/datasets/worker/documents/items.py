@@ -6,6 +6,8 @@ what it gives tells what is asked and which blocks answer.
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +20,8 @@ LEAST_REST = 30
 """Words that are left of a section: fewer are no item of their own beside others."""
 TAKE_MORE = ("procedure", "code", "table")
 _MOST_SHOWN = 80
+_MOST_TOPIC_WORDS = 15
+_MOST_TOLD = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,8 @@ class Draft:
     """The sentence to ask by, where it is not the rule's own."""
     above: str | None = None
     """What the topic belongs to, where it is not the section's."""
+    is_whole: bool = False
+    """It is an item of its own, however short."""
     cut: int = 0
     """Characters of the answer that belong to the question, as in "A: "."""
 
@@ -65,7 +71,7 @@ def questions(section: Section) -> Iterator[Draft]:
 def definitions(section: Section) -> Iterator[Draft]:
     """Terms with their meaning: lists of definitions, glossaries, sentences that say what something is."""
     blocks = section.blocks
-    is_glossary = any(patterns.GLOSSARY.search(title) for title in section.path[-2:])
+    is_glossary = any(map(patterns.is_glossary, section.path[-2:]))
     for n in section.left():
         block = blocks[n]
         if n not in section.free:
@@ -121,8 +127,10 @@ def procedures(section: Section) -> Iterator[Draft]:
             if intro is not None and (blocks[intro].kind != PROSE or blocks[intro].level):
                 intro = None
             topic = section.topic
-            if taken and intro is not None:
-                topic = f"{topic}: {_last_sentence(blocks[intro].text)}"
+            if (taken or not topic) and intro is not None:
+                topic = f"{topic}: {_told_by(blocks[intro].text)}".strip(": ")
+            if not topic:  # nothing names them
+                continue
             taken += 1
             answer = (*(() if intro is None else (intro,)), *range(begin, end))
             yield Draft("procedure", topic, answer)
@@ -147,8 +155,12 @@ def tables(section: Section) -> Iterator[Draft]:
             if _is_caption(caption):
                 yield Draft("table", _caption(caption), answer, above=section.topic)
             else:
-                columns = f": {', '.join(filter(None, blocks[n].cells[0]))}" if several else ""
-                yield Draft("table", section.topic + columns, answer)
+                named = [cell for cell in blocks[n].cells[0] if any(map(str.isalpha, cell))]
+                columns = (
+                    f": {', '.join(named or filter(None, blocks[n].cells[0]))}" if several or not section.topic else ""
+                )
+                if topic := f"{section.topic}{columns}".lstrip(": "):
+                    yield Draft("table", topic, answer)
 
 
 def codes(section: Section) -> Iterator[Draft]:
@@ -159,26 +171,41 @@ def codes(section: Section) -> Iterator[Draft]:
         if n not in section.free:
             continue
         end = n + 1
+        while end in section.free and blocks[end].kind == CODE:  # as what it prints stands below it
+            end += 1
         before = _prose_beside(section, n, -1)
-        after = _prose_beside(section, n, 1)
+        after = _prose_beside(section, end - 1, 1)
         if after is not None and (blocks[after].text.endswith(":") or section.neighbour(after, 1) in found):
             after = None
-        if before is None and after is None and not section.topic:
-            continue
         topic = section.topic
-        if before is not None and (place or not topic):
-            topic = f"{topic}: {_last_sentence(blocks[before].text)}".lstrip(": ")
+        said = "" if before is None else _told_by(blocks[before].text)
+        if not topic and not said and after is not None:
+            said = _told_by(blocks[after].text)
+        if not topic and not said:  # nothing names it
+            continue
+        if said and (place or not topic):
+            topic = f"{topic}: {said}".lstrip(": ")
         elif place:
             topic = f"{topic}: {blocks[n].text.lstrip().partition(chr(10))[0][:_MOST_SHOWN]}"
         answer = (*(() if before is None else (before,)), *range(n, end), *(() if after is None else (after,)))
-        yield Draft("code", topic, answer)
+        yield Draft("code", topic, answer, wording="console" if blocks[n].text.lstrip().startswith("$ ") else "")
 
 
 def headings(section: Section) -> Iterator[Draft]:
-    """What is left of a section, asked for by its heading."""
-    body = tuple(section.left())
-    if body and section.topic:
-        yield Draft("heading", section.topic, body)
+    """What is left of a section, asked for by its heading; what begins with a heading of its own by that."""
+    body = section.left()
+    own = [place for place, n in enumerate(body) if patterns.is_headed(section.blocks[n])]
+    if not section.topic or not body:
+        return
+    if len(own) < 2:
+        yield Draft("heading", section.topic, tuple(body))
+        return
+    if own[0]:
+        yield Draft("heading", section.topic, tuple(body[: own[0]]))
+    for begin, end in itertools.pairwise([*own, len(body)]):
+        block = section.blocks[body[begin]]
+        name = block.lead.strip().rstrip(".:")
+        yield Draft("heading", name, tuple(body[begin:end]), above=section.topic, is_whole=True)
 
 
 RULES: Sequence[Callable[[Section], Iterator[Draft]]] = (
@@ -233,9 +260,23 @@ def _caption(text: str) -> str:
     return told or text
 
 
-def _last_sentence(text: str) -> str:
-    plain = " ".join(text.split()).rstrip(":.")
-    return plain.rpartition(". ")[2]
+def _told_by(text: str) -> str:
+    """How a paragraph names what comes next: its last sentence before a colon, else its first; cut where it is long.
+
+    Nothing for one that says no more than "For example".
+    """
+    plain = " ".join(text[-_MOST_TOLD:].split()) if text.endswith(":") else " ".join(text[:_MOST_TOLD].split())
+    sentences = re.split(r"(?<=[.!?])\s+(?=[^a-z])", plain.rstrip(":. "))
+    told = [s for s in sentences if not patterns.SAYS_NOTHING.fullmatch(s.rstrip(".,"))]
+    if not told:
+        return ""
+    found = (told[-1] if plain.endswith(":") else told[0]).rstrip(".")
+    while len(found.split()) > _MOST_TOPIC_WORDS:
+        shorter = max((found.rpartition(sign)[0] for sign in ("; ", ": ", ", ", " (", " – ", " — ")), key=len)
+        if len(shorter.split()) < 3:
+            return " ".join(found.split()[:_MOST_TOPIC_WORDS]) + " …"
+        found = shorter
+    return found
 
 
 def is_too_short(section: Section, draft: Draft) -> bool:

@@ -6,6 +6,7 @@ by what it is.
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Callable
 
@@ -27,7 +28,7 @@ _OTHERS = (
     (b"SQLite format 3", "a SQLite database", _HINT),
 )
 _OLE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
-_HTML = re.compile(rb"\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html)[\s>]", re.I | re.S)
+_HTML = re.compile(rb"<(?:!doctype\s+html|html)[\s>]", re.I)
 
 
 def settle(data: bytes, filename: str) -> tuple[str, list[Problem]]:
@@ -55,7 +56,15 @@ def _by_content(data: bytes, named: str) -> str:
     if named in ("pdf", "docx"):
         told = f"it has the name of a {named.upper()} file, and its first bytes are not those of one"
         raise Unreadable(Problem("not_text", told, "send the file whole, or name it as what it is"))
-    return "html" if _HTML.match(data[:4096]) else named
+    return "html" if _HTML.match(_behind_comments(data[:4096])) else named
+
+
+def _behind_comments(head: bytes) -> bytes:
+    """What a page begins with: behind a mark, a declaration of XML and comments, as many as there are."""
+    rest = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    while rest.startswith((b"<!--", b"<?xml")):
+        rest = rest.partition(b"-->" if rest.startswith(b"<!--") else b">")[2].lstrip()
+    return rest
 
 
 def _old_office(data: bytes) -> Problem:

@@ -24,12 +24,17 @@ from services.datasets.worker.documents.blocks import (
     Block,
     Document,
     Span,
+    pictures_in_text,
     squared,
     table_text,
 )
 from services.datasets.worker.documents.lines import Lines
 
 _FENCE = re.compile(r"(-{3}|\+{3})\s*")
+_TITLE = re.compile(r"""title\s?[:=]\s*(?P<quote>["']?)(?P<title>[^\s"'|>].*?)(?P=quote)\s*""")
+_MOST_TITLE = 200
+_ANCHOR = re.compile(r"[ \t]+\{[#.:][^{}]{0,200}\}\Z")
+"""What some programs write behind a heading, to link to it."""
 _BLANKS = re.compile(r"[ \t]+")
 
 
@@ -44,9 +49,10 @@ def read(data: bytes) -> Document:
     tokens = parser.parse(body)
     if any(token.level >= bounds.MAX_NESTING - 1 for token in tokens):
         raise bounds.too_deep()
-    blocks += _Walk(tokens, lines).blocks()
+    walk = _Walk(tokens, lines)
+    blocks += walk.blocks()
     bounds.checked(len(blocks), 0)
-    return Document("markdown", blocks)
+    return Document("markdown", blocks, _title(lines.texts[:after]), said=pictures_in_text(walk.pictures))
 
 
 def _front_matter(lines: Sequence[str]) -> int:
@@ -62,6 +68,12 @@ def _front_matter(lines: Sequence[str]) -> int:
     return 0
 
 
+def _title(front_matter: Sequence[str]) -> str:
+    """What the data at the head call the document."""
+    found = next(filter(None, map(_TITLE.fullmatch, front_matter)), None)
+    return " ".join(found["title"].split())[:_MOST_TITLE] if found else ""
+
+
 class _Walk:
     """Tokens, one after the other, as blocks."""
 
@@ -73,6 +85,8 @@ class _Walk:
         self._item: tuple[int | None, int] | None = None
         """An item whose first text is still to come: its number and level."""
         self._made: list[Block] = []
+        self.pictures = 0
+        """Within text."""
 
     def blocks(self) -> list[Block]:
         at = 0
@@ -125,9 +139,12 @@ class _Walk:
 
     def _add(self, kind: str, token: Any, inline: _Inline, **more: Any) -> None:
         left = "" if kind == HEADING and inline.text else inline.left
+        self.pictures += 0 if left else inline.pictures
         self._append(kind, inline.text, token, lead=inline.lead, left=left, **more)
 
     def _append(self, kind: str, text: str, token: Any, **more: Any) -> None:
+        if kind == HEADING:
+            text = _ANCHOR.sub("", text)
         if text or more.get("left"):
             self._made.append(Block(kind, text, self._span(token), **more))
 
@@ -164,6 +181,7 @@ class _Inline:
         self.text = _clean("".join(_texts(children)))
         self.lead = _lead(children)
         self.left = _only(children)
+        self.pictures = sum(child.type == "image" for child in children)
 
 
 def _texts(children: Sequence[Any]) -> Iterator[str]:

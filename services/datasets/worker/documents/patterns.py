@@ -7,11 +7,18 @@ from __future__ import annotations
 
 import re
 
+from services.datasets.worker.documents.blocks import PROSE, Block
+
 GLOSSARY = re.compile(
     r"\b(?:glossary|definitions?|terms?|terminology|vocabulary|nomenclature|key concepts|glossar|begriffe?|"
     r"definitionen|terminologie)\b",
     re.I,
 )
+SAYS_NOTHING = re.compile(
+    r"(?:for|zum) (?:example|instance|beispiel)|(?:another |an )?examples?|beispiele?|e\.g|z\. ?b|as follows|like this",
+    re.I,
+)
+"""What a sentence before code may be and tell nothing of it."""
 PRINCIPLES = re.compile(
     r"\b(?:principles|rules|guidelines|tenets|maxims|laws|best practices|dos? and don'?ts?|grundsätze|prinzipien|"
     r"regeln|leitlinien)\b",
@@ -26,9 +33,9 @@ REFERENCES = re.compile(
     r"literatur(?:verzeichnis)?|quellen(?:verzeichnis)?|acknowledge?ments?",
     re.I,
 )
-DOTTED = re.compile(r"\S.*?(?:\s*\.){4,}\s*\d{1,4}")
 STEP = re.compile(r"(?:step|schritt)\s+(\d{1,3})\s*[.:–—-]?\s*", re.I)
 
+_MOST_GLOSSARY_WORDS = 8
 QUESTION_MARK = re.compile(r"(?:q(?:uestion)?|frage)\s*\d{0,3}\s*[.:)]\s+", re.I)
 ANSWER_MARK = re.compile(r"(?:a(?:nswer)?|antwort)\s*\d{0,3}\s*[.:)]\s+", re.I)
 
@@ -56,6 +63,21 @@ _NO_TERMS = frozenset(
 )
 
 
+def is_dotted(text: str) -> bool:
+    """Whether a line is one of a table of contents: a title, dots, and the number of a page."""
+    line = text.rstrip("0123456789")
+    dotted = line.rstrip()
+    title = dotted.rstrip(" .\u00a0…")
+    dots = dotted[len(title) :]
+    is_numbered = 0 < len(text) - len(line) <= 4 and dotted.endswith((".", "…"))
+    return is_numbered and bool(title.strip()) and dots.count(".") + 3 * dots.count("…") >= 4
+
+
+def is_glossary(heading: str) -> bool:
+    """Whether a heading stands above terms. The signature of a function may have such a word too, and does not."""
+    return bool(GLOSSARY.search(heading)) and len(heading.split()) <= _MOST_GLOSSARY_WORDS and "(" not in heading
+
+
 def term_of(text: str, lead: str, is_glossary: bool) -> str:
     """The term that a paragraph or item defines; "" if it defines none."""
     plain = text.replace("`", "")
@@ -72,6 +94,21 @@ def term_of(text: str, lead: str, is_glossary: bool) -> str:
         if found and len(plain) - found.end() > 10:
             return _term(found["term"])
     return ""
+
+
+def is_headed(block: Block) -> bool:
+    """Whether a paragraph begins with a heading of its own, set apart by how it looks and by a point or a colon."""
+    lead = block.lead.strip()
+    ends = lead.endswith((".", ":")) or block.text[len(lead) :].startswith(":")
+    said = len(block.text) - len(lead)
+    return (
+        (block.kind, block.level) == (PROSE, 0)
+        and ends
+        and 1 < len(lead) <= 80
+        and any(map(str.isalnum, lead))
+        and block.text.startswith(lead)
+        and said > 20
+    )
 
 
 def _term(text: str) -> str:

@@ -6,6 +6,7 @@ cannot be read is refused by name: encrypted, cut off, scanned, without letters.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,8 +16,8 @@ import pypdfium2.raw as raw
 from services.datasets.worker.documents import bounds, pdf_blocks, pdf_furniture
 from services.datasets.worker.documents.blocks import Document
 from services.datasets.worker.documents.pdf_lines import all_lines
-from services.datasets.worker.documents.pdf_words import Page, words_of
-from services.datasets.worker.found import WARNING, Problem, Unreadable
+from services.datasets.worker.documents.pdf_words import Page, letters, words_of
+from services.datasets.worker.found import INFO, WARNING, Problem, Unreadable
 
 _TAIL = 4096
 _MOST_BOOKMARKS = 5000
@@ -37,13 +38,13 @@ def read(data: bytes) -> Document:
         pages, size = [], 0
         for number in range(1, count + 1):
             pages.append(_page(opened, number))
-            size += sum(len(word.text) for word in pages[-1].words)
+            size += letters(pages[-1].words)
             bounds.checked(0, size)
         marks = _bookmarks(opened)
     finally:
         opened.close()
     said = list(_judged(pages))
-    shown = [p for p in pages if p.words and not _is_unmapped(p)]
+    shown = [p for p in pages if p.upright and not _is_unmapped(p)]
     lines = all_lines(shown)
     around = pdf_furniture.furniture(shown, lines)
     blocks = pdf_blocks.build(lines, around, marks)
@@ -93,19 +94,29 @@ def _bookmarks(opened: Any) -> dict[int, set[str]]:
 
 
 def _is_unmapped(page: Page) -> bool:
-    return page.unmapped > _UNMAPPED * sum(len(word.text) for word in page.words)
+    return page.unmapped > _UNMAPPED * letters(page.words)
+
+
+def _from_right(page: Page) -> int:
+    """Letters of a page that run from right to left."""
+    return sum(unicodedata.bidirectional(c) in ("R", "AL") for word in page.words for c in word.text)
 
 
 def _judged(pages: Sequence[Page]) -> Iterator[tuple[int, Problem]]:
-    """What is to be said of pages that give nothing. Unreadable where none gives anything."""
+    """What is to be said of pages that give nothing, or not all. Unreadable where none gives anything."""
     pictures = [p.number for p in pages if p.is_picture]
     unmapped = [p.number for p in pages if p.words and _is_unmapped(p)]
-    if not any(p.words and not _is_unmapped(p) for p in pages):
+    turned = {p.number: letters(p.words) - letters(p.upright) for p in pages if not _is_unmapped(p)}
+    if not any(p.upright and not p.is_picture and not _is_unmapped(p) for p in pages):
         if unmapped:
             told = f"the fonts of {_named(unmapped)} do not tell which letters they show"
             raise Unreadable(Problem("unmapped_text", told, _OCR), unmapped[0])
         if pictures:
-            raise Unreadable(Problem("scanned_page", f"{_named(pictures)}: pictures without text", _OCR), pictures[0])
+            told = f"{_named(pictures)}: pictures without text, or hardly any"
+            raise Unreadable(Problem("scanned_page", told, _OCR), pictures[0])
+        if any(turned.values()):
+            told = f"all letters are set aslant ({sum(turned.values())} of them)"
+            raise Unreadable(Problem("turned_text", told, "set them upright"))
         raise Unreadable(Problem("empty_file", "the pages of the PDF are empty", "send a document with text"))
     for first, last in _stretches(pictures):
         told = f"{_named(range(first, last + 1))}: a picture without text, as of a scan"
@@ -113,6 +124,19 @@ def _judged(pages: Sequence[Page]) -> Iterator[tuple[int, Problem]]:
     for first, last in _stretches(unmapped):
         told = f"the fonts of {_named(range(first, last + 1))} do not tell which letters they show; left out"
         yield first, Problem("unmapped_text", told, _OCR, "", WARNING)
+    for page in pages:
+        if page.unmapped and not _is_unmapped(page):
+            told = f"page {page.number}: signs that tell no letter ({page.unmapped}); U+FFFD stands for each"
+            yield page.number, Problem("unmapped_text", told, "mend these places, or leave the rows out", "", WARNING)
+        if 2 * _from_right(page) > letters(page.words):
+            told = f"page {page.number}: text that runs from right to left; its words may stand in the wrong order"
+            yield (
+                page.number,
+                Problem("right_to_left", told, "look at the rows, or send it as DOCX or HTML", "", WARNING),
+            )
+        if count := turned.get(page.number):
+            told = f"page {page.number}: text that is set askew, as of a stamp, was not read ({count} letters)"
+            yield page.number, Problem("turned_text", told, "what is worth learning should stand upright", "", INFO)
 
 
 def _stretches(numbers: Sequence[int]) -> list[tuple[int, int]]:

@@ -15,7 +15,7 @@ from statistics import median
 
 from services.datasets.worker.documents import hyphens, pdf_tables
 from services.datasets.worker.documents.blocks import CODE, HEADING, ITEM, PAGE, PROSE, Block, Span
-from services.datasets.worker.documents.patterns import DOTTED
+from services.datasets.worker.documents.patterns import is_dotted
 from services.datasets.worker.documents.pdf_lines import Line, Word, rejoined, spaced
 
 _MARK = re.compile(r"(?:([•◦▪‣●○■□–—*·\-])|(?:\()?(\d{1,3})[.)])(?:\s+|$)")
@@ -114,7 +114,7 @@ class _Build:
             self._open.append(line)
         elif line.look.is_mono and not self._is_within(before, line):
             self._begin(CODE, line)
-        elif DOTTED.fullmatch(text):
+        elif is_dotted(text):
             self._begin(PROSE, line)
             self._end("table_of_contents")
         elif self._is_heading(line, before, after):

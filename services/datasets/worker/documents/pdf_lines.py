@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 from services.datasets.worker.documents.pdf_words import Look, Page, Word
@@ -16,6 +16,8 @@ from services.datasets.worker.documents.pdf_words import Look, Page, Word
 _WIDE = 0.85
 """Of the size: a wider gap parts pieces of a line."""
 _LEAST_LINES = 6
+_MOST_INITIALS = 30
+"""Of one page."""
 _LEAST_FILL = 0.8
 """Of its column: so wide is the middle one of all lines of text, and no cell of a table."""
 
@@ -82,7 +84,7 @@ def all_lines(pages: Sequence[Page]) -> list[list[Line]]:
     """
     placed: list[list[Placed]] = []
     for page in pages:
-        rows = _rows([w for w in page.words if not w.look.is_turned and w.text])
+        rows = _rows(_initials_in_place(page.upright))
         placed.append([(base, piece) for base, pieces in rows for piece in pieces])
     gutters = sorted(x for found in placed if found and (x := _gutter(found, ())) is not None)
     usual = [x for x, after in itertools.pairwise(gutters) if after - x < 6]
@@ -100,6 +102,31 @@ def look_of(words: Sequence[Word]) -> Look:
     for word in plain:
         weights[word.look] = weights.get(word.look, 0) + len(word.text)
     return max(weights, key=lambda look: (weights[look], look.size))
+
+
+def _initials_in_place(words: Sequence[Word]) -> list[Word]:
+    """Words, but that a letter which hangs over several lines begins the first of these."""
+    made = list(words)
+    least = 1.8 * min((w.look.size for w in words), default=0)
+    large = [n for n, w in enumerate(words) if w.look.size > least and len(w.text) == 1 and w.text.isupper()]
+    for at in large[:_MOST_INITIALS]:
+        big = words[at]
+        beside = [
+            n
+            for n, w in enumerate(made)
+            if 1.8 * w.look.size < big.look.size
+            and -1 < w.left - big.right < w.look.size
+            and -0.5 * w.look.size < w.base - big.base < big.look.size
+        ]
+        if len(beside) < 2:
+            continue
+        first = max(beside, key=lambda n: made[n].base)
+        follows = made[first]
+        is_glued = follows.text[:1].islower()
+        left = follows.left - 0.5 * follows.look.size  # as wide as a letter of the text: its line is not set in
+        made[at] = replace(big, base=follows.base, left=left, right=follows.left, look=follows.look)
+        made[first] = replace(follows, is_glued=is_glued)
+    return made
 
 
 def _rows(words: Iterable[Word]) -> list[tuple[float, list[Piece]]]:

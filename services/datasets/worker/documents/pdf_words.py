@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,9 @@ _FIXED_PITCH = 1
 _BLANKS = frozenset((0, 9, 10, 13, 32, 0xA0, 0x2002, 0x2003, 0x2009, 0x200A, 0x200B, 0x202F, 0xFEFF))
 _GAP = 0.16
 """Of the size: what is wider parts words."""
+_FEW_LETTERS = 60
+_LEAST_OF_PAGE = 0.5
+_MOST_OBJECTS = 200
 _BACK = -1.1
 """So far back the next one may begin: PDFium gives every letter of a ligature the place of the whole."""
 
@@ -65,9 +68,14 @@ class Page:
     height: float
     words: tuple[Word, ...]
     is_picture: bool
-    """It shows something, and has no text."""
+    """It shows something, and has no text, or hardly any beside a picture as large as a scan."""
     unmapped: int
     """Characters that tell no letter."""
+
+    @property
+    def upright(self) -> tuple[Word, ...]:
+        """The words that are read: those that stand as the page does."""
+        return tuple(w for w in self.words if not w.look.is_turned and w.text)
 
 
 def words_of(page: Any, number: int) -> Page:
@@ -79,10 +87,50 @@ def words_of(page: Any, number: int) -> Page:
         width, height = pdfium.FPDF_GetPageWidthF(page), pdfium.FPDF_GetPageHeightF(page)
         reader = _Reader(text, turn, width, height)
         words = tuple(reader.words(max(0, count)))
-        is_picture = not words and pdfium.FPDFPage_CountObjects(page) > 0
+        best = _turned(words)
+        for more in (1, 3, 2) if 2 * best > letters(words) else ():  # the page lies on its side, and does not say so
+            wide, high = (height, width) if more % 2 else (width, height)
+            other = _Reader(text, (turn + more) % 4, wide, high)
+            found = tuple(other.words(max(0, count)))
+            if _turned(found) < best:
+                best, reader, words, width, height = _turned(found), other, found, wide, high
+                break
+        is_picture = _is_picture(page, letters(words), width * height)
         return Page(number, width, height, words, is_picture, reader.unmapped)
     finally:
         pdfium.FPDFText_ClosePage(text)
+
+
+def letters(words: Sequence[Word]) -> int:
+    """How many there are in words."""
+    return sum(len(w.text) for w in words)
+
+
+def _turned(words: Sequence[Word]) -> int:
+    return letters([w for w in words if w.look.is_turned])
+
+
+def _is_picture(page: Any, count_of_letters: int, area: float) -> bool:
+    """Whether a page has nothing to read but a picture; programs that scan write their name below it."""
+    count = pdfium.FPDFPage_CountObjects(page)
+    if not count_of_letters:
+        return bool(count > 0)
+    if count_of_letters > _FEW_LETTERS:
+        return False
+    sides = [ctypes.c_float() for _ in range(4)]
+    for n in range(min(count, _MOST_OBJECTS)):
+        one = pdfium.FPDFPage_GetObject(page, n)
+        if pdfium.FPDFPageObj_GetType(one) == pdfium.FPDF_PAGEOBJ_IMAGE:
+            if pdfium.FPDFPageObj_GetBounds(one, *sides):
+                left, bottom, right, top = (side.value for side in sides)
+                if (right - left) * (top - bottom) > _LEAST_OF_PAGE * area:
+                    return True
+    return False
+
+
+def _whole(letters: Sequence[str]) -> str:
+    """A word; half a letter without the other is none."""
+    return "".join("\ufffd" if "\ud800" <= letter < "\ue000" else letter for letter in letters)
 
 
 class _Reader:
@@ -108,24 +156,28 @@ class _Reader:
             if code in _BLANKS:
                 if pdfium.FPDFText_IsGenerated(self._text, n) != 1:
                     if letters:
-                        yield Word("".join(letters), left, right, base, look, begin, last + 1, is_glued)
+                        yield Word(_whole(letters), left, right, base, look, begin, last + 1, is_glued)
                         letters = []
                     is_behind = False
                 continue
             x, to, height = self._box(n)
             style = self._style(n)
             size = max(look.size, 1)
-            is_near = is_behind and abs(height - base) < 0.5 * size and _BACK * size < x - right < _GAP * size
+            small = max(min(look.size, style.size), 1)  # after a large initial the blanks are those of the text
+            is_near = is_behind and abs(height - base) < 0.5 * size and _BACK * size < x - right < _GAP * small
             # A sign of another look in the same word, as a bold letter or a raised number, goes with it.
             if letters and not (is_near and style.is_mono == look.is_mono):
-                yield Word("".join(letters), left, right, base, look, begin, last + 1, is_glued)
+                yield Word(_whole(letters), left, right, base, look, begin, last + 1, is_glued)
                 letters = []
             if not letters:
                 begin, left, base, look, right, is_glued = n, x, height, style, to, is_near
-            letters.append(self._letter(code, n))
+            if 0xDC00 <= code < 0xE000 and letters and "\ud800" <= letters[-1] < "\udc00":
+                letters[-1] = chr(0x10000 + ((ord(letters[-1]) - 0xD800) << 10) + code - 0xDC00)  # PDFium counts halves
+            else:
+                letters.append(self._letter(code, n))
             right, last, is_behind = max(right, to), n, True
         if letters:
-            yield Word("".join(letters), left, right, base, look, begin, last + 1, is_glued)
+            yield Word(_whole(letters), left, right, base, look, begin, last + 1, is_glued)
 
     def _letter(self, code: int, n: int) -> str:
         if code in (2, 0xAD):
@@ -139,7 +191,7 @@ class _Reader:
         ):
             self.unmapped += 1
             return "\ufffd"
-        if code < 32 or 0xD800 <= code < 0xE000:
+        if code < 32:
             return ""
         return chr(code)  # PDFium takes ligatures apart itself
 

@@ -18,7 +18,7 @@ NUMBERED = re.compile(
     r"(?:(?:chapter|section|part|appendix)\s+)?((?:\d{1,2}|[A-Z])(?:\.\d{1,2}){0,4})[.:)]?\s+\S", re.I
 )
 _UNDERLINE = re.compile(r"\s*(={3,}|-{3,}|~{3,}|\^{3,}|\*{3,})\s*")
-_RULE = re.compile(r"\s*[-=*_~#+.\s]{3,}\s*")
+_RULE = re.compile(r"[-=*_~#+.\s]{3,}")
 _MOST_WORDS = 14
 
 
@@ -44,17 +44,18 @@ def _blocks(lines: Lines) -> Iterator[Block]:
 
 
 def _paragraph(lines: Lines, begin: int, end: int) -> Iterator[Block]:
+    while end - begin > 1 and _UNDERLINE.fullmatch(lines.texts[begin + 1]) and is_title(lines.texts[begin]):
+        level = 1 if lines.texts[begin + 1].strip()[0] == "=" else 2
+        yield Block(HEADING, lines.texts[begin].strip(), lines.span(begin, begin + 2), level=level)
+        begin += 2
     texts = lines.texts[begin:end]
-    if len(texts) > 1 and _UNDERLINE.fullmatch(texts[1]) and is_title(texts[0]):
-        level = 1 if texts[1].strip()[0] == "=" else 2
-        yield Block(HEADING, texts[0].strip(), lines.span(begin, begin + 2), level=level)
-        if end - begin > 2:
-            yield from _paragraph(lines, begin + 2, end)
-    elif len(texts) == 1 and (level := heading_level(texts[0])):
+    if not texts:
+        return
+    if len(texts) == 1 and (level := heading_level(texts[0])):
         yield Block(HEADING, texts[0].strip(), lines.span(begin, end), level=level)
     elif all(text.startswith(("    ", "\t")) for text in texts) and not MARK.match(texts[0]):
         yield Block(CODE, _dedented(texts), lines.span(begin, end))
-    elif all(_RULE.fullmatch(text) for text in texts):
+    elif all(_RULE.fullmatch(text.strip()) for text in texts):
         return
     else:
         yield from _items(lines, begin, end)

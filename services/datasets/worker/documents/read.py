@@ -7,8 +7,11 @@ document which breaks them ends nobody else.
 
 from __future__ import annotations
 
+import os
 import pathlib
+import queue
 import resource
+import threading
 import traceback
 from collections import Counter
 from typing import Any
@@ -82,6 +85,11 @@ def report(order: ingest_pb2.DocumentOrder) -> ingest_pb2.DocumentReport:
         problem, line = e.problem, e.line
     except RecursionError:
         problem, line = bounds.too_deep().problem, 0
+    except ImportError as e:
+        traceback.print_exc()
+        if "failed to map" not in str(e) and "allocate memory" not in str(e):
+            raise  # the installation is at fault, and no document
+        problem, line = bounds.out_of_memory(order.memory_bytes), 0
     except MemoryError:
         problem, line = bounds.out_of_memory(order.memory_bytes), 0
     except Exception as e:  # a reader of a library, on bytes that nobody thought of
@@ -104,12 +112,19 @@ def _until(seconds: int) -> int:
 
 def main() -> None:
     bench = Bench.open(is_watched=False)
-    body: bytes | None = bench.order
-    while body is not None:
-        order = ingest_pb2.DocumentOrder.FromString(body)
+    orders: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    orders.put(bench.order)
+
+    def listen() -> None:
+        while (body := bench.line.receive()) is not None:
+            orders.put(body)
+        os._exit(0)  # in the middle of a document too: nobody waits for it
+
+    threading.Thread(target=listen, daemon=True, name="worker-watch").start()
+    while True:
+        order = ingest_pb2.DocumentOrder.FromString(orders.get())
         bound(order)
         bench.send(report(order))
-        body = bench.line.receive()
 
 
 if __name__ == "__main__":

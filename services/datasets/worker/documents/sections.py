@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from services.datasets.worker.documents import patterns
 from services.datasets.worker.documents.blocks import CODE, HEADING, ITEM, MEANING, PROSE, TABLE, TERM, Block, Span
 
 _NUMBER = re.compile(
@@ -81,7 +82,7 @@ def cut(blocks: Sequence[Block], title: str) -> list[Section]:
                 open_.pop()
             for _, around in open_:
                 around.has_parts = True
-            above = [s.topic for _, s in open_ if s.heading != top]
+            above = [s.topic for _, s in open_ if s.heading != top and not patterns.CONTENTS.fullmatch(s.topic)]
             made = Section(blocks, n, (*above, bare(block.text)), title="" if n == top else name)
             open_.append((block.level, made))
             sections.append(made)
@@ -96,6 +97,8 @@ def _title_of(blocks: Sequence[Block], heads: Sequence[int]) -> int | None:
         return None
     lowest = min(blocks[n].level for n in heads)
     highest = [n for n in heads if blocks[n].level == lowest]
+    if patterns.CONTENTS.fullmatch(bare(blocks[heads[0]].text)):  # it stands before all others, and above none
+        return None
     return heads[0] if highest == [heads[0]] and len(heads) > 1 else None
 
 

@@ -22,6 +22,8 @@ class Words:
     principle: str
     principles: str
     code: str
+    console: str
+    """Of code that is typed at a prompt, with what it answers."""
     table: str
     of: str
     part: str
@@ -36,6 +38,7 @@ _ENGLISH = Words(
     principle='Explain the principle "{topic}"{of}.',
     principles='Which principles are there for "{topic}"{of}?',
     code='Show the code for "{topic}"{of}, with its explanation.',
+    console='Show "{topic}"{of} on the command line.',
     table='Show "{topic}"{of} as a table.',
     of=' in the context of "{above}"',
     part=" (part {number} of {count})",
@@ -48,6 +51,7 @@ _GERMAN = Words(
     principle="Erkläre den Grundsatz „{topic}“{of}.",
     principles="Welche Grundsätze gibt es für „{topic}“{of}?",
     code="Zeige den Code zu „{topic}“{of} und erkläre ihn.",
+    console="Zeige „{topic}“{of} auf der Befehlszeile.",
     table="Zeige „{topic}“{of} als Tabelle.",
     of=" im Zusammenhang mit „{above}“",
     part=" (Teil {number} von {count})",
@@ -59,6 +63,7 @@ _BARE = Words(
     principle="{topic}{of}",
     principles="{topic}{of}",
     code="{topic}{of}",
+    console="{topic}{of}",
     table="{topic}{of}",
     of=" ({above})",
     part=" ({number}/{count})",
