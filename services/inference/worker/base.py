@@ -102,8 +102,8 @@ class Base:
         self._need(submit.adapter_digest)
         row = Answering(
             call, submit.adapter_digest, list(ids), submit.priority, submit.who,
-            options=submit.options, decode=self.reader.tokenizer.decode, spell=self.reader.spell,
-            end=self.reader.end_text(submit),
+            options=submit.options, decode=self.reader.tokenizer.decode, bytes_of=self.reader.bytes_of,
+            spell=self.reader.spell, end=self.reader.end_text(submit),
         )  # fmt: skip
         self.scheduler.submit(row)
         return [Report(call=call, accepted=engine_pb2.EngineAccepted(prompt_tokens=len(ids)))]

@@ -36,6 +36,10 @@ class Reader:
         self.spell = functools.lru_cache(_SPELLED)(lambda ident: self.tokenizer.decode((ident,)))
         """The text of one token alone; few of them are most of what is asked for."""
 
+        bytes_of = self.tokenizer.bytes_of()
+        self.bytes_of = bytes_of and functools.lru_cache(_SPELLED)(bytes_of)
+        """The bytes of one token, where they depend on no other; None for tokenizers of which that is not known."""
+
     def learn(self, digest: str, renderer: Renderer) -> None:
         """How an adapter's conversations are rendered."""
         self._renderers[digest] = renderer
