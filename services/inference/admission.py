@@ -36,6 +36,10 @@ class Admission:
         self._meter = meter
         self._widest = widest
 
+    def highest_priority(self) -> int:
+        """The highest priority that who calls may ask for."""
+        return self._meter.highest(caller.name())
+
     @contextlib.contextmanager
     def enter(self, requests: int = 1) -> Iterator[Entry]:
         """Lets a call in with one place, which it may free and wait for again; QUEUE_FULL or RATE_LIMITED."""

@@ -80,6 +80,10 @@ class Answering:
         """What requests are held against at the door; 0 = not known yet."""
         return self._reach.context_tokens()
 
+    def highest_priority(self) -> int:
+        """The highest that who calls may ask for."""
+        return self._admission.highest_priority()
+
     def end_all(self) -> None:
         """Ends what is still open, and what would begin, when the daemon must go."""
         self._ending = True

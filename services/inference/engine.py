@@ -37,6 +37,8 @@ OnGauges = Callable[[engine_pb2.EngineGauges, engine_pb2.EngineGauges], None]
 """Told how an engine was, and how it is."""
 
 _LOAD_SECONDS = 1800.0
+_JOINED_BYTES = 1 << 20
+"""Of tokens that come as one: log-probabilities of a long answer are more than a message may be."""
 _LAST = ("ended", "scored", "rendered")
 """The last report of a request that was not refused."""
 
@@ -45,7 +47,8 @@ class Answers:
     """Reports of one request, in order; ends with its last report or a Fault.
 
     Never blocks the engine: it holds at most one report a token, and max_tokens
-    bounds those. A reader that falls behind finds its tokens joined.
+    bounds those. A reader that falls behind finds its tokens joined, in pieces
+    that any client takes.
     """
 
     def __init__(self, witness: Callable[[Report], None]) -> None:
@@ -74,7 +77,11 @@ class Answers:
             await self._news.wait()
         report = self._reports.popleft()
         if report.HasField("tokens"):
+            size = 0
             while self._reports and self._reports[0].HasField("tokens"):
+                size = (size or report.ByteSize()) + self._reports[0].ByteSize()
+                if size > _JOINED_BYTES:
+                    break
                 more = self._reports.popleft().tokens
                 report.tokens.ids.extend(more.ids)
                 report.tokens.text += more.text

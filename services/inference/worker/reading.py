@@ -17,6 +17,7 @@ from services.common.prompt.example import ExampleError, as_template_sees
 from services.common.prompt.render import Renderer, RenderError
 from services.common.prompt.rows import RowError, make_row
 from services.common.prompt.tokens import Tokenizer
+from services.inference.messages import check_told
 
 _SPELLED = 1 << 16
 
@@ -86,16 +87,19 @@ class Reader:
         if not 2 <= len(ids) <= self.context_tokens or not any(counted):
             accepted = f"2 to {self.context_tokens} tokens, at least one of them to be scored"
             raise invalid([Violation(field, f"{len(ids)} tokens, {sum(counted)} of them to be scored", accepted)])
+        check_told(field, len(ids), order.alternatives)
         self._check_known(field, ids)
         return ids, counted
 
     def rendered(self, order: engine_pb2.EngineRender) -> engine_pb2.EngineRendered:
-        """What the model would see of an input."""
+        """What the model would see of an input; INVALID_ARGUMENT if that is more than one answer tells."""
         if order.WhichOneof("input") == "prompt":
-            text, ids = order.prompt, self.tokenizer.encode_prompt(order.prompt)
+            field, text, ids = "text", order.prompt, self.tokenizer.encode_prompt(order.prompt)
         else:
+            field = "conversation"
             text = self._render(order.conversation, order.adapter_digest)
             ids = self.tokenizer.encode(text).ids
+        check_told(field, len(ids))
         rendered = engine_pb2.EngineRendered(text=text)
         for ident in ids:
             rendered.tokens.add(id=ident, text=self.spell(ident))
