@@ -55,7 +55,7 @@ class Base:
             raise rejected(load.name, f"is held as {name} on processors only; on {load.device} accepted: NF4")
         self.reader = Reader(load.name, payload, told.template_date)
         self._payload, self._headers = payload, read_model_headers(payload)
-        kept = Prepared(load.prepared, load.manifest.digest, name)
+        kept = Prepared(load.prepared, load.manifest.digest, name, load.prepared_bytes)
         brought = weights.bring(
             payload, self.precision, load.device, kept, lambda model: said.ask(model, told.vocabulary, load.name)
         )
