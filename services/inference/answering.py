@@ -128,7 +128,7 @@ class Answering:
         try:
             while True:
                 if not first:
-                    await places.wait()
+                    await places.wait(entry.who)
                 try:
                     following = next(rest, None)
                     if following is None:
@@ -136,7 +136,7 @@ class Answering:
                     await self._tell(*following, entry, told)
                 finally:
                     if not first:
-                        places.free()
+                        places.free(entry.who)
         except Exception as error:  # not swallowed: the reader of the queue raises it
             await told.put(error)
 

@@ -164,7 +164,11 @@ def build(config: Config) -> App:
 
     async def sleep_when_idle() -> None:
         while True:
-            left = await residency.bases.sleep_idle(config.idle_unload_seconds)
+            left = 60.0
+            try:
+                left = await residency.bases.sleep_idle(config.idle_unload_seconds)
+            except Exception:  # of one base; without this none would ever sleep again, and nobody would know
+                log.exception("a base could not be put to sleep; tried again")
             await asyncio.sleep(min(left, 60.0))
 
     async def start(health: Health) -> None:

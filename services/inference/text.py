@@ -35,7 +35,7 @@ class Detokeniser(Protocol):
 
 @dataclass(slots=True)
 class FromBytes:
-    """A Detokeniser where each token is certain bytes, whatever stands beside it. Bad bytes are U+FFFD, and only they."""
+    """A Detokeniser where each token is certain bytes, whatever stands beside it. Bad bytes alone are U+FFFD."""
 
     bytes_of: Callable[[int], bytes]
     _utf8: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))

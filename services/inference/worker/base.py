@@ -118,7 +118,7 @@ class Base:
             counted=counted, alternatives=order.alternatives, spell=self.reader.spell,
         )  # fmt: skip
         self.scheduler.submit(row)
-        return []
+        return [Report(call=call, accepted=engine_pb2.EngineAccepted(prompt_tokens=len(ids)))]
 
     def _need(self, digest: str) -> None:
         if digest and digest not in self.lora:
@@ -141,10 +141,15 @@ class Base:
         try:
             effect = self._probe.effect(self.lora, prepared.digest, prepared.name)
         except BaseException:
-            self.lora.remove(prepared.digest)
+            self.remove(prepared.digest)
             raise
         loaded = engine_pb2.EngineAdapterLoaded(memory_bytes=size, rank=prepared.rank, probe_effect=effect)
         return Report(call=call, adapter_loaded=loaded)
+
+    def remove(self, digest: str) -> int:
+        """Lets an adapter go that no request uses; bytes freed."""
+        self.reader.forget(digest)
+        return self.lora.remove(digest)
 
 
 def bring(load: engine_pb2.EngineLoad) -> Base:

@@ -32,7 +32,7 @@ class Reader:
         self.renderer_of = functools.cache(lambda chosen: Renderer.open(payload, template_date, chosen))
         self._own: Renderer = self.renderer_of(formats.OWN)
         self._renderers: dict[str, Renderer] = {}
-        """Of adapters by digest; those that left stay, since a request may still be read."""
+        """Of adapters by digest."""
         self.tokenizer = Tokenizer.open(payload)
         self.spell = functools.lru_cache(_SPELLED)(lambda ident: self.tokenizer.decode((ident,)))
         """The text of one token alone; few of them are most of what is asked for."""
@@ -44,6 +44,10 @@ class Reader:
     def learn(self, digest: str, renderer: Renderer) -> None:
         """How an adapter's conversations are rendered."""
         self._renderers[digest] = renderer
+
+    def forget(self, digest: str) -> None:
+        """An adapter left. What is still to be read for it was cancelled, and comes to nothing however it is read."""
+        self._renderers.pop(digest, None)
 
     def end_text(self, submit: engine_pb2.EngineSubmit) -> str:
         """Text that ends an answer: a model whose tokenizer lacks the format's end token spells it."""
