@@ -48,7 +48,13 @@ def seeds(name: str) -> list[bytes]:
         ],
         "pages": [b"", b"bWRs"],
         "presets": [inference_pb2.Preset(name="presets/a", template="x {input}").SerializeToString()],
-        "limits": [b'"*": {max_in_flight: 2}\n', b"a: 2001-13-45\n", b"? [a]\n: 1\n", b"&a [*a]"],
+        "limits": [
+            b'"*": {max_in_flight: 2}\n',
+            b"a: 2001-13-45\n",
+            b"a: !!timestamp x\n",
+            b"? [a]\n: 1\n",
+            b"&a [*a]",
+        ],
         "tokens": [b"0" * 64 + b" ada\n"],
     }[name]
 

@@ -193,6 +193,23 @@ def test_no_key_takes_all_places() -> None:
     assert most(Places(9), "") == 9, "without keys nobody is told apart"
 
 
+async def test_who_waits_behind_a_key_that_has_enough_is_not_held_up_by_it() -> None:
+    places = Places(8)
+    for who, count in (("ada", 6), ("cy", 2)):
+        for _ in range(count):
+            places.take(who)
+    ada, bob = (asyncio.create_task(places.wait(who)) for who in ("ada", "bob"))
+    await asyncio.sleep(0)
+    places.free("cy")
+    await asyncio.sleep(0)
+    assert bob.done() and not ada.done()
+    places.free("ada")
+    await asyncio.sleep(0)
+    assert not ada.done(), "five are more than three for the one that is free"
+    places.free("ada")
+    await ada
+
+
 @given(
     st.lists(
         st.tuples(st.sampled_from(["take", "wait", "free", "leave"]), st.sampled_from(["", "a", "b"])), max_size=60
