@@ -8,6 +8,7 @@ BIN    := .venv/bin
 PINS   := constraints.txt pyproject.toml clients/python/pyproject.toml
 STAMP  := .venv/.ready-$(shell cat $(PINS) 2>/dev/null | cksum | cut -d' ' -f1)
 RANKS  := .venv/.ranks
+EACH   := .venv/.each
 CHROMA := .venv/chroma/.ready
 BUF    := protos/node_modules/.bin/buf
 CODE   := services clients protos/generate.py tests benchmarks examples
@@ -19,7 +20,7 @@ QUICK  := not slow and not storm and not gpu
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
-setup: $(STAMP) $(RANKS) ## .venv with everything pinned (the second time under a second)
+setup: $(STAMP) $(RANKS) $(EACH) ## .venv with everything pinned (the second time under a second)
 
 # torch goes first and alone: anything that pulls it takes a build of several GB.
 $(STAMP): $(PINS)
@@ -34,6 +35,11 @@ $(STAMP): $(PINS)
 $(RANKS): $(STAMP)
 	@if command -v g++ >/dev/null; then $(BIN)/python -m services.trainer.worker.prebuild && touch $@; \
 	  else echo "no g++ here: jobs of several ranks will not run until there is one and 'make setup' ran again"; fi
+
+# What serves adapters quickest on a processor is compiled too: a few seconds, once for each form of its source.
+$(EACH): services/inference/worker/each.cpp $(STAMP)
+	@if command -v g++ >/dev/null; then $(BIN)/python -m services.inference.worker.prebuild && touch $@ || true; \
+	  else echo "no g++ here: adapters will cost more than they need until there is one and 'make setup' ran again"; fi
 
 $(BUF): protos/package.json
 	@if command -v npm >/dev/null; then \
@@ -60,7 +66,7 @@ lint: $(STAMP) $(BUF) ## ruff, buf lint, formats
 types: $(STAMP) ## mypy --strict, plain inside worker/
 	$(BIN)/mypy services clients/python/qlorad
 
-test: $(STAMP) $(RANKS) ## all tests that take seconds (under 8 minutes in all)
+test: $(STAMP) $(RANKS) $(EACH) ## all tests that take seconds (under 8 minutes in all)
 	$(BIN)/python -m pytest -m "$(QUICK)" -n 2 --dist loadfile
 
 # chromadb brings 240 MB and forty packages that nothing else here needs: an environment of its own, on top of .venv.
@@ -72,17 +78,17 @@ $(CHROMA): $(STAMP)
 	.venv/chroma/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt chromadb
 	@touch $@
 
-test-slow: $(STAMP) $(RANKS) $(if $(filter-out datasets%,$(FILTER)),,$(CHROMA)) ## storms in short form and the DeepSpeed matrix; FILTER=trainer narrows
+test-slow: $(STAMP) $(RANKS) $(EACH) $(if $(filter-out datasets%,$(FILTER)),,$(CHROMA)) ## storms in short form and the DeepSpeed matrix; FILTER=trainer narrows
 	$(BIN)/python -m pytest -m slow --hypothesis-profile explore --timeout 1800 tests/$(FILTER)
 	$(if $(filter-out datasets%,$(FILTER)),,.venv/chroma/bin/python -m pytest -m slow --timeout 600 tests/datasets/test_chroma.py)
 
-test-storm: $(STAMP) $(RANKS) ## storms in long form; FILTER=trainer narrows
+test-storm: $(STAMP) $(RANKS) $(EACH) ## storms in long form; FILTER=trainer narrows
 	$(BIN)/python -m pytest -m storm --hypothesis-profile explore --timeout 14400 tests/$(FILTER)
 
 test-gpu: $(STAMP) ## what needs a CUDA device; torch in .venv must be a CUDA build
 	$(BIN)/python -m pytest -m gpu --timeout 600 tests/gpu
 
-bench: $(STAMP) ## what is quick to measure, against peers it installs; writes benchmarks/results
+bench: $(STAMP) $(EACH) ## what is quick to measure, against peers it installs; writes benchmarks/results
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@missed=; for name in control datasets ledger neardup "train --quick" "serve --quick"; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name || missed="$$missed $$name"; done; \
 	  test -z "$$missed" || { echo "bars not met by:$$missed"; exit 1; }

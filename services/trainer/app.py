@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 from qlorad.v1 import trainer_pb2, trainer_pb2_grpc
 from services.common import devices, server
 from services.common.config import ConfigError, setting
+from services.common.extensions import extensions_folder
 from services.common.server import ServerSettings
 from services.common.shelf import Shelf
 from services.common.store import Store
@@ -23,7 +24,7 @@ from services.trainer.desk import Desk
 from services.trainer.metrics import Meters, add_metrics
 from services.trainer.notify import Hub
 from services.trainer.objectives import objectives_of
-from services.trainer.places import Places, extensions_folder
+from services.trainer.places import Places
 from services.trainer.runner import Runner
 from services.trainer.servicer import TrainerServicer
 

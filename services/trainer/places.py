@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import pathlib
 from dataclasses import dataclass
 
@@ -25,12 +24,3 @@ class Places:
     def attempt(self, job: str, number: int) -> pathlib.Path:
         """An attempt's folder."""
         return self.jobs / job / "attempts" / str(number)
-
-
-def extensions_folder(told: str, prefix: str) -> pathlib.Path:
-    """Where DeepSpeed's compiled parts lie: as told, else a folder of this Python environment.
-
-    Environments must not share one: the compiler is told their paths, so each would build anew what the other built.
-    """
-    own = f"~/.cache/qlorad/torch_extensions/{hashlib.sha256(prefix.encode()).hexdigest()[:12]}"
-    return pathlib.Path(told or own).expanduser().absolute()

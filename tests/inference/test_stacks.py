@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from services.common.errors import Fault
-from services.inference.worker import flat, lora, reordered, stacks, straight
+from services.inference.worker import each, flat, lora, reordered, stacks, straight
 from services.inference.worker.lanes import Lanes
 from services.inference.worker.lora import Lora
 from tests.inference import rows_kit as kit
@@ -46,9 +46,14 @@ def quick() -> tuple[Any, Lora, Lanes]:
 
 
 @pytest.mark.parametrize("shared", [lora._SHARED, 20], ids=["shared", "long prompts alone"])
-def test_quick_products_say_what_plain_ones_say(shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "stacks"])
+def test_quick_products_say_what_plain_ones_say(shared: int, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows and pieces of prompts, of the base and of adapters of two ranks, in one forward after another."""
     monkeypatch.setattr(lora, "_SHARED", shared)
+    if not compiled:
+        monkeypatch.setattr(each, "found", lambda device, dtype: None)
+    elif not each.library().exists():
+        pytest.skip("set-up compiled nothing here")
     with torch.no_grad():
         if not reordered.pays(kit.tiny("Llama").bfloat16()):
             pytest.skip("this processor's library does not reorder")
@@ -82,7 +87,10 @@ def test_quick_products_say_what_plain_ones_say(shared: int, monkeypatch: pytest
         # bf16 alone is off by 0.12 at its worst token; a wrong adapter, or a wrong gate, by more than one.
         assert worst < 0.3 < 1.0 < float(base_to_bob.median()), (worst, base_to_bob)
         used = [site.stack for site in held._sites if site.stack is not None]
-        assert used and all(stack.a is not None and stack.a._quick is not None for stack in used)
+        if compiled:
+            assert not used and all(site.table is not None for site in held._sites)
+        else:
+            assert used and all(stack.a is not None and stack.a._quick is not None for stack in used)
 
 
 def test_numbers_that_would_reach_others_are_refused() -> None:

@@ -19,11 +19,11 @@ from qlorad.v1 import artifacts_pb2
 from qlorad.v1 import trainer_pb2 as pb
 from services.common import facts as known
 from services.common import frames
+from services.common.extensions import extensions_folder
 from services.common.frames.v1 import training_pb2
 from services.common.shelf import Shelf
 from services.trainer import launch, spec
 from services.trainer.app import TEMPLATES, read_templates
-from services.trainer.places import extensions_folder
 from services.trainer.worker.ranks import outcome
 from tests.house import ROOT, House
 from tests.trainer.kit import MODEL, adapter_config, create, get, small, stub_of, watch

@@ -28,13 +28,8 @@ class Gates:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._weights is not None:
-            gate, up = self._weights
-            if not self._lora.is_chosen:
-                return up.times(x, gate.opened(x))
-            opening, passing = self._lora.through_apart(self._site, (gate, up), x)
-        else:
-            assert self._joined is not None
-            both = self._lora.through(self._site, self._joined, x)
-            half = both.shape[-1] // 2
-            opening, passing = both[:, :half], both[:, half:]
-        return functional.silu(opening) * passing
+            return self._lora.gated(self._site, *self._weights, x)
+        assert self._joined is not None
+        both = self._lora.through(self._site, self._joined, x)
+        half = both.shape[-1] // 2
+        return functional.silu(both[:, :half]) * both[:, half:]

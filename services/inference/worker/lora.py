@@ -3,7 +3,8 @@
 Law of this room: the base's weights are never touched. A site is one linear module, or several that
 read the same input. Tokens of all rows share the stack of their adapters (see stacks), where what is not a
 token's own is set to zero between A and B, so no row is coloured by another; only a prompt so long that this
-costs more than a product of its own has its adapter alone. DoRA (see common/worker/dora) needs
+costs more than a product of its own has its adapter alone. A few tokens on a processor go by a compiled part that
+reads each adapter where it lies (see each). DoRA (see common/worker/dora) needs
 gain * (W x + BA x): the gain is in B, and gain - 1 times what the base's weight made of x comes on top.
 
 An adapter is held on the host, and on the device from the first forward that needs it; there those used
@@ -14,17 +15,20 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 from services.common.errors import rejected
 from services.common.worker import dora
 from services.common.worker.adapter import MAGNITUDE, WEIGHTS
+from services.inference.worker import each, stacks
 from services.inference.worker import flat as forwards
-from services.inference.worker import stacks
 from services.inference.worker.flat import Flat
 from services.inference.worker.linears import Linear
+from services.inference.worker.reordered import Weights
+from services.inference.worker.sites import Choice, Site
 
 _SHARED = 65_536
 """Tokens of a prompt times ranks of all adapters, up to which it shares the stack with the others."""
@@ -34,26 +38,6 @@ _SPARE = 32
 """Ranks of adapters that nobody has now which may stay when a stack is made anew, beyond a quarter."""
 _PATIENCE = 16
 """Forwards that cost as much as the whole stack made anew: so much may be spent on ranks that nobody has."""
-
-
-@dataclass(slots=True)
-class Site:
-    """One linear module, or several with the same input whose outputs stand side by side."""
-
-    names: tuple[str, ...]
-    outs: tuple[int, ...]
-    biases: tuple[torch.Tensor | None, ...]
-    apart: bool = False
-    """Whether each module's outputs are a tensor of their own."""
-    stack: stacks.Stack | None = None
-    line: int = -1
-    """Which line of adapters the stack was made for."""
-    singles: dict[str, stacks.Stack] = field(default_factory=dict)
-    """Of adapters that read a long prompt, a few."""
-
-    def starts(self) -> list[int]:
-        """Where each module's outputs begin."""
-        return [sum(self.outs[:n]) for n in range(len(self.outs))]
 
 
 @dataclass(slots=True)
@@ -68,33 +52,6 @@ class _Held:
         return sum(part.nbytes for part in self.host.values())
 
 
-@dataclass(slots=True)
-class _Choice:
-    """Who is in the forward that comes."""
-
-    flat: Flat | None = None
-    rows: tuple[str, ...] = ()
-    """Of the tokens that share the stack, the first, one each."""
-    spans: tuple[tuple[int, int, str], ...] = ()
-    """Of the tokens that share the stack, the others."""
-    shared: int = 0
-    """Tokens that share the stack; 0 = none of them has an adapter."""
-    long: tuple[tuple[int, int, str], ...] = ()
-    """Prompts that have their adapter alone."""
-    only: bool = False
-    """Whether the stack is of one adapter, and every token that shares it has that."""
-    silences: dict[tuple[int, ...], stacks.Silence] = field(default_factory=dict)
-    """By the columns of a stack."""
-
-    def whose(self, tokens: int) -> list[str]:
-        """The adapter of each of the first tokens."""
-        found = [*self.rows, *([""] * (tokens - len(self.rows)))]
-        for begin, end, digest in (*self.spans, *self.long):
-            if begin < tokens:
-                found[begin:end] = [digest] * (end - begin)
-        return found
-
-
 class Lora:
     """The adapters of one model. Not for training; dropout is left out as in eval mode."""
 
@@ -105,10 +62,11 @@ class Lora:
         self._dtype = dtype
         self._device = next(model.parameters()).device
         self._device_bytes = device_bytes
+        self._each = each.found(self._device, dtype)
         self._held: OrderedDict[str, _Held] = OrderedDict()
         """Those used longest ago first."""
         self._sites: list[Site] = []
-        self._choice = _Choice()
+        self._choice = Choice()
         self._line: tuple[str, ...] = ()
         """Adapters that stand side by side in the stacks; may hold some that no token has."""
         self._number = 0
@@ -188,7 +146,9 @@ class Lora:
             gain = gains[module].cpu() if module in gains else None
             b = b * scaling if gain is None else b * scaling * gain[:, None]
             more = None if gain is None else gain - 1
-            host[module] = stacks.Part(tensor_a.to(self._dtype).contiguous(), b.to(self._dtype).contiguous(), more)
+            # B lies in memory by ranks, which a few tokens read one after another.
+            b = b.t().to(self._dtype).contiguous().t()
+            host[module] = stacks.Part(tensor_a.to(self._dtype).contiguous(), b, more)
         self._held[digest] = _Held(host)
         return self._held[digest].nbytes
 
@@ -222,7 +182,10 @@ class Lora:
         before = self._choice
         if (flat.adapters, spans, shared) != (before.rows, before.spans, before.shared):
             only = len(sharers) == 1 and len(self._line) == 1
-            self._choice = _Choice(None, flat.adapters, spans, shared, (), only)
+            self._choice = Choice(None, flat.adapters, spans, shared, (), only)
+            own = max((self._rank(digest) for digest in sharers if digest), default=0)
+            if self._each is not None and shared and each.pays(shared, own, ranks):
+                self._choice.turn = each.Turn(self._places())
         self._choice.long, self._choice.flat = long, flat
 
     def _stand_in_line(self, needed: set[str]) -> None:
@@ -245,7 +208,7 @@ class Lora:
     def _line_up(self, line: tuple[str, ...]) -> None:
         if line != self._line:
             self._line, self._number = line, self._number + 1
-            self._choice = _Choice()
+            self._choice = Choice()
         self._spent = 0
 
     def _rank(self, digest: str) -> int:
@@ -270,9 +233,7 @@ class Lora:
     def _unstack(self, digest: str) -> None:
         self._line_up(tuple(d for d in self._line if d != digest))
         for site in self._sites:
-            site.singles.pop(digest, None)
-            if site.line != self._number:
-                site.stack = None
+            site.forget(digest, self._number)
 
     # adding
 
@@ -281,13 +242,15 @@ class Lora:
         choice = self._choice
         if not self.is_chosen:
             return linear(x) if there is None else linear.onto(x, there)
-        stack, singles = self._stacks(site)
+        table, stack, singles = self._adding(site, x)
         if any(one.has_more for one in (stack, *singles) if one is not None):
             # DoRA looks at what the base alone makes.
             out = self._with_more(site, linear(x), x, stack, singles)
             return out if there is None else there + out
         out = linear(x) if there is None else linear.onto(x, there)
-        if stack is not None and stack.a is not None:
+        if table is not None:
+            table.add(choice.turn, x, out)
+        elif stack is not None and stack.a is not None:
             shared = choice.shared
             inner = self._inner(stack, x if shared == len(x) else x[:shared])
             whole = stack.changes[0]
@@ -297,30 +260,48 @@ class Lora:
         self._add_singles(singles, x, out)
         return out
 
-    def through_apart(self, site: Site, linears: Sequence[Linear], x: torch.Tensor) -> Sequence[torch.Tensor]:
-        """What each module of a site whose modules stand apart makes of `x`."""
-        made = [linear(x) for linear in linears]
-        stack, singles = self._stacks(site)
-        if singles or stack is None or stack.has_more or self._choice.shared != len(x):
-            return self._with_more(site, torch.cat(made, -1), x, stack, singles).split(site.outs, -1)
-        if stack.a is None:
-            return made
-        inner = self._inner(stack, x)
-        changes = {change.start: change for change in stack.changes}
-        for number, start in enumerate(site.starts()):
-            if (change := changes.get(start)) is not None:
+    def gated(self, site: Site, gate: Weights, up: Weights, x: torch.Tensor) -> torch.Tensor:
+        """silu(gate x) * (up x) with the tokens' adapters at both; the two modules of the site stand apart."""
+        if not self.is_chosen:
+            return up.times(x, gate.opened(x))
+        made = [gate(x), up(x)]
+        table, stack, singles = self._adding(site, x)
+        shared = self._choice.shared
+        if table is not None and not singles and shared == len(x):
+            return table.gate(self._choice.turn, x, *made)
+        if table is None and stack is not None and not singles and not stack.has_more and shared == len(x):
+            inner = self._inner(stack, x) if stack.a is not None else x
+            for change in stack.changes:
+                number = site.starts().index(change.start)
                 made[number] = change.b.onto(inner[:, change.low : change.high], made[number])
-        return made
+        else:
+            out = torch.cat(made, -1)
+            if table is not None:
+                table.add(self._choice.turn, x, out)
+            made = list(self._with_more(site, out, x, stack, singles).split(site.outs, -1))
+        return functional.silu(made[0]) * made[1]
 
     def add_to(self, site: Site, x: torch.Tensor, out: torch.Tensor) -> None:
         """Adds to `out` [tokens, all outputs], which the base made of `x` [tokens, in]."""
-        if self.is_chosen:
-            self._with_more(site, out, x, *self._stacks(site))
+        if not self.is_chosen:
+            return
+        table, stack, singles = self._adding(site, x, out)
+        if table is not None:
+            table.add(self._choice.turn, x, out)
+        self._with_more(site, out, x, stack, singles)
 
-    def _stacks(self, site: Site) -> tuple[stacks.Stack | None, list[stacks.Stack]]:
-        """Of the tokens that share one, and of the long prompts."""
-        stack = self._stack_of(site) if self._choice.shared else None
-        return stack, [self._single(site, digest) for _, _, digest in self._choice.long]
+    def _adding(
+        self, site: Site, *numbers: torch.Tensor
+    ) -> tuple[each.Table | None, stacks.Stack | None, list[stacks.Stack]]:
+        """What adds to the tokens that share a stack: a table that does without, or it; and what to long prompts."""
+        singles = [self._single(site, digest) for _, _, digest in self._choice.long]
+        if self._each is not None and self._choice.turn and each.reads(*numbers):
+            if site.table_line != self._number:
+                site.table = each.table(self._each, self._parts(self._line), site.names, site.outs)
+                site.table_line = self._number
+            if site.table is not None:
+                return site.table, None, singles
+        return None, self._stack_of(site) if self._choice.shared else None, singles
 
     def _with_more(
         self, site: Site, out: torch.Tensor, x: torch.Tensor, stack: stacks.Stack | None, singles: list[stacks.Stack]
@@ -351,11 +332,15 @@ class Lora:
     def _silence(self, columns: tuple[int, ...], like: torch.Tensor) -> stacks.Silence:
         silence = self._choice.silences.get(columns)
         if silence is None:
-            place = {digest: n for n, digest in enumerate(self._line)}
-            tokens = [place.get(digest, -1) for digest in self._choice.whose(self._choice.shared)]
-            own = torch.tensor(tokens, device=like.device)[:, None] == torch.tensor(columns, device=like.device)[None]
+            places, owners = (torch.tensor(of, device=like.device) for of in (self._places(), columns))
+            own = places[:, None] == owners[None]
             silence = self._choice.silences[columns] = stacks.Silence(own)
         return silence
+
+    def _places(self) -> list[int]:
+        """Where in line the adapter of each token stands that shares the stack; -1 where it has none."""
+        place = {digest: n for n, digest in enumerate(self._line)}
+        return [place.get(digest, -1) for digest in self._choice.whose(self._choice.shared)]
 
     def _stack_of(self, site: Site) -> stacks.Stack:
         if site.stack is None or site.line != self._number:
@@ -371,7 +356,10 @@ class Lora:
         return one
 
     def _stacked(self, site: Site, line: Sequence[str]) -> stacks.Stack:
-        return stacks.stacked([self._held[d].device or {} for d in line], site.names, site.starts(), site.apart)
+        return stacks.stacked(self._parts(line), site.names, site.starts(), site.apart)
+
+    def _parts(self, line: Sequence[str]) -> list[Mapping[str, stacks.Part]]:
+        return [self._held[d].device or {} for d in line]
 
     def _more(self, site: Site, whose: Sequence[str], out: torch.Tensor) -> torch.Tensor:
         """What DoRA adds of the base's own outputs, of each token."""

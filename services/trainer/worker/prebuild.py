@@ -13,7 +13,7 @@ import shutil
 import sys
 import warnings
 
-from services.trainer.places import extensions_folder
+from services.common.extensions import extensions_folder
 
 
 def main() -> None:
