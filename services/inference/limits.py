@@ -23,7 +23,7 @@ KINDS: Mapping[str, tuple[int, int]] = MappingProxyType({
     "requests_per_minute": (1, _LARGEST),
     "tokens_per_minute": (1, _LARGEST),
     "max_in_flight": (1, _LARGEST),
-    "max_priority": (-MAX_PRIORITY, MAX_PRIORITY),
+    "max_priority": (0, MAX_PRIORITY),
 })  # fmt: skip
 """What can be bounded, and by how little and how much."""
 
@@ -36,7 +36,7 @@ class Limit:
     tokens_per_minute: int = 0
     max_in_flight: int = 0
     max_priority: int | None = None
-    """None = 0 of a key, so that no key overtakes others unless it is said; any where there are no keys."""
+    """None = 0 of a key, so that no key overtakes others unless it is said; 10 where there are no keys."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,11 +45,11 @@ def test_every_fault_of_the_file_is_told_at_once() -> None:
 
 def test_the_highest_priority_of_a_key_is_0_unless_it_is_said() -> None:
     assert (Limits().highest(""), Limits().highest("ada")) == (10, 0)
-    told, none = limits.read({"*": {"max_priority": 4}, "ada": {"max_priority": -3}, "bob": {}}, ["ada", "bob"])
+    told, none = limits.read({"*": {"max_priority": 4}, "ada": {"max_priority": 10}, "bob": {}}, ["ada", "bob"])
     assert not none
-    assert [told.highest(name) for name in ("", "cy", "ada", "bob")] == [4, 4, -3, 0]
-    for wrong in (11, -11, 1.5, True, "high"):
-        assert limits.read({"*": {"max_priority": wrong}}, [])[1][0].endswith("accepted: -10 to 10")
+    assert [told.highest(name) for name in ("", "cy", "ada", "bob")] == [4, 4, 10, 0]
+    for wrong in (11, -1, 1.5, True, "high"):
+        assert limits.read({"*": {"max_priority": wrong}}, [])[1][0].endswith("accepted: 0 to 10")
 
 
 def test_a_daemon_with_a_wrong_file_does_not_start(tmp_path: pathlib.Path) -> None:
