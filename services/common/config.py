@@ -136,11 +136,9 @@ def _from_file(
     except UnicodeDecodeError:
         faults.append(f"{path}: is not UTF-8 text")
         return {}
-    import yaml  # only a daemon that has a file pays for it
-
     try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as e:
+        tree = read_yaml(text) or {}
+    except ValueError as e:
         faults.append(f"{path}: is not YAML: {e}")
         return {}
     if not isinstance(tree, dict):
@@ -194,6 +192,16 @@ def _build(kind: type[T], values: Mapping[str, Any], faults: list[str]) -> T | N
 def home_of(environ: Mapping[str, str]) -> pathlib.Path:
     """Where everything lives."""
     return pathlib.Path(environ.get("QLORAD_HOME") or "~/.qlorad").expanduser().absolute()
+
+
+def read_yaml(text: str) -> Any:
+    """The values of a YAML text; ValueError says what is wrong with it, whatever that is."""
+    import yaml  # only a daemon that has a file pays for it
+
+    try:
+        return yaml.safe_load(text)
+    except Exception as e:  # a date or a number that is none, or depth, raises whatever Python makes of it
+        raise ValueError(str(e) or type(e).__name__) from None
 
 
 def load(kind: type[T], service: str, argv: Sequence[str], environ: Mapping[str, str] | None = None) -> T:

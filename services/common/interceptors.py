@@ -33,6 +33,8 @@ log = logging.getLogger("qlorad.rpc")
 OPEN_PREFIXES = ("/grpc.health.v1.Health/",)
 STANDING_PREFIXES = ("/grpc.health.v1.Health/Watch", "/grpc.reflection.")
 """Streams that end only when told; they must not hold up a drain."""
+LARGEST_ANSWER = 16 << 20
+"""Bytes of one message that our clients take."""
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 600, 3600)
 
@@ -97,8 +99,15 @@ async def abort(context: Any, status: status_pb2.Status) -> None:
 class Door(grpc.aio.ServerInterceptor):
     """The one interceptor: measures, authenticates, maps errors."""
 
-    def __init__(self, registry: CollectorRegistry, tokens: Tokens | None, draining: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        tokens: Tokens | None,
+        draining: Callable[[], bool],
+        largest: int = LARGEST_ANSWER,
+    ) -> None:
         self._tokens = tokens
+        self._largest = largest
         self._draining = draining
         self._standing: set[asyncio.Task[Any]] = set()
         labels = ("grpc_type", "grpc_service", "grpc_method")
@@ -178,7 +187,7 @@ class _Call:
         async def run(request: Any, context: Any) -> Any:
             async with _Passage(self, request, context) as passage:
                 answer = await inner(passage.requests(request), context)
-                passage.count_out(answer)
+                passage.count_out(passage.size_of(answer))
                 return answer
 
         return run
@@ -199,8 +208,9 @@ class _Call:
                     return
                 async with contextlib.aclosing(answers):
                     async for answer in answers:
+                        size = passage.size_of(answer)
                         await context.write(answer)
-                        passage.count_out(answer)
+                        passage.count_out(size)
 
         return run
 
@@ -262,9 +272,18 @@ class _Passage:
         self._door._received.labels(*self._call._labels).inc()
         self._door._bytes_in.labels(*self._call._labels).inc(message.ByteSize())
 
-    def count_out(self, message: Any) -> None:
+    def size_of(self, message: Any) -> int:
+        """Bytes of an answer; TOO_LARGE if no client would take it."""
+        size: int = message.ByteSize()
+        if size > self._door._largest:
+            told = f"the answer would be {size} bytes; accepted: at most {self._door._largest}; ask for less at a time"
+            raise Fault(errors_pb2.REASON_TOO_LARGE, told)
+        return size
+
+    def count_out(self, size: int) -> None:
+        """Counts an answer of so many bytes."""
         self._door._sent.labels(*self._call._labels).inc()
-        self._door._bytes_out.labels(*self._call._labels).inc(message.ByteSize())
+        self._door._bytes_out.labels(*self._call._labels).inc(size)
 
     async def __aenter__(self) -> _Passage:
         self._door._started.labels(*self._call._labels).inc()

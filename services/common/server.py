@@ -28,7 +28,7 @@ from prometheus_client import CollectorRegistry
 
 from services.common import config, telemetry
 from services.common.config import ConfigError, setting
-from services.common.interceptors import Door, Tokens
+from services.common.interceptors import LARGEST_ANSWER, Door, Tokens
 from services.common.shelf import write_durable
 
 log = logging.getLogger("qlorad.server")
@@ -241,7 +241,7 @@ async def serve(app: App) -> None:
     for sig in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(sig, ending.set)
     tokens = _tokens(s)
-    door = Door(app.registry, tokens, ending.is_set)
+    door = Door(app.registry, tokens, ending.is_set, min(s.max_message_bytes, LARGEST_ANSWER))
     server = grpc.aio.server(
         interceptors=[door],
         options=[

@@ -36,18 +36,22 @@ class Admission:
         self._meter = meter
         self._widest = widest
 
+    def highest_priority(self) -> int:
+        """The highest priority that who calls may ask for."""
+        return self._meter.highest(caller.name())
+
     @contextlib.contextmanager
     def enter(self, requests: int = 1) -> Iterator[Entry]:
         """Lets a call in with one place, which it may free and wait for again; QUEUE_FULL or RATE_LIMITED."""
         who = caller.name()
-        self.places.take()
+        self.places.take(who)
         try:
             width = self._meter.begin(who, requests, min(requests, self._widest), time.monotonic())
         except BaseException:
-            self.places.free()
+            self.places.free(who)
             raise
         try:
             yield Entry(who, width, lambda tokens: self._meter.took(who, tokens, time.monotonic()))
         finally:
             self._meter.end(who, width)
-            self.places.free()
+            self.places.free(who)

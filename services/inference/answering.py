@@ -80,6 +80,10 @@ class Answering:
         """What requests are held against at the door; 0 = not known yet."""
         return self._reach.context_tokens()
 
+    def highest_priority(self) -> int:
+        """The highest that who calls may ask for."""
+        return self._admission.highest_priority()
+
     def end_all(self) -> None:
         """Ends what is still open, and what would begin, when the daemon must go."""
         self._ending = True
@@ -124,7 +128,7 @@ class Answering:
         try:
             while True:
                 if not first:
-                    await places.wait()
+                    await places.wait(entry.who)
                 try:
                     following = next(rest, None)
                     if following is None:
@@ -132,7 +136,7 @@ class Answering:
                     await self._tell(*following, entry, told)
                 finally:
                     if not first:
-                        places.free()
+                        places.free(entry.who)
         except Exception as error:  # not swallowed: the reader of the queue raises it
             await told.put(error)
 

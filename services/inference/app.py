@@ -6,6 +6,7 @@ Law of this room: reads settings, makes objects, hands them to one another.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
 import pathlib
@@ -18,7 +19,7 @@ from prometheus_client import CollectorRegistry
 
 from qlorad.v1 import artifacts_pb2, inference_pb2, inference_pb2_grpc
 from services.common import devices, idempotency, names, telemetry
-from services.common.config import ConfigError, setting
+from services.common.config import ConfigError, read_yaml, setting
 from services.common.frames.v1 import engine_pb2
 from services.common.interceptors import Tokens
 from services.common.server import App, Health, ServerSettings
@@ -41,6 +42,8 @@ from services.inference.recovery import SERVICE
 from services.inference.residency import Residency
 from services.inference.servicer import InferenceServicer
 from services.inference.starting import Place
+
+log = logging.getLogger("qlorad.inference")
 
 PORTS = (50054, 9104)
 _DEVICES = ("cpu", "cuda", "mps")
@@ -77,6 +80,10 @@ class Config:
         256 << 20, "bytes for keys and values of prompts seen before, for each base; 0 = none are kept",
         lambda v: 0 <= v <= 1 << 50, "0 to 1125899906842624",
     )  # fmt: skip
+    prepared_bytes: int = setting(
+        0, "bytes of quantised weights kept on disk for later loads; those used longest ago go first; 0 = no bound",
+        lambda v: 0 <= v <= 1 << 50, "0 to 1125899906842624",
+    )  # fmt: skip
     threads: int = setting(0, "threads of each engine; 0 = the engine chooses", lambda v: 0 <= v <= 1024, "0 to 1024")
     idle_unload_seconds: float = setting(
         300.0, "let a base go after so long without a request, the device with the last; 0 = never",
@@ -98,10 +105,10 @@ def read_limits(config: Config) -> Limits:
         return Limits()
     where = f"--limits-file: {config.limits_file}"
     try:
-        tree = yaml.safe_load(pathlib.Path(config.limits_file).read_text())
+        tree = read_yaml(pathlib.Path(config.limits_file).read_text())
     except OSError as e:
         raise ConfigError([f"{where} cannot be read: {e.strerror}; accepted: a readable file"]) from None
-    except (UnicodeDecodeError, yaml.YAMLError) as e:
+    except ValueError as e:
         raise ConfigError([f"{where} is not YAML: {e}"]) from None
     found, faults = limits.read(tree, _keys(config.server))
     if faults:
@@ -138,7 +145,7 @@ def build(config: Config) -> App:
     order = engine_pb2.EngineLoad(
         device=device, max_rows=config.max_rows, device_adapter_bytes=config.device_adapter_bytes,
         cache_bytes=config.cache_bytes, prefix_bytes=config.prefix_bytes, threads=config.threads,
-        prepared=str(s.state / kept.FOLDER),
+        prepared=str(s.state / kept.FOLDER), prepared_bytes=config.prepared_bytes,
     )  # fmt: skip
     place = Place(order, config.memory_bytes, lambda: _free_bytes(device), s.logs / "inference-engine.log")
     lease = SharedLease(s.state / "devices", device)
@@ -152,12 +159,16 @@ def build(config: Config) -> App:
     answering = Answering(reach, admission, cache, metrics)
     looking = Looking(reach, admission, metrics)
     registry.register(gauges(residency))
-    registry.register(_calls(places, cache))
+    registry.register(_kept_here(places, cache, s.state / kept.FOLDER))
     tasks: set[asyncio.Task[None]] = set()
 
     async def sleep_when_idle() -> None:
         while True:
-            left = await residency.bases.sleep_idle(config.idle_unload_seconds)
+            left = 60.0
+            try:
+                left = await residency.bases.sleep_idle(config.idle_unload_seconds)
+            except Exception:  # of one base; without this none would ever sleep again, and nobody would know
+                log.exception("a base could not be put to sleep; tried again")
             await asyncio.sleep(min(left, 60.0))
 
     async def start(health: Health) -> None:
@@ -166,7 +177,9 @@ def build(config: Config) -> App:
         models = await asyncio.to_thread(
             lambda: {sealed.digest for sealed in shelf.every(artifacts_pb2.ARTIFACT_KIND_MODEL)}
         )
-        await asyncio.to_thread(kept.sweep, s.state / kept.FOLDER, {names.hex_of(digest) for digest in models})
+        there = {names.hex_of(digest) for digest in models}
+        for gone in await asyncio.to_thread(kept.sweep, s.state / kept.FOLDER, there, config.prepared_bytes):
+            log.info("kept weights %s are removed, %d bytes: %s", gone.name, gone.size, gone.why)
         await residency.begin(health)
         if config.idle_unload_seconds:
             tasks.add(asyncio.create_task(sleep_when_idle(), name="idle unload"))
@@ -200,8 +213,8 @@ def build(config: Config) -> App:
     )
 
 
-def _calls(places: Places, cache: GenerationCache) -> telemetry.Live:
-    """What calls hold now."""
+def _kept_here(places: Places, cache: GenerationCache, prepared: pathlib.Path) -> telemetry.Live:
+    """What calls hold now, and what is kept for later ones."""
     live = telemetry.Live()
     live.add(
         "qlorad_inference_places_taken", "Requests between the door and their finish.", (),
@@ -210,6 +223,10 @@ def _calls(places: Places, cache: GenerationCache) -> telemetry.Live:
     live.add(
         "qlorad_inference_generation_cache_bytes", "Bytes of whole answers that are kept.", (),
         lambda: [((), cache.bytes)],
+    )  # fmt: skip
+    live.add(
+        "qlorad_inference_prepared_bytes", "Bytes on disk of quantised weights that are kept for later loads.", (),
+        lambda: [((), kept.total(prepared))],
     )  # fmt: skip
     return live
 

@@ -37,6 +37,8 @@ OnGauges = Callable[[engine_pb2.EngineGauges, engine_pb2.EngineGauges], None]
 """Told how an engine was, and how it is."""
 
 _LOAD_SECONDS = 1800.0
+_JOINED = 256
+"""Tokens that come as one: log-probabilities of a long answer are more than a message may be."""
 _LAST = ("ended", "scored", "rendered")
 """The last report of a request that was not refused."""
 
@@ -44,8 +46,8 @@ _LAST = ("ended", "scored", "rendered")
 class Answers:
     """Reports of one request, in order; ends with its last report or a Fault.
 
-    Never blocks the engine: it holds at most one report a token, and max_tokens
-    bounds those. A reader that falls behind finds its tokens joined.
+    Never blocks the engine: max_tokens bounds what it holds. A reader that falls
+    behind finds its tokens joined, in pieces that any client takes.
     """
 
     def __init__(self, witness: Callable[[Report], None]) -> None:
@@ -57,6 +59,13 @@ class Answers:
     def put(self, report: Report) -> None:
         """Adds a report; the witness sees it now, however late the reader is."""
         self._witness(report)
+        last = self._reports[-1] if self._reports else None
+        if last is not None and last.HasField("tokens") and report.HasField("tokens"):
+            if len(last.tokens.ids) < _JOINED:
+                last.tokens.ids.extend(report.tokens.ids)
+                last.tokens.text += report.tokens.text
+                last.tokens.log_probabilities.extend(report.tokens.log_probabilities)
+                return
         self._reports.append(report)
         self._news.set()
 
@@ -66,20 +75,13 @@ class Answers:
         self._news.set()
 
     async def next(self) -> Report:
-        """The next report; waiting tokens come as one."""
+        """The next report."""
         while not self._reports:
             if self._fault is not None:
                 raise self._fault
             self._news.clear()
             await self._news.wait()
-        report = self._reports.popleft()
-        if report.HasField("tokens"):
-            while self._reports and self._reports[0].HasField("tokens"):
-                more = self._reports.popleft().tokens
-                report.tokens.ids.extend(more.ids)
-                report.tokens.text += more.text
-                report.tokens.log_probabilities.extend(more.log_probabilities)
-        return report
+        return self._reports.popleft()
 
 
 class Engine(Protocol):

@@ -1,4 +1,4 @@
-"""What each key may take: requests and tokens a minute, requests at a time.
+"""What each key may take: requests and tokens a minute, requests at a time, a priority.
 
 Law of this room: pure; the clock is an argument. A bucket holds a minute's worth
 and fills evenly. Tokens are known only as they come: a request begins while
@@ -11,13 +11,21 @@ import difflib
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from qlorad.v1 import errors_pb2
 from services.common.errors import Fault, show
 
 EVERYBODY = "*"
-KINDS = ("requests_per_minute", "tokens_per_minute", "max_in_flight")
+MAX_PRIORITY = 10
 _LARGEST = 1_000_000_000
+KINDS: Mapping[str, tuple[int, int]] = MappingProxyType({
+    "requests_per_minute": (1, _LARGEST),
+    "tokens_per_minute": (1, _LARGEST),
+    "max_in_flight": (1, _LARGEST),
+    "max_priority": (0, MAX_PRIORITY),
+})  # fmt: skip
+"""What can be bounded, and by how little and how much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +35,8 @@ class Limit:
     requests_per_minute: int = 0
     tokens_per_minute: int = 0
     max_in_flight: int = 0
+    max_priority: int | None = None
+    """None = 0 of a key, so that no key overtakes others unless it is said; 10 where there are no keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +48,11 @@ class Limits:
     def of(self, name: str) -> Limit:
         """The bounds of a key: its own, else those of everybody, else none."""
         return self.named.get(name) or self.named.get(EVERYBODY) or Limit()
+
+    def highest(self, name: str) -> int:
+        """The highest priority that a key may ask for."""
+        said = self.of(name).max_priority
+        return said if said is not None else 0 if name else MAX_PRIORITY
 
 
 def read(tree: object, known: Collection[str]) -> tuple[Limits, list[str]]:
@@ -63,8 +78,8 @@ def read(tree: object, known: Collection[str]) -> tuple[Limits, list[str]]:
         for key, value in values.items():
             if key not in KINDS:
                 faults.append(f"{name}.{key}: no such limit; accepted: {', '.join(KINDS)}")
-            elif isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST:
-                faults.append(f"{name}.{key}: got {show(value)}; accepted: 1 to {_LARGEST}")
+            elif isinstance(value, bool) or not isinstance(value, int) or not KINDS[key][0] <= value <= KINDS[key][1]:
+                faults.append(f"{name}.{key}: got {show(value)}; accepted: {KINDS[key][0]} to {KINDS[key][1]}")
             else:
                 good[str(key)] = value
         named[str(name)] = Limit(**good)
@@ -139,6 +154,10 @@ class Meter:
     def end(self, name: str, granted: int) -> None:
         """What `begin` granted has ended."""
         self._keys[name].in_flight -= granted
+
+    def highest(self, name: str) -> int:
+        """The highest priority that a key may ask for."""
+        return self._limits.highest(name)
 
     def in_flight(self, name: str) -> int:
         """Requests of a key that may run now."""

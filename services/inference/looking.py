@@ -7,7 +7,7 @@ question. Whoever leaves takes the work along.
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from qlorad.v1 import inference_pb2
@@ -41,10 +41,15 @@ class Looking:
                 who=entry.who,
             )
             _put(order, ask)
-            report = await _asked(held, order)
+
+            def witness(report: Report) -> None:
+                # When it begins, not when it has ended: who leaves has had the work done all the same.
+                if report.HasField("accepted"):
+                    entry.took(report.accepted.prompt_tokens)
+                    self._metrics.prompt_tokens.inc(report.accepted.prompt_tokens)
+
+            report = await _asked(held, order, witness)
         tokens = report.scored.tokens
-        entry.took(len(tokens))
-        self._metrics.prompt_tokens.inc(len(tokens))
         counted = [token.log_probability for token in tokens if token.is_scored]
         if not counted:
             what = "prompt" if ask.conversation is None else "conversation"
@@ -95,9 +100,9 @@ def _put(
     return order
 
 
-async def _asked(held: Held, order: Asked) -> Report:
+async def _asked(held: Held, order: Asked, witness: Callable[[Report], None] = lambda report: None) -> Report:
     """The one answer; cancelled with the caller."""
-    call, answers = held.engine.submit(order, lambda report: None)
+    call, answers = held.engine.submit(order, witness)
     try:
         while (report := await answers.next()).WhichOneof("report") not in _LAST:
             pass

@@ -17,13 +17,15 @@ from services.common import generation, names
 from services.common.errors import Violation, invalid, not_found, show
 from services.common.generation import Options
 from services.inference import preset
+from services.inference.limits import MAX_PRIORITY
 from services.inference.turns import check_conversation
 
 BASE = "base"
 MAX_INPUT_BYTES = 4 << 20
 MAX_BATCH = 256
 COMPARED = (2, 16)
-MAX_PRIORITY = 10
+MAX_TOLD = 500_000
+"""Tokens that one answer tells, each with what could stand in its place: at 32 bytes, what a client takes."""
 BYTES_A_TOKEN = 512
 """No vocabulary that we know has longer ones: a prompt of more bytes for each token of the context cannot fit."""
 ADAPTER_RULE = "'adapters/ID', 'adapters/sha256:HEX', 'base', or empty for the default"
@@ -66,10 +68,15 @@ class _Input(Protocol):
     def conversation(self) -> messages_pb2.Conversation: ...
 
 
-def generate_ask(request: inference_pb2.GenerateRequest, context_tokens: int, fresh_id: str) -> Ask:
-    """A raw request, or INVALID_ARGUMENT with all violations. `context_tokens`: the longest loaded; 0 = none."""
+def generate_ask(
+    request: inference_pb2.GenerateRequest, context_tokens: int, fresh_id: str, highest: int = MAX_PRIORITY
+) -> Ask:
+    """A raw request, or INVALID_ARGUMENT with all violations.
+
+    `context_tokens`: the longest loaded; 0 = none. `highest`: the priority that its key may ask for.
+    """
     context = _bound(request.adapter, context_tokens)
-    wrong = [*_check_names(request), *_check_call(request.request_id, request.priority)]
+    wrong = [*_check_names(request), *_check_call(request.request_id, request.priority, highest)]
     wrong += generation.check(request.options, context)
     wrong += _check_prompt("prompt", request.prompt, context)
     _refuse(wrong)
@@ -83,10 +90,16 @@ def generate_ask(request: inference_pb2.GenerateRequest, context_tokens: int, fr
     )
 
 
-def chat_ask(request: inference_pb2.ChatRequest, context_tokens: int, fresh_id: str, presets: Presets) -> Ask:
+def chat_ask(
+    request: inference_pb2.ChatRequest,
+    context_tokens: int,
+    fresh_id: str,
+    presets: Presets,
+    highest: int = MAX_PRIORITY,
+) -> Ask:
     """A chat request in the words of its preset, or INVALID_ARGUMENT with all violations."""
     context = _bound(request.adapter, context_tokens)
-    wrong = [*_check_names(request), *_check_call(request.request_id, request.priority)]
+    wrong = [*_check_names(request), *_check_call(request.request_id, request.priority, highest)]
     wrong += generation.check(request.options, context)
     wrong += _check_talk("conversation", request.conversation, context)
     wrong += _check_preset(request.preset, request.conversation)
@@ -103,9 +116,11 @@ def chat_ask(request: inference_pb2.ChatRequest, context_tokens: int, fresh_id: 
     )
 
 
-def batch_asks(request: inference_pb2.GenerateBatchRequest, context_tokens: int, fresh_id: str) -> list[Ask]:
+def batch_asks(
+    request: inference_pb2.GenerateBatchRequest, context_tokens: int, fresh_id: str, highest: int = MAX_PRIORITY
+) -> list[Ask]:
     """Every prompt of a batch; each has the batch's id."""
-    wrong = list(_check_call(request.request_id, request.priority))
+    wrong = list(_check_call(request.request_id, request.priority, highest))
     if not 1 <= len(request.items) <= MAX_BATCH:
         wrong.append(Violation("items", f"{len(request.items)} prompts", f"1 to {MAX_BATCH}"))
     whole = sum(item.ByteSize() for item in request.items)
@@ -132,11 +147,16 @@ def batch_asks(request: inference_pb2.GenerateBatchRequest, context_tokens: int,
 
 
 def compare_asks(
-    request: inference_pb2.CompareRequest, context_tokens: int, fresh_id: str, fresh_seed: int, presets: Presets
+    request: inference_pb2.CompareRequest,
+    context_tokens: int,
+    fresh_id: str,
+    fresh_seed: int,
+    presets: Presets,
+    highest: int = MAX_PRIORITY,
 ) -> list[Ask]:
     """The same prompt for each adapter; all draw by one seed."""
     context = min((_bound(adapter, context_tokens) for adapter in request.adapters), default=context_tokens)
-    wrong = list(_check_call(request.request_id, request.priority))
+    wrong = list(_check_call(request.request_id, request.priority, highest))
     few, many = COMPARED
     if not few <= len(request.adapters) <= many:
         wrong.append(Violation("adapters", f"{len(request.adapters)}", f"{few} to {many}"))
@@ -171,10 +191,12 @@ def compare_asks(
     return [dataclasses.replace(ask, adapter=adapter) for adapter in request.adapters]
 
 
-def score_ask(request: inference_pb2.ScoreRequest, context_tokens: int, fresh_id: str) -> Ask:
+def score_ask(
+    request: inference_pb2.ScoreRequest, context_tokens: int, fresh_id: str, highest: int = MAX_PRIORITY
+) -> Ask:
     """What is to be scored, or INVALID_ARGUMENT with all violations."""
     context = _bound(request.adapter, context_tokens)
-    wrong = [*_check_names(request), *_check_call(request.request_id, request.priority)]
+    wrong = [*_check_names(request), *_check_call(request.request_id, request.priority, highest)]
     if request.alternatives > generation.MAX_ALTERNATIVES:
         wrong.append(Violation("alternatives", str(request.alternatives), f"at most {generation.MAX_ALTERNATIVES}"))
     kind = request.WhichOneof("input")
@@ -231,6 +253,15 @@ def check_fit(ask: Ask, context_tokens: int) -> None:
     _refuse(wrong)
 
 
+def check_told(field: str, tokens: int, alternatives: int = 0) -> None:
+    """INVALID_ARGUMENT if an answer that tells each token, and so many alternatives to it, would be too large."""
+    if tokens > MAX_TOLD:
+        raise invalid([Violation(field, f"{tokens} tokens", f"at most {MAX_TOLD} tokens in one answer")])
+    if tokens * (1 + alternatives) > MAX_TOLD:
+        fits = f"at most {MAX_TOLD // tokens - 1} for so many tokens, or {MAX_TOLD // (1 + alternatives)} tokens"
+        raise invalid([Violation("alternatives", f"{alternatives} for each of {tokens} tokens", fits)])
+
+
 def check_switch(adapter: str) -> list[Violation]:
     """Violations of a name for the default."""
     if adapter == BASE or not names.check_name("adapter", adapter, "adapters"):
@@ -255,11 +286,12 @@ def _check_names(request: _Named, at: str = "") -> Iterator[Violation]:
         yield from names.check_name(f"{at}model", request.model, "models")
 
 
-def _check_call(request_id: str, priority: int) -> Iterator[Violation]:
+def _check_call(request_id: str, priority: int, highest: int) -> Iterator[Violation]:
     if request_id:
         yield from names.check_request_id(request_id)
-    if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
-        yield Violation("priority", str(priority), f"-{MAX_PRIORITY} to {MAX_PRIORITY}")
+    if not -MAX_PRIORITY <= priority <= highest:
+        whose = " for this key; its max_priority in --limits-file says so" if highest < MAX_PRIORITY else ""
+        yield Violation("priority", str(priority), f"-{MAX_PRIORITY} to {highest}{whose}")
 
 
 def _check_input(request: _Input, kind: str | None, context_tokens: int, at: str = "") -> list[Violation]:

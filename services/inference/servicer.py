@@ -89,15 +89,16 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GenerateRequest, context: Any
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         with self._metrics.refused():
-            ask = messages.generate_ask(request, self._answering.context_tokens(), _fresh_id())
+            longest, highest = self._answering.context_tokens(), self._answering.highest_priority()
+            ask = messages.generate_ask(request, longest, _fresh_id(), highest)
             async with aclosing(self._answering.answer(ask)) as events:
                 async for event in events:
                     yield inference_pb2.GenerateResponse(**{_field(event): event})  # type: ignore[arg-type]
 
     async def Chat(self, request: inference_pb2.ChatRequest, context: Any) -> AsyncIterator[inference_pb2.ChatResponse]:
         with self._metrics.refused():
-            longest = self._answering.context_tokens()
-            ask = messages.chat_ask(request, longest, _fresh_id(), self._presets.all)
+            longest, highest = self._answering.context_tokens(), self._answering.highest_priority()
+            ask = messages.chat_ask(request, longest, _fresh_id(), self._presets.all, highest)
             async with aclosing(self._answering.answer(ask)) as events:
                 async for event in events:
                     yield inference_pb2.ChatResponse(**{_field(event): event})  # type: ignore[arg-type]
@@ -106,7 +107,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GenerateBatchRequest, context: Any
     ) -> AsyncIterator[inference_pb2.GenerateBatchResponse]:
         with self._metrics.refused():
-            asks = messages.batch_asks(request, self._answering.context_tokens(), _fresh_id())
+            longest, highest = self._answering.context_tokens(), self._answering.highest_priority()
+            asks = messages.batch_asks(request, longest, _fresh_id(), highest)
             async with aclosing(self._answering.several(asks)) as events:
                 async for index, event in events:
                     told: dict[str, Any] = {"index": index, _field(event): event}
@@ -116,8 +118,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.CompareRequest, context: Any
     ) -> AsyncIterator[inference_pb2.CompareResponse]:
         with self._metrics.refused():
-            longest, seed = self._answering.context_tokens(), secrets.randbits(64)
-            asks = messages.compare_asks(request, longest, _fresh_id(), seed, self._presets.all)
+            longest, highest = self._answering.context_tokens(), self._answering.highest_priority()
+            seed = secrets.randbits(64)
+            asks = messages.compare_asks(request, longest, _fresh_id(), seed, self._presets.all, highest)
             async with aclosing(self._answering.several(asks)) as events:
                 async for index, event in events:
                     told: dict[str, Any] = {"index": index, _field(event): event}
@@ -125,7 +128,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     async def Score(self, request: inference_pb2.ScoreRequest, context: Any) -> inference_pb2.ScoreResponse:
         with self._metrics.refused():
-            ask = messages.score_ask(request, self._answering.context_tokens(), _fresh_id())
+            longest, highest = self._answering.context_tokens(), self._answering.highest_priority()
+            ask = messages.score_ask(request, longest, _fresh_id(), highest)
             return await self._looking.score(ask, request.alternatives)
 
     async def Tokenize(self, request: inference_pb2.TokenizeRequest, context: Any) -> inference_pb2.TokenizeResponse:

@@ -15,19 +15,30 @@ from qlorad.v1 import inference_pb2
 from services.inference.adapters import ABSENT, Entry, Table
 
 Said = inference_pb2.WatchAdaptersResponse
+_BEHIND = 1000
+"""News that wait for a reader, beyond which it does not hear of those that came and went meanwhile."""
 
 
 class _Watcher:
     """What one reader has not heard yet, by digest."""
 
-    def __init__(self) -> None:
+    def __init__(self, there: list[inference_pb2.LoadedAdapter]) -> None:
         self.news: dict[str, inference_pb2.LoadedAdapter] = {}
+        self.told = {adapter.digest for adapter in there}
+        """Those that were last told of, or will be first, as something else than absent."""
         self.stir = asyncio.Event()
 
     def tell(self, adapter: inference_pb2.LoadedAdapter) -> None:
         self.news.pop(adapter.digest, None)
+        if adapter.state == ABSENT and adapter.digest not in self.told and len(self.news) >= _BEHIND:
+            return  # it came and went while this one did not read
         self.news[adapter.digest] = adapter
         self.stir.set()
+
+    def given(self, adapter: inference_pb2.LoadedAdapter) -> inference_pb2.LoadedAdapter:
+        """Notes that the reader was told."""
+        (self.told.discard if adapter.state == ABSENT else self.told.add)(adapter.digest)
+        return adapter
 
 
 class Watching:
@@ -65,7 +76,7 @@ class Watching:
 
     async def watch(self, there: list[inference_pb2.LoadedAdapter]) -> AsyncGenerator[Said, None]:
         """`there` first, then changes, until the daemon drains. Nothing may be awaited between the look and this."""
-        watcher = _Watcher()
+        watcher = _Watcher(there)
         self._watchers.add(watcher)
         sequence = 0
         try:
@@ -76,7 +87,8 @@ class Watching:
             while True:
                 while watcher.news:
                     sequence += 1
-                    yield Said(adapter=watcher.news.pop(next(iter(watcher.news))), sequence=sequence)
+                    newest = watcher.given(watcher.news.pop(next(iter(watcher.news))))
+                    yield Said(adapter=newest, sequence=sequence)
                 if self._ended:
                     return
                 watcher.stir.clear()

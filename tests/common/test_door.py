@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pathlib
 import signal
 import subprocess
 import sys
@@ -116,6 +117,28 @@ def test_a_bug_tells_a_log_id_and_no_story(daemon: Daemon, stub: datasets_pb2_gr
     lines = [json.loads(line) for line in daemon.log.read_text().splitlines()]
     (line,) = [x for x in lines if x.get("log_id") == info.metadata["log_id"]]
     assert "inside story 4711" in line["exception"] and line["rpc"] == f"/{SERVICE}/GetUpload"
+
+
+@pytest.mark.parametrize("kind", ["unary", "server_stream"])
+def test_an_answer_that_no_client_takes_is_said_by_name(
+    daemon: Daemon, stub: datasets_pb2_grpc.DatasetServiceStub, kind: str
+) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        if kind == "unary":
+            stub.GetUpload(get("large:16777216"), timeout=10)
+        else:
+            list(stub.ExportDataset(datasets_pb2.ExportDatasetRequest(split="large:16777216"), timeout=10))
+    info = error_details_pb2.ErrorInfo()
+    assert details(caught.value).details[0].Unpack(info) and info.reason == "TOO_LARGE"
+    assert "answer would be 167772" in caught.value.details() and "at most 16777216" in caught.value.details()
+
+
+def test_a_smaller_bound_of_messages_holds_for_answers(tmp_path: pathlib.Path) -> None:
+    daemon = Daemon("datasets", tmp_path, ("--max-message-bytes", "1048576"), module=TINY).start()
+    with daemon.channel() as channel, pytest.raises(grpc.RpcError) as caught:
+        datasets_pb2_grpc.DatasetServiceStub(channel).GetUpload(get("large:1048577"), timeout=10)
+    assert "at most 1048576" in caught.value.details()
+    assert daemon.stop() == 0
 
 
 def test_a_thousand_violations_still_arrive(stub: datasets_pb2_grpc.DatasetServiceStub) -> None:

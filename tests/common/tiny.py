@@ -45,6 +45,8 @@ class Servicer(datasets_pb2_grpc.DatasetServiceServicer):
             raise errors.invalid(errors.Violation(f"field_{n}", "x" * 50, "y" * 50) for n in range(int(argument)))
         if kind == "bug":
             raise ValueError(f"inside story {argument}")
+        if kind == "large":
+            return datasets_pb2.GetUploadResponse(upload=datasets_pb2.Upload(name="x" * int(argument)))
         if kind == "slow":
             with self._open.track_inprogress():
                 await asyncio.sleep(float(argument))
@@ -66,6 +68,8 @@ class Servicer(datasets_pb2_grpc.DatasetServiceServicer):
                 yield datasets_pb2.ExportDatasetResponse(data=b"%d\n" % number)
             if request.split.startswith("fault:"):
                 raise errors.Fault(errors_pb2.Reason.Value(request.split.removeprefix("fault:")), "as asked")
+            if request.split.startswith("large:"):
+                yield datasets_pb2.ExportDatasetResponse(data=bytes(int(request.split.removeprefix("large:"))))
             if request.split == "forever":
                 await self.ended.wait()
             while request.split == "flood":

@@ -82,6 +82,11 @@ class Scripted:
                 Report(call=order.call, accepted=engine_pb2.EngineAccepted(prompt_tokens=1)),
                 Report(call=order.call, begun=engine_pb2.EngineBegun()),
             )
+        elif kind == "score":  # is read, and never done
+            self.send(
+                Report(call=order.call, accepted=engine_pb2.EngineAccepted(prompt_tokens=100)),
+                Report(call=order.call, begun=engine_pb2.EngineBegun()),
+            )
         elif kind == "cancel" and order.call in self.rows:
             del self.rows[order.call]
             self.send(Report(call=order.call, ended=engine_pb2.EngineEnded()))

@@ -56,6 +56,19 @@ def test_all_that_is_wrong_with_a_batch_is_told_at_once() -> None:
     assert [(a.prompt, a.priority, a.request_id) for a in good] == [("x", -10, "id")] * 3
 
 
+def test_what_one_answer_tells_is_bounded_and_the_nearest_that_would_do_is_named() -> None:
+    def told(*much: int) -> str:
+        with pytest.raises(Fault) as caught:
+            messages.check_told("prompt", *much)
+        return str(caught.value)
+
+    assert told(500_001) == "prompt: got 500001 tokens; accepted: at most 500000 tokens in one answer"
+    several = "alternatives: got 20 for each of 30000 tokens; accepted: at most 15 for so many tokens, or 23809 tokens"
+    assert told(30_000, 20) == several
+    for good in ((500_000, 0), (30_000, 15), (23_809, 20), (1, 20)):
+        messages.check_told("prompt", *good)
+
+
 def test_a_comparison_needs_two_who_differ() -> None:
     def ask(*adapters: str, **more: Any) -> list[messages.Ask]:
         request = pb.CompareRequest(adapters=adapters, **({"conversation": USER} | more))

@@ -14,12 +14,16 @@ import pytest
 
 from qlorad.v1 import errors_pb2, messages_pb2
 from qlorad.v1 import inference_pb2 as pb
+from services.inference.messages import MAX_TOLD
 from tests.house import Daemon, clone_store, eventually, house
 from tests.inference import kit
 from tests.inference.test_serving import ADAPTERS, named
 
 TOKEN, LIMITED = "a-token-of-tests", "another-token"
-LIMITS = "small: {requests_per_minute: 2, tokens_per_minute: 400, max_in_flight: 1}\n"
+LIMITS = """
+small: {requests_per_minute: 2, tokens_per_minute: 400, max_in_flight: 1}
+large: {max_priority: 3}
+"""
 
 
 class Bearer(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
@@ -267,6 +271,41 @@ def test_the_same_greedy_question_is_answered_from_the_cache_and_alike(calling: 
     assert not other.finish.from_cache and other.ids != first.ids
     assert kit.metric(calling.daemon, "qlorad_inference_generation_cache_total") == hits + 5
     assert kit.metric(calling.daemon, "qlorad_inference_generation_cache_bytes") > 0
+
+
+def test_what_is_more_than_one_answer_tells_is_refused_by_name(calling: Calling) -> None:
+    text = "\x01" * (MAX_TOLD + 1)
+    much = kit.refused(lambda: calling.stub.Tokenize(pb.TokenizeRequest(text=text), timeout=30))
+    assert (much.code, much.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["text"])
+    assert f"{MAX_TOLD + 1} tokens" in much.message and f"at most {MAX_TOLD} tokens" in much.message
+    assert len(calling.stub.Tokenize(pb.TokenizeRequest(text=text[:9]), timeout=30).tokens) == 9
+
+
+def test_no_key_goes_before_others_unless_it_may(calling: Calling) -> None:
+    """Every call that has a priority is held against what its key may ask for."""
+    talked, how = talk("x"), pb.GenerationOptions(max_tokens=1)
+
+    def asked(stub: kit.Stub, priority: int) -> list[Any]:
+        compared = pb.CompareRequest(adapters=["base", "adapters/ada"], prompt="x", options=how, priority=priority)
+        items = [pb.BatchItem(prompt="x", adapter="base", options=how)]
+        return [
+            stub.Generate(pb.GenerateRequest(prompt="x", adapter="base", options=how, priority=priority)),
+            stub.Chat(pb.ChatRequest(conversation=talked, adapter="base", options=how, priority=priority)),
+            stub.GenerateBatch(pb.GenerateBatchRequest(items=items, priority=priority)),
+            stub.Compare(compared),
+            stub.Score.future(pb.ScoreRequest(prompt="def f():", adapter="base", priority=priority)),
+        ]
+
+    def ends(calls: list[Any]) -> list[Any]:
+        return [kit.refused(lambda call=call: call.result() if call is calls[-1] else call) for call in calls]
+
+    for refused in ends(asked(calling.stub, 4)):
+        assert (refused.code, refused.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["priority"])
+        assert "accepted: -10 to 3 for this key" in refused.message and "max_priority" in refused.message
+    for refused in ends(asked(calling.small, 1)):
+        assert refused.fields == ["priority"] and "accepted: -10 to 0 for this key" in refused.message
+    *streams, score = asked(calling.stub, 3)
+    assert all(list(stream) for stream in streams) and score.result().scored_tokens
 
 
 def test_a_key_gets_what_it_may_and_hears_when_to_come_again(calling: Calling) -> None:

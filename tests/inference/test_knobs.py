@@ -75,11 +75,18 @@ def test_quantised_weights_are_kept_until_their_model_is_gone(serving_home: path
     assert len(list(folder.iterdir())) == 1
     (folder / ("0" * 64 + "-nf4-x")).mkdir()
     with house(serving_home) as h:
-        kit.start(h)
+        daemon, stub = kit.start(h)
+        assert "its model is gone" in daemon.log.read_text()
+        assert kit.metric(daemon, "qlorad_inference_prepared_bytes") == kept.total(folder) > 10_000
         assert len(list(folder.iterdir())) == 1
+        assert load().from_prepared
     digest = Shelf(serving_home / "store").open("models", "starter-test").digest
-    assert kept.sweep(folder, {digest.removeprefix("sha256:")}) == []
-    assert len(kept.sweep(folder, set())) == 1 and not list(folder.iterdir())
+    assert kept.sweep(folder, {digest.removeprefix("sha256:")}, 0) == []
+    with house(serving_home) as h:
+        daemon, stub = kit.start(h, "--prepared-bytes", "1000")
+        assert not list(folder.iterdir()) and "more than 1000 bytes are kept" in daemon.log.read_text()
+        assert not load().from_prepared and not list(folder.iterdir())
+        assert kit.metric(daemon, "qlorad_inference_prepared_bytes") == 0
 
 
 def request(prompt: str, tokens: int) -> inference_pb2.GenerateRequest:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import collections
+import contextlib
+import itertools
 import pathlib
 
 import pytest
@@ -38,6 +41,15 @@ def test_every_fault_of_the_file_is_told_at_once() -> None:
     assert sound.of("bob") == sound.of("") == Limit(max_in_flight=2)
     assert sound.of("ada") == Limit(tokens_per_minute=5), "a key's own bounds stand instead of those of all others"
     assert Limits().of("ada") == Limit()
+
+
+def test_the_highest_priority_of_a_key_is_0_unless_it_is_said() -> None:
+    assert (Limits().highest(""), Limits().highest("ada")) == (10, 0)
+    told, none = limits.read({"*": {"max_priority": 4}, "ada": {"max_priority": 10}, "bob": {}}, ["ada", "bob"])
+    assert not none
+    assert [told.highest(name) for name in ("", "cy", "ada", "bob")] == [4, 4, 10, 0]
+    for wrong in (11, -1, 1.5, True, "high"):
+        assert limits.read({"*": {"max_priority": wrong}}, [])[1][0].endswith("accepted: 0 to 10")
 
 
 def test_a_daemon_with_a_wrong_file_does_not_start(tmp_path: pathlib.Path) -> None:
@@ -158,6 +170,93 @@ async def test_a_batch_waits_in_order_and_who_leaves_gives_its_place_on() -> Non
     assert order == [2, 3] and places.taken == 1
     places.free()
     assert places.taken == 0
+
+
+def test_no_key_takes_all_places() -> None:
+    def most(places: Places, who: str) -> int:
+        for taken in itertools.count():
+            try:
+                places.take(who)
+            except Fault as fault:
+                assert Reason.Name(fault.reason) == "REASON_QUEUE_FULL" and fault.retry_seconds > 0
+                return taken
+        raise AssertionError
+
+    places = Places(96)
+    assert [most(places, who) for who in ("ada", "bob", "cy")] == [72, 18, 5], "and who comes next has a place too"
+    with pytest.raises(Fault, match="of one key 3 for each place that is free; key 'ada' has 72"):
+        places.take("ada")
+    for _ in range(72):
+        places.free("ada")
+    assert most(places, "bob") > 30, "what one gives back is for all"
+    assert [most(Places(n), "ada") for n in (1, 2, 3, 4)] == [1, 2, 3, 3]
+    assert most(Places(9), "") == 9, "without keys nobody is told apart"
+
+
+async def test_who_waits_behind_a_key_that_has_enough_is_not_held_up_by_it() -> None:
+    places = Places(8)
+    for who, count in (("ada", 6), ("cy", 2)):
+        for _ in range(count):
+            places.take(who)
+    ada, bob = (asyncio.create_task(places.wait(who)) for who in ("ada", "bob"))
+    await asyncio.sleep(0)
+    places.free("cy")
+    await asyncio.sleep(0)
+    assert bob.done() and not ada.done()
+    places.free("ada")
+    await asyncio.sleep(0)
+    assert not ada.done(), "five are more than three for the one that is free"
+    places.free("ada")
+    await ada
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["take", "wait", "free", "leave"]), st.sampled_from(["", "a", "b"])), max_size=60
+    )
+)
+@settings(max_examples=60)
+def test_places_are_as_many_as_they_are_and_who_may_have_one_waits_for_none(steps: list[tuple[str, str]]) -> None:
+    async def run() -> None:
+        places, held = Places(5), collections.Counter[str]()
+        waiting: list[tuple[str, asyncio.Task[None]]] = []
+
+        async def settle() -> None:
+            for _ in range(3):
+                await asyncio.sleep(0)
+            for who, task in list(waiting):
+                if task.done():
+                    waiting.remove((who, task))
+                    held[who] += not task.cancelled()
+
+        for what, who in steps:
+            if what == "take":
+                with contextlib.suppress(Fault):
+                    places.take(who)
+                    held[who] += 1
+            elif what == "wait":
+                waiting.append((who, asyncio.create_task(places.wait(who))))
+            elif what == "free" and held[who]:
+                held[who] -= 1
+                places.free(who)
+                if waiting:
+                    waiting[0][1].cancel()  # in the very moment in which the place may be handed to it
+            elif what == "leave" and waiting:
+                waiting[-1][1].cancel()
+            await settle()
+            assert places.taken == held.total() <= 5
+            free = 5 - places.taken
+            for one, _ in waiting:
+                assert not free or (one and held[one] >= 3 * free), "nobody waits for a place that is there for it"
+        for _, task in waiting:
+            task.cancel()
+        await asyncio.gather(*(task for _, task in waiting), return_exceptions=True)
+        for who, count in held.items():
+            for _ in range(count):
+                places.free(who)
+        assert places.taken == 0
+
+    asyncio.run(run())
 
 
 def test_the_door_says_who_calls_and_only_inside_the_call() -> None:

@@ -111,6 +111,26 @@ async def test_a_watcher_hears_everything_first_and_then_the_newest_of_each() ->
         assert [m async for m in said] == []
 
 
+async def test_a_frozen_watcher_costs_no_more_however_many_come_and_go() -> None:
+    watching, table = Watching(), arrived(arrived(Table(), "sha256:ada"), "sha256:bob")
+    async with aclosing(watching.watch(table.listed(""))) as said:
+        first = await anext(said)  # and no more: bob is still to be told
+        assert first.adapter.digest == "sha256:ada" and not first.snapshot_end
+        for number in range(3000):
+            here = arrived(table, f"sha256:{number}")
+            watching.changed(table, here, "", "")
+            watching.changed(here, table, "", "")
+        watching.changed(table, Table(), "", "")
+        watching.changed(Table(), arrived(Table(), "sha256:new"), "", "")
+        watching.end()
+        rest = [message.adapter async for message in said]
+    newest = {adapter.digest: adapter.state for adapter in rest}
+    assert len(rest) < 1100
+    assert {d: newest[d] for d in ("sha256:ada", "sha256:bob", "sha256:new")} == {
+        "sha256:ada": ABSENT, "sha256:bob": ABSENT, "sha256:new": HOST,
+    }  # fmt: skip
+
+
 async def test_a_watcher_of_nothing_hears_that_and_states_on_the_way_are_told() -> None:
     watching = Watching()
     async with aclosing(watching.watch([])) as said:

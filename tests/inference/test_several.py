@@ -19,6 +19,7 @@ from services.inference.admission import Admission
 from services.inference.answering import Answering, Told
 from services.inference.generation_cache import GenerationCache
 from services.inference.limits import Limit, Limits, Meter
+from services.inference.looking import Looking
 from services.inference.messages import Ask, batch_asks
 from services.inference.metrics import Metrics
 from services.inference.places import Places
@@ -146,6 +147,23 @@ async def test_a_key_s_batch_runs_no_wider_than_it_may(house: House, tmp_path: p
         assert limited.value.metadata == {"limit": "max_in_flight"} and meter.in_flight("") == 2
         gate.unlink()
         assert len(await reading) == 6
+        nothing_is_left(core, admission)
+
+
+async def test_who_leaves_a_score_has_taken_its_tokens(house: House) -> None:
+    async with house.live() as core:
+        await core.r.load_model("models/one", ANY, False)
+        _, admission, meter = room(core, 8, 2, Limits({"*": Limit(tokens_per_minute=50)}))
+        looking = Looking(Reach(core.r), admission, core.answering._metrics)
+        counted = core.count("prompt_tokens")
+        asked = Ask("base", prompt="x y")
+        scoring = asyncio.create_task(looking.score(asked, 0))
+        await until(lambda: core.count("prompt_tokens") == counted + 100)
+        scoring.cancel()
+        await asyncio.gather(scoring, return_exceptions=True)
+        with pytest.raises(Fault) as limited:
+            await looking.score(asked, 0)
+        assert limited.value.metadata == {"limit": "tokens_per_minute"} and meter.in_flight("") == 0
         nothing_is_left(core, admission)
 
 

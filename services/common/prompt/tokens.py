@@ -11,8 +11,9 @@ import bisect
 import itertools
 import json
 import pathlib
+import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -215,6 +216,34 @@ class Tokenizer:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
         return text
 
+    def bytes_of(self) -> Callable[[int], bytes] | None:
+        """What each id adds to a text that goes on, as bytes; None where that depends on what stands beside it.
+
+        So it does not in byte-level vocabularies, and in those of pieces with bytes for what they lack. Joined
+        and read as UTF-8 they are what `decode` gives; only, of pieces, a bad byte is U+FFFD alone, where
+        `decode` takes all bytes beside it for bad too. Knows nothing of a blank that begins a text.
+        """
+        told = _state(self._tokenizer.decoder)
+        steps = told.get("decoders", [told])
+        if [s.get("type") for s in steps] == ["ByteLevel"]:
+            return self._of_characters
+        if steps[:2] == _PIECES and all(s.get("type") == "Fuse" or _strips_the_start(s) for s in steps[2:]):
+            return self._of_pieces
+        return None
+
+    def _of_characters(self, ident: int) -> bytes:
+        token = self._tokenizer.id_to_token(ident) or ""
+        try:
+            return b"".join([self._bytes[c] for c in token])
+        except KeyError:  # an added token is its own text, unless it can be read as bytes
+            return str(token).encode()
+
+    def _of_pieces(self, ident: int) -> bytes:
+        token = str(self._tokenizer.id_to_token(ident) or "")
+        if _BYTE.fullmatch(token):
+            return bytes([int(token[3:5], 16)])
+        return token.replace("\u2581", " ").encode()
+
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Each id as text for people; bytes that are no whole character as <0xE0>."""
         return [self._piece(i) for i in ids]
@@ -230,6 +259,19 @@ class Tokenizer:
         raw = bytes(b for c in token for b in self._bytes.get(c, c.encode()))
         escaped = raw.decode(errors="surrogateescape")
         return "".join(f"<0x{ord(c) - 0xDC00:02X}>" if "\udc80" <= c <= "\udcff" else c for c in escaped)
+
+
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
+_PIECES: list[dict[str, Any]] = [
+    {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+    {"type": "ByteFallback"},
+]
+"""How decoders of pieces with bytes begin."""
+
+
+def _strips_the_start(step: Mapping[str, Any]) -> bool:
+    """Whether a decoder's step takes away blanks at the start of a text, and nothing else."""
+    return step.get("type") == "Strip" and step.get("content") == " " and step.get("stop") == 0
 
 
 def _lead(tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:

@@ -55,7 +55,7 @@ class Base:
             raise rejected(load.name, f"is held as {name} on processors only; on {load.device} accepted: NF4")
         self.reader = Reader(load.name, payload, told.template_date)
         self._payload, self._headers = payload, read_model_headers(payload)
-        kept = Prepared(load.prepared, load.manifest.digest, name)
+        kept = Prepared(load.prepared, load.manifest.digest, name, load.prepared_bytes)
         brought = weights.bring(
             payload, self.precision, load.device, kept, lambda model: said.ask(model, told.vocabulary, load.name)
         )
@@ -102,8 +102,8 @@ class Base:
         self._need(submit.adapter_digest)
         row = Answering(
             call, submit.adapter_digest, list(ids), submit.priority, submit.who,
-            options=submit.options, decode=self.reader.tokenizer.decode, spell=self.reader.spell,
-            end=self.reader.end_text(submit),
+            options=submit.options, decode=self.reader.tokenizer.decode, bytes_of=self.reader.bytes_of,
+            spell=self.reader.spell, end=self.reader.end_text(submit),
         )  # fmt: skip
         self.scheduler.submit(row)
         return [Report(call=call, accepted=engine_pb2.EngineAccepted(prompt_tokens=len(ids)))]
@@ -118,7 +118,7 @@ class Base:
             counted=counted, alternatives=order.alternatives, spell=self.reader.spell,
         )  # fmt: skip
         self.scheduler.submit(row)
-        return []
+        return [Report(call=call, accepted=engine_pb2.EngineAccepted(prompt_tokens=len(ids)))]
 
     def _need(self, digest: str) -> None:
         if digest and digest not in self.lora:
@@ -141,10 +141,15 @@ class Base:
         try:
             effect = self._probe.effect(self.lora, prepared.digest, prepared.name)
         except BaseException:
-            self.lora.remove(prepared.digest)
+            self.remove(prepared.digest)
             raise
         loaded = engine_pb2.EngineAdapterLoaded(memory_bytes=size, rank=prepared.rank, probe_effect=effect)
         return Report(call=call, adapter_loaded=loaded)
+
+    def remove(self, digest: str) -> int:
+        """Lets an adapter go that no request uses; bytes freed."""
+        self.reader.forget(digest)
+        return self.lora.remove(digest)
 
 
 def bring(load: engine_pb2.EngineLoad) -> Base:

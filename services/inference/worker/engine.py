@@ -214,7 +214,7 @@ class Engine:
         return [
             Report(
                 call=self._leaving.pop(digest),
-                adapter_unloaded=engine_pb2.EngineAdapterUnloaded(freed_bytes=self.base.lora.remove(digest)),
+                adapter_unloaded=engine_pb2.EngineAdapterUnloaded(freed_bytes=self.base.remove(digest)),
             )
             for digest in done
         ]

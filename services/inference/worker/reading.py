@@ -17,6 +17,7 @@ from services.common.prompt.example import ExampleError, as_template_sees
 from services.common.prompt.render import Renderer, RenderError
 from services.common.prompt.rows import RowError, make_row
 from services.common.prompt.tokens import Tokenizer
+from services.inference.messages import check_told
 
 _SPELLED = 1 << 16
 
@@ -31,14 +32,22 @@ class Reader:
         self.renderer_of = functools.cache(lambda chosen: Renderer.open(payload, template_date, chosen))
         self._own: Renderer = self.renderer_of(formats.OWN)
         self._renderers: dict[str, Renderer] = {}
-        """Of adapters by digest; those that left stay, since a request may still be read."""
+        """Of adapters by digest."""
         self.tokenizer = Tokenizer.open(payload)
         self.spell = functools.lru_cache(_SPELLED)(lambda ident: self.tokenizer.decode((ident,)))
         """The text of one token alone; few of them are most of what is asked for."""
 
+        bytes_of = self.tokenizer.bytes_of()
+        self.bytes_of = bytes_of and functools.lru_cache(_SPELLED)(bytes_of)
+        """The bytes of one token, where they depend on no other; None for tokenizers of which that is not known."""
+
     def learn(self, digest: str, renderer: Renderer) -> None:
         """How an adapter's conversations are rendered."""
         self._renderers[digest] = renderer
+
+    def forget(self, digest: str) -> None:
+        """An adapter left. What is still to be read for it was cancelled, and comes to nothing however it is read."""
+        self._renderers.pop(digest, None)
 
     def end_text(self, submit: engine_pb2.EngineSubmit) -> str:
         """Text that ends an answer: a model whose tokenizer lacks the format's end token spells it."""
@@ -82,16 +91,19 @@ class Reader:
         if not 2 <= len(ids) <= self.context_tokens or not any(counted):
             accepted = f"2 to {self.context_tokens} tokens, at least one of them to be scored"
             raise invalid([Violation(field, f"{len(ids)} tokens, {sum(counted)} of them to be scored", accepted)])
+        check_told(field, len(ids), order.alternatives)
         self._check_known(field, ids)
         return ids, counted
 
     def rendered(self, order: engine_pb2.EngineRender) -> engine_pb2.EngineRendered:
-        """What the model would see of an input."""
+        """What the model would see of an input; INVALID_ARGUMENT if that is more than one answer tells."""
         if order.WhichOneof("input") == "prompt":
-            text, ids = order.prompt, self.tokenizer.encode_prompt(order.prompt)
+            field, text, ids = "text", order.prompt, self.tokenizer.encode_prompt(order.prompt)
         else:
+            field = "conversation"
             text = self._render(order.conversation, order.adapter_digest)
             ids = self.tokenizer.encode(text).ids
+        check_told(field, len(ids))
         rendered = engine_pb2.EngineRendered(text=text)
         for ident in ids:
             rendered.tokens.add(id=ident, text=self.spell(ident))

@@ -15,7 +15,7 @@ import torch
 
 from qlorad.v1 import inference_pb2
 from services.common.frames.v1 import engine_pb2
-from services.inference.text import Detokeniser, StopFilter
+from services.inference.text import Detokeniser, StopFilter, detokeniser
 from services.inference.worker import sampling
 from services.inference.worker.flat import Piece
 from services.inference.worker.lanes import Place
@@ -67,6 +67,8 @@ class Answering(Row):
 
     options: inference_pb2.GenerationOptions = field(default_factory=inference_pb2.GenerationOptions)
     decode: Decode = lambda ids: ""
+    bytes_of: Callable[[int], bytes] | None = None
+    """The bytes of one token, where they depend on no other."""
     spell: Spell = lambda ident: ""
     """The text of one token alone."""
     text: Detokeniser = field(init=False)
@@ -77,7 +79,7 @@ class Answering(Row):
     made: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.text = Detokeniser(self.decode, tuple(self.prompt[-_CONTEXT_OF_TEXT:]))
+        self.text = detokeniser(self.decode, self.bytes_of, tuple(self.prompt[-_CONTEXT_OF_TEXT:]))
         self.stops = StopFilter((*self.options.stop, self.end) if self.end else tuple(self.options.stop))
         self.chooser = sampling.Chooser(self.options, self.prompt)
 

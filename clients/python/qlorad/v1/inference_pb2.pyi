@@ -811,7 +811,9 @@ class GenerateRequest(_message.Message):
     model: _builtins.str
     """"models/{id}"; empty = the adapter's base, or the one that is loaded."""
     priority: _builtins.int
-    """Higher goes first in the queue; -10 to 10."""
+    """Higher goes first in the queue; -10 to what the caller's key may ask for: 0
+    unless it is given more, 10 where there are no keys.
+    """
     @_builtins.property
     def options(self) -> Global___GenerationOptions:
         """How to choose."""
@@ -854,7 +856,9 @@ class ChatRequest(_message.Message):
     model: _builtins.str
     """"models/{id}"; empty = the adapter's base, or the one that is loaded."""
     priority: _builtins.int
-    """Higher goes first in the queue; -10 to 10."""
+    """Higher goes first in the queue; -10 to what the caller's key may ask for: 0
+    unless it is given more, 10 where there are no keys.
+    """
     preset: _builtins.str
     """"presets/{id}": puts the last user turn into its words; empty = none."""
     @_builtins.property
@@ -932,7 +936,7 @@ class Delta(_message.Message):
     IDS_FIELD_NUMBER: _builtins.int
     LOG_PROBABILITIES_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Whole characters, never a torn one."""
+    """Whole characters, never a torn one. Bytes that are no text show as U+FFFD."""
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Ids of the tokens behind it. All deltas together hold every token that was
@@ -1158,7 +1162,9 @@ class GenerateBatchRequest(_message.Message):
     request_id: _builtins.str
     """For finding it in logs; a new one is made if empty."""
     priority: _builtins.int
-    """Higher goes first in the queue; -10 to 10."""
+    """Higher goes first in the queue; -10 to what the caller's key may ask for: 0
+    unless it is given more, 10 where there are no keys.
+    """
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___BatchItem]:
         """1 to 256."""
@@ -1321,7 +1327,9 @@ class CompareRequest(_message.Message):
     request_id: _builtins.str
     """For finding it in logs; a new one is made if empty."""
     priority: _builtins.int
-    """Higher goes first in the queue; -10 to 10."""
+    """Higher goes first in the queue; -10 to what the caller's key may ask for: 0
+    unless it is given more, 10 where there are no keys.
+    """
     preset: _builtins.str
     """"presets/{id}", with a conversation; empty = none."""
     @_builtins.property
@@ -1426,11 +1434,15 @@ class ScoreRequest(_message.Message):
     prompt: _builtins.str
     """Raw text: every token but the first is scored."""
     alternatives: _builtins.int
-    """So many of the likeliest in each place; at most 20."""
+    """So many of the likeliest in each place; at most 20, and at most 500,000 in one
+    answer together with the tokens themselves.
+    """
     request_id: _builtins.str
     """For finding it in logs; a new one is made if empty."""
     priority: _builtins.int
-    """Higher goes first in the queue; -10 to 10."""
+    """Higher goes first in the queue; -10 to what the caller's key may ask for: 0
+    unless it is given more, 10 where there are no keys.
+    """
     @_builtins.property
     def conversation(self) -> _messages_pb2.Conversation:
         """A conversation: the tokens that training would train on are scored."""

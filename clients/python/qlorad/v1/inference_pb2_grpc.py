@@ -289,7 +289,8 @@ class InferenceServiceServicer:
     def Score(self, request, context):
         """Tells how likely a text, or the assistant's turns of a conversation, are.
         Errors: as Chat, and INVALID_ARGUMENT (a conversation without an assistant's
-        turn, a text of one token).
+        turn, a text of one token; more than 500,000 tokens in one answer, each
+        alternative counted as one: names how many would do).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -297,7 +298,7 @@ class InferenceServiceServicer:
 
     def Tokenize(self, request, context):
         """Cuts a text into the tokens of a model.
-        Errors: INVALID_ARGUMENT; NOT_FOUND (model not loaded); RESOURCE_EXHAUSTED
+        Errors: INVALID_ARGUMENT (also a text of more than 500,000 tokens); NOT_FOUND (model not loaded); RESOURCE_EXHAUSTED
         QUEUE_FULL, DEVICE_BUSY or RATE_LIMITED (retry after RetryInfo).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -306,7 +307,7 @@ class InferenceServiceServicer:
 
     def Render(self, request, context):
         """Shows what Chat would send to the model: the conversation in its template.
-        Errors: as Chat.
+        Errors: as Chat, and INVALID_ARGUMENT (more than 500,000 tokens).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

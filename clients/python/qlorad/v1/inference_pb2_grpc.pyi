@@ -128,16 +128,17 @@ class InferenceServiceStub:
     Score: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ScoreRequest, _inference_pb2.ScoreResponse]
     """Tells how likely a text, or the assistant's turns of a conversation, are.
     Errors: as Chat, and INVALID_ARGUMENT (a conversation without an assistant's
-    turn, a text of one token).
+    turn, a text of one token; more than 500,000 tokens in one answer, each
+    alternative counted as one: names how many would do).
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """Cuts a text into the tokens of a model.
-    Errors: INVALID_ARGUMENT; NOT_FOUND (model not loaded); RESOURCE_EXHAUSTED
+    Errors: INVALID_ARGUMENT (also a text of more than 500,000 tokens); NOT_FOUND (model not loaded); RESOURCE_EXHAUSTED
     QUEUE_FULL, DEVICE_BUSY or RATE_LIMITED (retry after RetryInfo).
     """
     Render: _grpc.UnaryUnaryMultiCallable[_inference_pb2.RenderRequest, _inference_pb2.RenderResponse]
     """Shows what Chat would send to the model: the conversation in its template.
-    Errors: as Chat.
+    Errors: as Chat, and INVALID_ARGUMENT (more than 500,000 tokens).
     """
     CreatePreset: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CreatePresetRequest, _inference_pb2.CreatePresetResponse]
     """Keeps a preset: a task in words, with options of its own.
@@ -252,16 +253,17 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     Score: _aio.UnaryUnaryMultiCallable[_inference_pb2.ScoreRequest, _inference_pb2.ScoreResponse]  # type: ignore[assignment]
     """Tells how likely a text, or the assistant's turns of a conversation, are.
     Errors: as Chat, and INVALID_ARGUMENT (a conversation without an assistant's
-    turn, a text of one token).
+    turn, a text of one token; more than 500,000 tokens in one answer, each
+    alternative counted as one: names how many would do).
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Cuts a text into the tokens of a model.
-    Errors: INVALID_ARGUMENT; NOT_FOUND (model not loaded); RESOURCE_EXHAUSTED
+    Errors: INVALID_ARGUMENT (also a text of more than 500,000 tokens); NOT_FOUND (model not loaded); RESOURCE_EXHAUSTED
     QUEUE_FULL, DEVICE_BUSY or RATE_LIMITED (retry after RetryInfo).
     """
     Render: _aio.UnaryUnaryMultiCallable[_inference_pb2.RenderRequest, _inference_pb2.RenderResponse]  # type: ignore[assignment]
     """Shows what Chat would send to the model: the conversation in its template.
-    Errors: as Chat.
+    Errors: as Chat, and INVALID_ARGUMENT (more than 500,000 tokens).
     """
     CreatePreset: _aio.UnaryUnaryMultiCallable[_inference_pb2.CreatePresetRequest, _inference_pb2.CreatePresetResponse]  # type: ignore[assignment]
     """Keeps a preset: a task in words, with options of its own.
@@ -451,7 +453,8 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_inference_pb2.ScoreResponse, _abc.Awaitable[_inference_pb2.ScoreResponse]]:
         """Tells how likely a text, or the assistant's turns of a conversation, are.
         Errors: as Chat, and INVALID_ARGUMENT (a conversation without an assistant's
-        turn, a text of one token).
+        turn, a text of one token; more than 500,000 tokens in one answer, each
+        alternative counted as one: names how many would do).
         """
 
     @_abc_1.abstractmethod
@@ -461,7 +464,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.TokenizeResponse, _abc.Awaitable[_inference_pb2.TokenizeResponse]]:
         """Cuts a text into the tokens of a model.
-        Errors: INVALID_ARGUMENT; NOT_FOUND (model not loaded); RESOURCE_EXHAUSTED
+        Errors: INVALID_ARGUMENT (also a text of more than 500,000 tokens); NOT_FOUND (model not loaded); RESOURCE_EXHAUSTED
         QUEUE_FULL, DEVICE_BUSY or RATE_LIMITED (retry after RetryInfo).
         """
 
@@ -472,7 +475,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.RenderResponse, _abc.Awaitable[_inference_pb2.RenderResponse]]:
         """Shows what Chat would send to the model: the conversation in its template.
-        Errors: as Chat.
+        Errors: as Chat, and INVALID_ARGUMENT (more than 500,000 tokens).
         """
 
     @_abc_1.abstractmethod

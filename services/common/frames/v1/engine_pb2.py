@@ -28,7 +28,7 @@ from qlorad.v1 import inference_pb2 as qlorad_dot_v1_dot_inference__pb2
 from qlorad.v1 import messages_pb2 as qlorad_dot_v1_dot_messages__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&services/common/frames/v1/engine.proto\x12\x19services.common.frames.v1\x1a\x19qlorad/v1/artifacts.proto\x1a\x16qlorad/v1/errors.proto\x1a\x19qlorad/v1/inference.proto\x1a\x18qlorad/v1/messages.proto\"\xd5\x03\n\x0b\x45ngineOrder\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x35\n\x04load\x18\x02 \x01(\x0b\x32%.services.common.frames.v1.EngineLoadH\x00\x12\x44\n\x0cload_adapter\x18\x03 \x01(\x0b\x32,.services.common.frames.v1.EngineLoadAdapterH\x00\x12H\n\x0eunload_adapter\x18\x04 \x01(\x0b\x32..services.common.frames.v1.EngineUnloadAdapterH\x00\x12\x39\n\x06submit\x18\x05 \x01(\x0b\x32\'.services.common.frames.v1.EngineSubmitH\x00\x12\x39\n\x06\x63\x61ncel\x18\x06 \x01(\x0b\x32\'.services.common.frames.v1.EngineCancelH\x00\x12\x37\n\x05score\x18\x07 \x01(\x0b\x32&.services.common.frames.v1.EngineScoreH\x00\x12\x39\n\x06render\x18\x08 \x01(\x0b\x32\'.services.common.frames.v1.EngineRenderH\x00\x42\x07\n\x05order\"\x89\x02\n\nEngineLoad\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07payload\x18\x02 \x01(\t\x12%\n\x08manifest\x18\x03 \x01(\x0b\x32\x13.qlorad.v1.Manifest\x12\'\n\tprecision\x18\x04 \x01(\x0e\x32\x14.qlorad.v1.Precision\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x10\n\x08max_rows\x18\x06 \x01(\r\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\x07 \x01(\x03\x12\x14\n\x0cprefix_bytes\x18\x08 \x01(\x03\x12\x1c\n\x14\x64\x65vice_adapter_bytes\x18\t \x01(\x03\x12\x10\n\x08prepared\x18\n \x01(\t\x12\x0f\n\x07threads\x18\x0b \x01(\r\"Y\n\x11\x45ngineLoadAdapter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07payload\x18\x02 \x01(\t\x12%\n\x08manifest\x18\x03 \x01(\x0b\x32\x13.qlorad.v1.Manifest\"%\n\x13\x45ngineUnloadAdapter\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"\xc0\x01\n\x0c\x45ngineSubmit\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12/\n\x0c\x63onversation\x18\x03 \x01(\x0b\x32\x17.qlorad.v1.ConversationH\x00\x12-\n\x07options\x18\x04 \x01(\x0b\x32\x1c.qlorad.v1.GenerationOptions\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x0b\n\x03who\x18\x06 \x01(\tB\x07\n\x05input\"\xa6\x01\n\x0b\x45ngineScore\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12/\n\x0c\x63onversation\x18\x03 \x01(\x0b\x32\x17.qlorad.v1.ConversationH\x00\x12\x14\n\x0c\x61lternatives\x18\x04 \x01(\r\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x0b\n\x03who\x18\x06 \x01(\tB\x07\n\x05input\"r\n\x0c\x45ngineRender\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12/\n\x0c\x63onversation\x18\x03 \x01(\x0b\x32\x17.qlorad.v1.ConversationH\x00\x42\x07\n\x05input\"\x0e\n\x0c\x45ngineCancel\"\x82\x01\n\rEngineReports\x12\x38\n\x07reports\x18\x01 \x03(\x0b\x32\'.services.common.frames.v1.EngineReport\x12\x37\n\x06gauges\x18\x02 \x01(\x0b\x32\'.services.common.frames.v1.EngineGauges\"\xcd\x01\n\x0c\x45ngineGauges\x12\x0c\n\x04rows\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\x03 \x01(\x03\x12\x14\n\x0cprefix_bytes\x18\x04 \x01(\x03\x12\x11\n\ton_device\x18\x05 \x03(\t\x12\x14\n\x0cstep_seconds\x18\x06 \x01(\x01\x12\x13\n\x0bstep_tokens\x18\x07 \x01(\r\x12\x19\n\x11prefix_hit_tokens\x18\x08 \x01(\x04\x12\x1a\n\x12prefix_miss_tokens\x18\t \x01(\x04\"\x9c\x05\n\x0c\x45ngineReport\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x39\n\x06loaded\x18\x02 \x01(\x0b\x32\'.services.common.frames.v1.EngineLoadedH\x00\x12H\n\x0e\x61\x64\x61pter_loaded\x18\x03 \x01(\x0b\x32..services.common.frames.v1.EngineAdapterLoadedH\x00\x12L\n\x10\x61\x64\x61pter_unloaded\x18\x04 \x01(\x0b\x32\x30.services.common.frames.v1.EngineAdapterUnloadedH\x00\x12=\n\x08\x61\x63\x63\x65pted\x18\x05 \x01(\x0b\x32).services.common.frames.v1.EngineAcceptedH\x00\x12\x37\n\x05\x62\x65gun\x18\x06 \x01(\x0b\x32&.services.common.frames.v1.EngineBegunH\x00\x12\x39\n\x06tokens\x18\x07 \x01(\x0b\x32\'.services.common.frames.v1.EngineTokensH\x00\x12\x37\n\x05\x65nded\x18\x08 \x01(\x0b\x32&.services.common.frames.v1.EngineEndedH\x00\x12;\n\x07refusal\x18\t \x01(\x0b\x32(.services.common.frames.v1.EngineRefusalH\x00\x12\x39\n\x06scored\x18\n \x01(\x0b\x32\'.services.common.frames.v1.EngineScoredH\x00\x12=\n\x08rendered\x18\x0b \x01(\x0b\x32).services.common.frames.v1.EngineRenderedH\x00\x42\x08\n\x06report\"\xa2\x01\n\x0c\x45ngineLoaded\x12\'\n\tprecision\x18\x01 \x01(\x0e\x32\x14.qlorad.v1.Precision\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x03\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\x03\x12\x14\n\x0cload_seconds\x18\x04 \x01(\x01\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x15\n\rfrom_prepared\x18\x06 \x01(\x08\"O\n\x13\x45ngineAdapterLoaded\x12\x14\n\x0cmemory_bytes\x18\x01 \x01(\x03\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x14\n\x0cprobe_effect\x18\x03 \x01(\x01\",\n\x15\x45ngineAdapterUnloaded\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x03\"\'\n\x0e\x45ngineAccepted\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\"<\n\x0b\x45ngineBegun\x12\x16\n\x0ewaited_seconds\x18\x01 \x01(\x01\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\"d\n\x0c\x45ngineTokens\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x39\n\x11log_probabilities\x18\x03 \x03(\x0b\x32\x1e.qlorad.v1.TokenLogProbability\"6\n\x0c\x45ngineScored\x12&\n\x06tokens\x18\x01 \x03(\x0b\x32\x16.qlorad.v1.ScoredToken\"D\n\x0e\x45ngineRendered\x12\x0c\n\x04text\x18\x01 \x01(\t\x12$\n\x06tokens\x18\x02 \x03(\x0b\x32\x14.qlorad.v1.TextToken\"6\n\x0b\x45ngineEnded\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.qlorad.v1.FinishReason\"\x95\x01\n\rEngineRefusal\x12!\n\x06reason\x18\x01 \x01(\x0e\x32\x11.qlorad.v1.Reason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12>\n\nviolations\x18\x03 \x03(\x0b\x32*.services.common.frames.v1.EngineViolation\x12\x10\n\x08resource\x18\x04 \x01(\t\"A\n\x0f\x45ngineViolation\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\r\n\x05given\x18\x02 \x01(\t\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x03 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&services/common/frames/v1/engine.proto\x12\x19services.common.frames.v1\x1a\x19qlorad/v1/artifacts.proto\x1a\x16qlorad/v1/errors.proto\x1a\x19qlorad/v1/inference.proto\x1a\x18qlorad/v1/messages.proto\"\xd5\x03\n\x0b\x45ngineOrder\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x35\n\x04load\x18\x02 \x01(\x0b\x32%.services.common.frames.v1.EngineLoadH\x00\x12\x44\n\x0cload_adapter\x18\x03 \x01(\x0b\x32,.services.common.frames.v1.EngineLoadAdapterH\x00\x12H\n\x0eunload_adapter\x18\x04 \x01(\x0b\x32..services.common.frames.v1.EngineUnloadAdapterH\x00\x12\x39\n\x06submit\x18\x05 \x01(\x0b\x32\'.services.common.frames.v1.EngineSubmitH\x00\x12\x39\n\x06\x63\x61ncel\x18\x06 \x01(\x0b\x32\'.services.common.frames.v1.EngineCancelH\x00\x12\x37\n\x05score\x18\x07 \x01(\x0b\x32&.services.common.frames.v1.EngineScoreH\x00\x12\x39\n\x06render\x18\x08 \x01(\x0b\x32\'.services.common.frames.v1.EngineRenderH\x00\x42\x07\n\x05order\"\xa1\x02\n\nEngineLoad\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07payload\x18\x02 \x01(\t\x12%\n\x08manifest\x18\x03 \x01(\x0b\x32\x13.qlorad.v1.Manifest\x12\'\n\tprecision\x18\x04 \x01(\x0e\x32\x14.qlorad.v1.Precision\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x10\n\x08max_rows\x18\x06 \x01(\r\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\x07 \x01(\x03\x12\x14\n\x0cprefix_bytes\x18\x08 \x01(\x03\x12\x1c\n\x14\x64\x65vice_adapter_bytes\x18\t \x01(\x03\x12\x10\n\x08prepared\x18\n \x01(\t\x12\x0f\n\x07threads\x18\x0b \x01(\r\x12\x16\n\x0eprepared_bytes\x18\x0c \x01(\x03\"Y\n\x11\x45ngineLoadAdapter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07payload\x18\x02 \x01(\t\x12%\n\x08manifest\x18\x03 \x01(\x0b\x32\x13.qlorad.v1.Manifest\"%\n\x13\x45ngineUnloadAdapter\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"\xc0\x01\n\x0c\x45ngineSubmit\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12/\n\x0c\x63onversation\x18\x03 \x01(\x0b\x32\x17.qlorad.v1.ConversationH\x00\x12-\n\x07options\x18\x04 \x01(\x0b\x32\x1c.qlorad.v1.GenerationOptions\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x0b\n\x03who\x18\x06 \x01(\tB\x07\n\x05input\"\xa6\x01\n\x0b\x45ngineScore\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12/\n\x0c\x63onversation\x18\x03 \x01(\x0b\x32\x17.qlorad.v1.ConversationH\x00\x12\x14\n\x0c\x61lternatives\x18\x04 \x01(\r\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x0b\n\x03who\x18\x06 \x01(\tB\x07\n\x05input\"r\n\x0c\x45ngineRender\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12/\n\x0c\x63onversation\x18\x03 \x01(\x0b\x32\x17.qlorad.v1.ConversationH\x00\x42\x07\n\x05input\"\x0e\n\x0c\x45ngineCancel\"\x82\x01\n\rEngineReports\x12\x38\n\x07reports\x18\x01 \x03(\x0b\x32\'.services.common.frames.v1.EngineReport\x12\x37\n\x06gauges\x18\x02 \x01(\x0b\x32\'.services.common.frames.v1.EngineGauges\"\xcd\x01\n\x0c\x45ngineGauges\x12\x0c\n\x04rows\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\x03 \x01(\x03\x12\x14\n\x0cprefix_bytes\x18\x04 \x01(\x03\x12\x11\n\ton_device\x18\x05 \x03(\t\x12\x14\n\x0cstep_seconds\x18\x06 \x01(\x01\x12\x13\n\x0bstep_tokens\x18\x07 \x01(\r\x12\x19\n\x11prefix_hit_tokens\x18\x08 \x01(\x04\x12\x1a\n\x12prefix_miss_tokens\x18\t \x01(\x04\"\x9c\x05\n\x0c\x45ngineReport\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x39\n\x06loaded\x18\x02 \x01(\x0b\x32\'.services.common.frames.v1.EngineLoadedH\x00\x12H\n\x0e\x61\x64\x61pter_loaded\x18\x03 \x01(\x0b\x32..services.common.frames.v1.EngineAdapterLoadedH\x00\x12L\n\x10\x61\x64\x61pter_unloaded\x18\x04 \x01(\x0b\x32\x30.services.common.frames.v1.EngineAdapterUnloadedH\x00\x12=\n\x08\x61\x63\x63\x65pted\x18\x05 \x01(\x0b\x32).services.common.frames.v1.EngineAcceptedH\x00\x12\x37\n\x05\x62\x65gun\x18\x06 \x01(\x0b\x32&.services.common.frames.v1.EngineBegunH\x00\x12\x39\n\x06tokens\x18\x07 \x01(\x0b\x32\'.services.common.frames.v1.EngineTokensH\x00\x12\x37\n\x05\x65nded\x18\x08 \x01(\x0b\x32&.services.common.frames.v1.EngineEndedH\x00\x12;\n\x07refusal\x18\t \x01(\x0b\x32(.services.common.frames.v1.EngineRefusalH\x00\x12\x39\n\x06scored\x18\n \x01(\x0b\x32\'.services.common.frames.v1.EngineScoredH\x00\x12=\n\x08rendered\x18\x0b \x01(\x0b\x32).services.common.frames.v1.EngineRenderedH\x00\x42\x08\n\x06report\"\xa2\x01\n\x0c\x45ngineLoaded\x12\'\n\tprecision\x18\x01 \x01(\x0e\x32\x14.qlorad.v1.Precision\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x03\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\x03\x12\x14\n\x0cload_seconds\x18\x04 \x01(\x01\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x15\n\rfrom_prepared\x18\x06 \x01(\x08\"O\n\x13\x45ngineAdapterLoaded\x12\x14\n\x0cmemory_bytes\x18\x01 \x01(\x03\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x14\n\x0cprobe_effect\x18\x03 \x01(\x01\",\n\x15\x45ngineAdapterUnloaded\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x03\"\'\n\x0e\x45ngineAccepted\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\"<\n\x0b\x45ngineBegun\x12\x16\n\x0ewaited_seconds\x18\x01 \x01(\x01\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\"d\n\x0c\x45ngineTokens\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x39\n\x11log_probabilities\x18\x03 \x03(\x0b\x32\x1e.qlorad.v1.TokenLogProbability\"6\n\x0c\x45ngineScored\x12&\n\x06tokens\x18\x01 \x03(\x0b\x32\x16.qlorad.v1.ScoredToken\"D\n\x0e\x45ngineRendered\x12\x0c\n\x04text\x18\x01 \x01(\t\x12$\n\x06tokens\x18\x02 \x03(\x0b\x32\x14.qlorad.v1.TextToken\"6\n\x0b\x45ngineEnded\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.qlorad.v1.FinishReason\"\x95\x01\n\rEngineRefusal\x12!\n\x06reason\x18\x01 \x01(\x0e\x32\x11.qlorad.v1.Reason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12>\n\nviolations\x18\x03 \x03(\x0b\x32*.services.common.frames.v1.EngineViolation\x12\x10\n\x08resource\x18\x04 \x01(\t\"A\n\x0f\x45ngineViolation\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\r\n\x05given\x18\x02 \x01(\t\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x03 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,45 +38,45 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENGINEORDER']._serialized_start=174
   _globals['_ENGINEORDER']._serialized_end=643
   _globals['_ENGINELOAD']._serialized_start=646
-  _globals['_ENGINELOAD']._serialized_end=911
-  _globals['_ENGINELOADADAPTER']._serialized_start=913
-  _globals['_ENGINELOADADAPTER']._serialized_end=1002
-  _globals['_ENGINEUNLOADADAPTER']._serialized_start=1004
-  _globals['_ENGINEUNLOADADAPTER']._serialized_end=1041
-  _globals['_ENGINESUBMIT']._serialized_start=1044
-  _globals['_ENGINESUBMIT']._serialized_end=1236
-  _globals['_ENGINESCORE']._serialized_start=1239
-  _globals['_ENGINESCORE']._serialized_end=1405
-  _globals['_ENGINERENDER']._serialized_start=1407
-  _globals['_ENGINERENDER']._serialized_end=1521
-  _globals['_ENGINECANCEL']._serialized_start=1523
-  _globals['_ENGINECANCEL']._serialized_end=1537
-  _globals['_ENGINEREPORTS']._serialized_start=1540
-  _globals['_ENGINEREPORTS']._serialized_end=1670
-  _globals['_ENGINEGAUGES']._serialized_start=1673
-  _globals['_ENGINEGAUGES']._serialized_end=1878
-  _globals['_ENGINEREPORT']._serialized_start=1881
-  _globals['_ENGINEREPORT']._serialized_end=2549
-  _globals['_ENGINELOADED']._serialized_start=2552
-  _globals['_ENGINELOADED']._serialized_end=2714
-  _globals['_ENGINEADAPTERLOADED']._serialized_start=2716
-  _globals['_ENGINEADAPTERLOADED']._serialized_end=2795
-  _globals['_ENGINEADAPTERUNLOADED']._serialized_start=2797
-  _globals['_ENGINEADAPTERUNLOADED']._serialized_end=2841
-  _globals['_ENGINEACCEPTED']._serialized_start=2843
-  _globals['_ENGINEACCEPTED']._serialized_end=2882
-  _globals['_ENGINEBEGUN']._serialized_start=2884
-  _globals['_ENGINEBEGUN']._serialized_end=2944
-  _globals['_ENGINETOKENS']._serialized_start=2946
-  _globals['_ENGINETOKENS']._serialized_end=3046
-  _globals['_ENGINESCORED']._serialized_start=3048
-  _globals['_ENGINESCORED']._serialized_end=3102
-  _globals['_ENGINERENDERED']._serialized_start=3104
-  _globals['_ENGINERENDERED']._serialized_end=3172
-  _globals['_ENGINEENDED']._serialized_start=3174
-  _globals['_ENGINEENDED']._serialized_end=3228
-  _globals['_ENGINEREFUSAL']._serialized_start=3231
-  _globals['_ENGINEREFUSAL']._serialized_end=3380
-  _globals['_ENGINEVIOLATION']._serialized_start=3382
-  _globals['_ENGINEVIOLATION']._serialized_end=3447
+  _globals['_ENGINELOAD']._serialized_end=935
+  _globals['_ENGINELOADADAPTER']._serialized_start=937
+  _globals['_ENGINELOADADAPTER']._serialized_end=1026
+  _globals['_ENGINEUNLOADADAPTER']._serialized_start=1028
+  _globals['_ENGINEUNLOADADAPTER']._serialized_end=1065
+  _globals['_ENGINESUBMIT']._serialized_start=1068
+  _globals['_ENGINESUBMIT']._serialized_end=1260
+  _globals['_ENGINESCORE']._serialized_start=1263
+  _globals['_ENGINESCORE']._serialized_end=1429
+  _globals['_ENGINERENDER']._serialized_start=1431
+  _globals['_ENGINERENDER']._serialized_end=1545
+  _globals['_ENGINECANCEL']._serialized_start=1547
+  _globals['_ENGINECANCEL']._serialized_end=1561
+  _globals['_ENGINEREPORTS']._serialized_start=1564
+  _globals['_ENGINEREPORTS']._serialized_end=1694
+  _globals['_ENGINEGAUGES']._serialized_start=1697
+  _globals['_ENGINEGAUGES']._serialized_end=1902
+  _globals['_ENGINEREPORT']._serialized_start=1905
+  _globals['_ENGINEREPORT']._serialized_end=2573
+  _globals['_ENGINELOADED']._serialized_start=2576
+  _globals['_ENGINELOADED']._serialized_end=2738
+  _globals['_ENGINEADAPTERLOADED']._serialized_start=2740
+  _globals['_ENGINEADAPTERLOADED']._serialized_end=2819
+  _globals['_ENGINEADAPTERUNLOADED']._serialized_start=2821
+  _globals['_ENGINEADAPTERUNLOADED']._serialized_end=2865
+  _globals['_ENGINEACCEPTED']._serialized_start=2867
+  _globals['_ENGINEACCEPTED']._serialized_end=2906
+  _globals['_ENGINEBEGUN']._serialized_start=2908
+  _globals['_ENGINEBEGUN']._serialized_end=2968
+  _globals['_ENGINETOKENS']._serialized_start=2970
+  _globals['_ENGINETOKENS']._serialized_end=3070
+  _globals['_ENGINESCORED']._serialized_start=3072
+  _globals['_ENGINESCORED']._serialized_end=3126
+  _globals['_ENGINERENDERED']._serialized_start=3128
+  _globals['_ENGINERENDERED']._serialized_end=3196
+  _globals['_ENGINEENDED']._serialized_start=3198
+  _globals['_ENGINEENDED']._serialized_end=3252
+  _globals['_ENGINEREFUSAL']._serialized_start=3255
+  _globals['_ENGINEREFUSAL']._serialized_end=3404
+  _globals['_ENGINEVIOLATION']._serialized_start=3406
+  _globals['_ENGINEVIOLATION']._serialized_end=3471
 # @@protoc_insertion_point(module_scope)

@@ -107,6 +107,7 @@ class EngineLoad(_message.Message):
     DEVICE_ADAPTER_BYTES_FIELD_NUMBER: _builtins.int
     PREPARED_FIELD_NUMBER: _builtins.int
     THREADS_FIELD_NUMBER: _builtins.int
+    PREPARED_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """How errors name it."""
     payload: _builtins.str
@@ -129,6 +130,8 @@ class EngineLoad(_message.Message):
     """Folder that keeps quantised weights for the next load; empty = none."""
     threads: _builtins.int
     """Threads; 0 = the engine chooses."""
+    prepared_bytes: _builtins.int
+    """Bytes of all that is kept in that folder; 0 = no bound."""
     @_builtins.property
     def manifest(self) -> _artifacts_pb2.Manifest:
         """Its manifest."""
@@ -147,10 +150,11 @@ class EngineLoad(_message.Message):
         device_adapter_bytes: _builtins.int = ...,
         prepared: _builtins.str = ...,
         threads: _builtins.int = ...,
+        prepared_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_bytes", b"cache_bytes", "device", b"device", "device_adapter_bytes", b"device_adapter_bytes", "manifest", b"manifest", "max_rows", b"max_rows", "name", b"name", "payload", b"payload", "precision", b"precision", "prefix_bytes", b"prefix_bytes", "prepared", b"prepared", "threads", b"threads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_bytes", b"cache_bytes", "device", b"device", "device_adapter_bytes", b"device_adapter_bytes", "manifest", b"manifest", "max_rows", b"max_rows", "name", b"name", "payload", b"payload", "precision", b"precision", "prefix_bytes", b"prefix_bytes", "prepared", b"prepared", "prepared_bytes", b"prepared_bytes", "threads", b"threads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
