@@ -142,6 +142,7 @@ def test_cards() -> None:
         ("a: &a [1]\nb: *a", "refers to itself"),
         ("a: !!python/object/apply:os.system [ls]", "not YAML"),
         ("a: [", "not YAML"),
+        ("a: !!timestamp x", "not YAML"),
         ("[" * 1200, "too deep"),
     ],
 )

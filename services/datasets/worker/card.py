@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from services.common.config import read_yaml
 from services.common.errors import Fault, Violation, invalid, show
 
 MAX_BYTES = 1 << 18
@@ -61,7 +62,7 @@ def _front_matter(readme: bytes, field: str) -> Mapping[str, Any]:
         raise _odd(field, f"its front matter has no end within {MAX_BYTES} bytes")
     try:
         _check(text[4 : end + 1], field)
-        told = yaml.safe_load(text[4 : end + 1])
+        told = read_yaml(text[4 : end + 1])
     except (yaml.YAMLError, ValueError) as e:
         raise _odd(field, f"its front matter is not YAML that is read here: {e}") from None
     return told if isinstance(told, dict) else {}
