@@ -32,8 +32,8 @@ constexpr int64_t RANK = 256;               // the largest; as in each.py
 
 // of one adapter at one module: a [rank, in], b [rank, out]; rank 0 = it leaves the module alone
 struct Part { In a; In b; int64_t rank; };
-// widths [modules], parts [modules, places]
-struct Site { int64_t modules, places, width; const int64_t* widths; const Part* parts; };
+// widths [modules], parts [modules, places], starts [modules]: where each module's outputs begin, if they stand together
+struct Site { int64_t modules, places, width; const int64_t* widths; const Part* parts; const int64_t* starts; };
 // groups [count] are tokens[begin ... end] of the adapter at a place; below zero = of none
 struct Group { int64_t place, begin, end; };
 struct Turn { int64_t count; const Group* groups; const int64_t* tokens; };
@@ -169,23 +169,27 @@ static void change(const Part& part, int64_t in, int64_t out, const In* x, const
   }
 }
 
-// x [tokens, in] by rows that lie `stride` apart; outs [modules]. Threads take groups and modules as they come:
+// x [tokens, in] and out [tokens, all outputs] by rows that lie so far apart. Threads take groups and modules as they come:
 // each of these is A, then B, for tokens that nobody else writes to, so that no thread waits for another in between.
-// `gated`: of two modules, the first then becomes silu(first) * second; of all tokens, also those without adapters.
+// With `passing` the second of two modules has its outputs there, the first has them at `out`, which then becomes
+// silu(out) * passing; of all tokens, also those without adapters.
 extern "C" void qlorad_each(
-    const Site* site, const Turn* turn, In x, int64_t stride, const Rows* outs, int gated, int threads) {
+    const Site* site, const Turn* turn, In x, int64_t stride, Out out, int64_t apart, Out passing, int64_t passing_apart,
+    int threads) {
+  const bool gated = passing != nullptr;
   std::atomic<int64_t> next{0};
   const int64_t modules = gated ? 1 : site->modules, all = modules * turn->count;
   auto add = [&](int64_t module, const Group& group) {
     const Part& part = site->parts[module * site->places + group.place];
     if (part.rank == 0) return;
+    const Rows rows = !gated ? Rows{out + site->starts[module], apart} : module ? Rows{passing, passing_apart} : Rows{out, apart};
     for (int64_t t = group.begin; t < group.end; t += TOKENS) {
       const int64_t count = group.end - t < TOKENS ? group.end - t : TOKENS;
       In xs[TOKENS];
       Out ys[TOKENS];
       for (int64_t i = 0; i < count; i++) {
         xs[i] = x + turn->tokens[t + i] * stride;
-        ys[i] = outs[module].at + turn->tokens[t + i] * outs[module].stride;
+        ys[i] = rows.at + turn->tokens[t + i] * rows.stride;
       }
       change(part, site->width, site->widths[module], xs, ys, count);
     }
@@ -197,7 +201,7 @@ extern "C" void qlorad_each(
         for (int64_t m = 0; m < (gated ? site->modules : 1); m++) add(gated ? m : item % modules, group);
       for (int64_t t = group.begin; gated && t < group.end; t++) {
         const int64_t token = turn->tokens[t];
-        gate(outs[0].at + token * outs[0].stride, outs[1].at + token * outs[1].stride, site->widths[0]);
+        gate(out + token * apart, passing + token * passing_apart, site->widths[0]);
       }
     }
   };

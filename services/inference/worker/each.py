@@ -59,7 +59,7 @@ def opened(path: pathlib.Path) -> Add:
     """The compiled part that lies there; OSError or AttributeError where it is none."""
     # Torch is there by now, so both share its threads.
     add: Any = ctypes.PyDLL(str(path)).qlorad_each
-    add.argtypes = [_ADDRESS, _ADDRESS, _ADDRESS, _NUMBERS, _ADDRESS, ctypes.c_int, ctypes.c_int]
+    add.argtypes = [_ADDRESS, _ADDRESS, *[_ADDRESS, _NUMBERS] * 3, ctypes.c_int]
     add.restype = None
     return add
 
@@ -72,7 +72,7 @@ def pays(tokens: int, own: int, all_ranks: int) -> bool:
 class _Site(ctypes.Structure):
     _fields_ = (
         *((name, _NUMBERS) for name in ("modules", "places", "width")),
-        *((name, _ADDRESS) for name in ("widths", "parts")),
+        *((name, _ADDRESS) for name in ("widths", "parts", "starts")),
     )
 
 
@@ -83,9 +83,8 @@ class _Turn(ctypes.Structure):
 class Turn:
     """Which adapter each of some tokens has."""
 
-    def __init__(self, places: Sequence[int] = ()) -> None:
+    def __init__(self, places: Sequence[int]) -> None:
         """`places`: the adapter's place in the line, one for each token; -1 = none."""
-        self._tokens = len(places)
         order = sorted(range(len(places)), key=lambda token: places[token])
         groups: list[int] = []
         for number, token in enumerate(order):
@@ -96,36 +95,30 @@ class Turn:
         self._struct = _Turn(len(groups) // 3, *map(ctypes.addressof, self._kept))
         self.address = ctypes.addressof(self._struct)
 
-    def __len__(self) -> int:
-        return self._tokens
-
 
 class Table:
     """Where the matrices of adapters in line lie at the modules of one site. Keeps them there."""
 
     def __init__(self, add: Add, line: Sequence[Mapping[str, Part]], names: Sequence[str], outs: Sequence[int]) -> None:
-        self._add, self._outs = add, tuple(outs)
-        self._starts = [2 * sum(outs[:n]) for n in range(len(outs))]
+        self._add = add
+        starts = [sum(outs[:n]) for n in range(len(outs))]
         parts = [[there.get(name) for there in line] for name in names]
         width = next((part.a.shape[1] for row in parts for part in row if part is not None), 0)
         told = [n for row in parts for part in row for n in _told(part)]
-        self._kept = (_numbers(outs), _numbers(told), parts)
-        self._struct = _Site(len(names), len(line), width, *map(ctypes.addressof, self._kept[:2]))
+        numbers = [_numbers(some) for some in (outs, told, starts)]
+        self._kept = (numbers, parts)
+        self._struct = _Site(len(names), len(line), width, *map(ctypes.addressof, numbers))
         self._address = ctypes.addressof(self._struct)
 
     def add(self, turn: Turn, x: torch.Tensor, out: torch.Tensor) -> None:
         """Adds to `out` [tokens, all outputs of the site] what the tokens' adapters make of `x` [tokens, in]."""
-        at, stride = _rows(out)
-        self._into(turn, x, [n for start in self._starts for n in (at + start, stride)], gated=False)
+        self._add(self._address, turn.address, *_rows(x), *_rows(out), 0, 0, torch.get_num_threads())
 
     def gate(self, turn: Turn, x: torch.Tensor, opening: torch.Tensor, passing: torch.Tensor) -> torch.Tensor:
         """silu(opening) * passing, once both have what the tokens' adapters make of `x`; `opening` becomes it."""
-        self._into(turn, x, [*_rows(opening), *_rows(passing)], gated=True)
+        threads = torch.get_num_threads()
+        self._add(self._address, turn.address, *_rows(x), *_rows(opening), *_rows(passing), threads)
         return opening
-
-    def _into(self, turn: Turn, x: torch.Tensor, outs: Sequence[int], gated: bool) -> None:
-        at, stride = _rows(x)
-        self._add(self._address, turn.address, at, stride, _numbers(outs), gated, torch.get_num_threads())
 
 
 def table(add: Add, line: Sequence[Mapping[str, Part]], names: Sequence[str], outs: Sequence[int]) -> Table | None:
@@ -136,9 +129,9 @@ def table(add: Add, line: Sequence[Mapping[str, Part]], names: Sequence[str], ou
     return Table(add, line, names, outs)
 
 
-def reads(*numbers: torch.Tensor) -> bool:
-    """Whether these lie in memory as they are read here."""
-    return all(some.dtype is torch.bfloat16 and some.stride(1) == 1 for some in numbers)
+def reads(numbers: torch.Tensor) -> bool:
+    """Whether they lie in memory as they are read here."""
+    return numbers.dtype is torch.bfloat16 and numbers.stride(1) == 1
 
 
 def _told(part: Part | None) -> tuple[int, int, int]:
@@ -152,9 +145,10 @@ def _told(part: Part | None) -> tuple[int, int, int]:
 
 def _rows(numbers: torch.Tensor) -> tuple[int, int]:
     """Where the rows of a matrix begin, and how far they are from one another."""
-    if not reads(numbers):
+    apart, next_to = numbers.stride()
+    if next_to != 1 or numbers.dtype is not torch.bfloat16:
         raise TypeError(f"{numbers.dtype} with strides {numbers.stride()} is not read here")
-    return numbers.data_ptr(), numbers.stride(0)
+    return numbers.data_ptr(), apart
 
 
 def _numbers(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:

@@ -242,13 +242,18 @@ class Lora:
         choice = self._choice
         if not self.is_chosen:
             return linear(x) if there is None else linear.onto(x, there)
+        table = self._table_of(site, x)
+        if table is not None and choice.turn is not None and not choice.long:  # most steps: little is asked for them
+            out = linear(x) if there is None else linear.onto(x, there)
+            table.add(choice.turn, x, out)
+            return out
         table, stack, singles = self._adding(site, x)
         if any(one.has_more for one in (stack, *singles) if one is not None):
             # DoRA looks at what the base alone makes.
             out = self._with_more(site, linear(x), x, stack, singles)
             return out if there is None else there + out
         out = linear(x) if there is None else linear.onto(x, there)
-        if table is not None:
+        if table is not None and choice.turn is not None:
             table.add(choice.turn, x, out)
         elif stack is not None and stack.a is not None:
             shared = choice.shared
@@ -264,11 +269,11 @@ class Lora:
         """silu(gate x) * (up x) with the tokens' adapters at both; the two modules of the site stand apart."""
         if not self.is_chosen:
             return up.times(x, gate.opened(x))
-        made = [gate(x), up(x)]
+        made, turn = [gate(x), up(x)], self._choice.turn
         table, stack, singles = self._adding(site, x)
         shared = self._choice.shared
-        if table is not None and not singles and shared == len(x):
-            return table.gate(self._choice.turn, x, *made)
+        if table is not None and turn is not None and not singles and shared == len(x):
+            return table.gate(turn, x, *made)
         if table is None and stack is not None and not singles and not stack.has_more and shared == len(x):
             inner = self._inner(stack, x) if stack.a is not None else x
             for change in stack.changes:
@@ -276,8 +281,8 @@ class Lora:
                 made[number] = change.b.onto(inner[:, change.low : change.high], made[number])
         else:
             out = torch.cat(made, -1)
-            if table is not None:
-                table.add(self._choice.turn, x, out)
+            if table is not None and turn is not None:
+                table.add(turn, x, out)
             made = list(self._with_more(site, out, x, stack, singles).split(site.outs, -1))
         return functional.silu(made[0]) * made[1]
 
@@ -286,7 +291,7 @@ class Lora:
         if not self.is_chosen:
             return
         table, stack, singles = self._adding(site, x, out)
-        if table is not None:
+        if table is not None and self._choice.turn is not None:
             table.add(self._choice.turn, x, out)
         self._with_more(site, out, x, stack, singles)
 
@@ -295,13 +300,19 @@ class Lora:
     ) -> tuple[each.Table | None, stacks.Stack | None, list[stacks.Stack]]:
         """What adds to the tokens that share a stack: a table that does without, or it; and what to long prompts."""
         singles = [self._single(site, digest) for _, _, digest in self._choice.long]
-        if self._each is not None and self._choice.turn and each.reads(*numbers):
-            if site.table_line != self._number:
-                site.table = each.table(self._each, self._parts(self._line), site.names, site.outs)
-                site.table_line = self._number
-            if site.table is not None:
-                return site.table, None, singles
+        table = self._table_of(site, *numbers)
+        if table is not None:
+            return table, None, singles
         return None, self._stack_of(site) if self._choice.shared else None, singles
+
+    def _table_of(self, site: Site, *numbers: torch.Tensor) -> each.Table | None:
+        """Where the adapters' matrices lie, if these numbers go by the compiled part."""
+        if self._each is None or self._choice.turn is None or not all(map(each.reads, numbers)):
+            return None
+        if site.table_line != self._number:
+            site.table = each.table(self._each, self._parts(self._line), site.names, site.outs)
+            site.table_line = self._number
+        return site.table
 
     def _with_more(
         self, site: Site, out: torch.Tensor, x: torch.Tensor, stack: stacks.Stack | None, singles: list[stacks.Stack]

@@ -60,8 +60,8 @@ class Choice:
     """Prompts that have their adapter alone."""
     only: bool = False
     """Whether the stack is of one adapter, and every token that shares it has that."""
-    turn: each.Turn = field(default_factory=each.Turn)
-    """Whose each token that shares the stack is, where doing without one is quicker; else of no token."""
+    turn: each.Turn | None = None
+    """Whose each token that shares the stack is, where doing without one is quicker."""
     silences: dict[tuple[int, ...], stacks.Silence] = field(default_factory=dict)
     """By the columns of a stack."""
 
