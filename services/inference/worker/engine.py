@@ -27,6 +27,10 @@ from services.inference import wire
 
 log = logging.getLogger("qlorad.engine")
 
+_MOMENT = 0.02
+"""Seconds that an engine without work waits at most for those who come together with the first."""
+_LULL = 0.004
+"""Seconds without anybody new after which nobody is waited for any more."""
 _SPINS = "50000"
 
 Order = engine_pb2.EngineOrder
@@ -171,14 +175,27 @@ class Engine:
 
     def _serve(self) -> None:
         while True:
-            reports: list[Report] = []
-            idle = not self.base.scheduler.has_work
-            while idle or not self._inbox.empty():
+            reports = [] if self.base.scheduler.has_work else self._gather()
+            while not self._inbox.empty():
                 reports += self._obey(self._inbox.get())
-                idle = False
             reports += self.base.scheduler.step()
             reports += self._let_go()
             self.out.send(reports, self.base.scheduler.gauges())
+
+    def _gather(self) -> list[Report]:
+        """Waits for something to do, and then a moment for those who come together.
+
+        Read in one step, sixteen prompts cost a tenth less than the first alone and the others behind it; and who is
+        still being cut into tokens would have to share the interpreter with that step.
+        """
+        reports = self._obey(self._inbox.get())
+        until = time.monotonic() + _MOMENT
+        while self.base.scheduler.has_work and (left := until - time.monotonic()) > 0:
+            try:
+                reports += self._obey(self._inbox.get(timeout=left if self._unread else min(left, _LULL)))
+            except queue.Empty:
+                break
+        return reports
 
     def _obey(self, item) -> list[Report]:
         """One order, or what another thread made of one."""
