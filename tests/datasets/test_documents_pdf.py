@@ -10,15 +10,11 @@ from typing import Any
 import pypdfium2
 import pytest
 
-from services.datasets.worker.documents import kinds
-from services.datasets.worker.documents.blocks import CODE, HEADING, ITEM, PROSE, TABLE, Block, Document
+from services.datasets.worker.documents.blocks import CODE, HEADING, ITEM, PROSE, TABLE, Block
 from services.datasets.worker.found import WARNING, Unreadable
+from tests.datasets.pdf_kit import TALE, kept, prose, read, refused
 from tests.datasets.setting import as_pdf
 
-TALE = (
-    "The station stands on a hill above the river. Every morning somebody walks up, reads the gauge and writes what it "
-    "shows into a book. Nobody has missed a day since the bridge was built, and that is longer than anyone remembers."
-)
 Draw = Callable[[Any], None]
 
 
@@ -42,24 +38,6 @@ def lines(texts: Sequence[str], x: float = 72, y: float = 700, leading: float = 
             canvas.drawString(x, y - n * leading, text)
 
     return draw
-
-
-def read(data: bytes) -> Document:
-    return kinds.read(data, "a.pdf")
-
-
-def kept(data: bytes) -> list[Block]:
-    return [b for b in read(data).blocks if not b.left]
-
-
-def prose(data: bytes) -> str:
-    return " ".join(b.text for b in kept(data) if b.kind == PROSE)
-
-
-def refused(data: bytes) -> Unreadable:
-    with pytest.raises(Unreadable) as caught:
-        read(data)
-    return caught.value
 
 
 def there(data: bytes, block: Block) -> str:

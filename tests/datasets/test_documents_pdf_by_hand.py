@@ -7,34 +7,12 @@ import zlib
 import pypdfium2
 import pytest
 
-from services.datasets.worker.documents import kinds
-from services.datasets.worker.documents.blocks import HEADING, PROSE, Block, Document
-from services.datasets.worker.found import WARNING, Unreadable
+from services.datasets.worker.documents.blocks import HEADING, PROSE
+from services.datasets.worker.found import WARNING
+from tests.datasets.pdf_kit import TALE, kept, prose, read, refused
 from tests.datasets.typeset import by_hand, column, cut, letter_by_letter, shown
 
-TALE = (
-    "The station stands on a hill above the river. Every morning somebody walks up, reads the gauge and writes what it "
-    "shows into a book. Nobody has missed a day since the bridge was built, and that is longer than anyone remembers."
-)
 OTHER = TALE.replace("station", "observatory").replace("river", "estuary")
-
-
-def read(data: bytes) -> Document:
-    return kinds.read(data, "a.pdf")
-
-
-def kept(data: bytes) -> list[Block]:
-    return [b for b in read(data).blocks if not b.left]
-
-
-def prose(data: bytes) -> str:
-    return " ".join(b.text for b in kept(data) if b.kind == PROSE)
-
-
-def refused(data: bytes) -> Unreadable:
-    with pytest.raises(Unreadable) as caught:
-        read(data)
-    return caught.value
 
 
 def test_two_columns_of_words_that_no_blank_parts_and_hyphens_cut() -> None:
