@@ -18,11 +18,11 @@ from tests.house import ROOT
 
 MODEL, OTHER = "a" * 64, "b" * 64
 HOLDER = """
-import pathlib, sys, time
+import pathlib, signal, sys
 from services.inference import kept
 held = kept.hold(pathlib.Path(sys.argv[1]))
 print("held" if held is not None else "gone", flush=True)
-time.sleep(600)
+signal.pause()
 """
 
 
